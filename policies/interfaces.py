@@ -1,0 +1,198 @@
+"""What decides: one small interface per kind of decision, used unmodified by the simulator and by the runtime.
+
+A policy sees views, answers with a value of `vocabulary.py`, and the core checks the answer. It holds no executor, reads
+no clock (`fleet.now` is the time) and takes chance from the seeded generator it is given, so that a run can be replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from .views import ExecutorPool, ExecutorRow, FleetView
+from .vocabulary import (
+    Admission,
+    BatchPlan,
+    Hold,
+    Request,
+    Role,
+    Route,
+    RouteMixed,
+    Routing,
+    Stage,
+)
+
+
+class PolicyError(ValueError):
+    """A policy that does not exist, cannot be made, or answered something it may not."""
+
+
+class RoutingPolicy:
+    """Chooses where each phase of a request runs.
+
+    `route_context` is asked when a request is due for its context phase and may answer Route(context), Route(context,
+    generation) to bind both at once, RouteMixed(executor), Hold or Reject. `route_generation` is asked when the context
+    phase is done and answers Route(generation=...), Hold or Reject; the request then carries `context_phase_params`.
+    The hooks tell a stateful policy what became of its answers.
+    """
+
+    is_oracle: ClassVar[bool] = False  # True: is told true output lengths; reports mark it
+
+    def __init__(self, *, rng: Random) -> None:
+        self.rng = rng
+
+    def route_context(self, request: Request, fleet: FleetView) -> Routing:
+        raise NotImplementedError
+
+    def route_generation(self, request: Request, fleet: FleetView) -> Routing:
+        raise NotImplementedError
+
+    def on_dispatched(self, request: Request, stage: Stage, executor: int, fleet: FleetView) -> None:
+        """`request` was sent to `executor` for `stage`."""
+
+    def on_finished(self, request: Request, stage: Stage, executor: int, ok: bool, fleet: FleetView) -> None:
+        """`executor` answered; `ok` False if it failed or was cancelled."""
+
+    def on_report(self, executor: ExecutorRow, fleet: FleetView) -> None:
+        """A report of `executor` was received; the row already shows it."""
+
+
+class SelectingPolicy(RoutingPolicy):
+    """A policy that picks one executor of the pool in question, by the same rule at each stage.
+
+    The context stage picks among the context executors, or, in a cluster that has none, among the mixed ones.
+    Only `select` is left to write.
+    """
+
+    def select(self, request: Request, pool: ExecutorPool) -> ExecutorRow | Hold:
+        """One healthy row of `pool`, which has at least one."""
+        raise NotImplementedError
+
+    def route_context(self, request: Request, fleet: FleetView) -> Routing:
+        pool = fleet.context if fleet.context.num_healthy else fleet.mixed
+        row = self.select(request, pool)
+        if isinstance(row, Hold):
+            return row
+        if pool.role is Role.MIXED:
+            return RouteMixed(row.executor_id)
+        return Route(context=row.executor_id)
+
+    def route_generation(self, request: Request, fleet: FleetView) -> Routing:
+        pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
+        row = self.select(request, pool)
+        return row if isinstance(row, Hold) else Route(generation=row.executor_id)
+
+
+class ScoringPolicy(SelectingPolicy):
+    """The executor with the least score; equal scores are served in turn (round robin).
+
+    `score` is one expression over columns. It is given the whole pool when its columns are numpy arrays, and row by row
+    when the pool is small; `executors.role` tells the stage.
+    """
+
+    def __init__(self, *, rng: Random) -> None:
+        super().__init__(rng=rng)
+        self._turn: dict[Role, int] = {}
+
+    def score(self, request: Request, executors: Any) -> Any:
+        """Lower is better. `executors` is an ExecutorPool of arrays or one ExecutorRow, with the same attributes."""
+        raise NotImplementedError
+
+    def select(self, request: Request, pool: ExecutorPool) -> ExecutorRow | Hold:
+        turn = self._turn.get(pool.role, 0)
+        index = self._least_vectorised(request, pool, turn) if pool.vectorised else self._least(request, pool, turn)
+        self._turn[pool.role] = index + 1
+        return pool[index]
+
+    def _least(self, request: Request, pool: ExecutorPool, turn: int) -> int:
+        best: Any = None
+        chosen = -1
+        for row in pool.healthy_rows:
+            score = self.score(request, row)
+            # among equals the first at or after `turn`, else the first of all
+            if chosen < 0 or score < best or (score == best and chosen < turn <= row.index):
+                best, chosen = score, row.index
+        return chosen
+
+    def _least_vectorised(self, request: Request, pool: ExecutorPool, turn: int) -> int:
+        scores = np.asarray(self.score(request, pool))
+        if pool.num_unhealthy:
+            scores = np.where(pool.healthy, scores, np.inf)
+        equals = np.flatnonzero(scores == scores.min())
+        later = int(np.searchsorted(equals, turn))
+        return int(equals[later if later < len(equals) else 0])
+
+
+class AdmissionPolicy:
+    """Whether a request enters the cluster at all, asked before it is routed."""
+
+    def __init__(self, *, rng: Random) -> None:
+        self.rng = rng
+
+    def admit(self, request: Request, fleet: FleetView) -> Admission:
+        raise NotImplementedError
+
+
+class QueueOrder:
+    """In which order waiting requests are served. Ties keep the order of arrival."""
+
+    def __init__(self, *, rng: Random) -> None:
+        self.rng = rng
+
+    def key(self, request: Request, now: int) -> Any:
+        """Smallest first; taken once, when the request joins the queue."""
+        raise NotImplementedError
+
+
+class WaitingPrompt(Protocol):
+    """A prompt that a step could work on. `num_blocks` is what admitting it would take: 0 once it has begun."""
+
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def num_tokens_left(self) -> int: ...
+    @property
+    def num_blocks(self) -> int: ...
+
+
+class BatchView(Protocol):
+    """What a batch policy sees at a change point, between two steps."""
+
+    now: int
+    role: Role
+    num_decodes: int  # requests in the decode batch, all of which the next step would run
+    num_free_blocks: int
+    num_free_slots: int  # max_batch_size less decodes and begun prefills
+    max_num_tokens: int
+    chunked: bool  # False: a prompt is computed whole or not at all
+
+    @property
+    def begun(self) -> Sequence[WaitingPrompt]:
+        """Prefills that have begun, oldest first."""
+        ...
+
+    @property
+    def waiting(self) -> Iterable[WaitingPrompt]:
+        """Prompts not begun, in queue order. Reading on costs a little per prompt: stop when nothing more fits."""
+        ...
+
+
+class BatchPolicy:
+    """What the next step of one executor computes.
+
+    Asked at change points only (a start, an end, an arrival), so the answer must not depend on how many steps the
+    current batch has run; one that depends on time alone says when to ask again.
+    """
+
+    def __init__(self, *, rng: Random) -> None:
+        self.rng = rng
+
+    def plan(self, batch: BatchView) -> BatchPlan:
+        raise NotImplementedError
+
+
+class ClusterPolicy:
+    """Reserved: changes the roles and the number of executors while the cluster runs."""
