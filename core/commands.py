@@ -1,0 +1,138 @@
+"""What comes out of a core: orders to the driver of its world. Values; whoever reads them may keep them.
+
+The driver obeys in order. It never needs to look into a core: what it must know stands in the command.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from ..policies.vocabulary import FinishReason, Request
+from .events import Message
+from .tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
+
+ORCHESTRATOR = 0  # its rank in messages; executors are numbered from 1
+
+
+class Joined(Struct, frozen=True, array_like=True):
+    """A request enters the decode batch with `num_kv_tokens` tokens of KV written and all its block ids so far."""
+
+    request_id: int
+    num_kv_tokens: int
+    blocks: tuple[int, ...]
+
+
+class Chunk(Struct, frozen=True, array_like=True):
+    """Compute tokens [start, start + length) of prompt + generated tokens. `is_last` yields the next token.
+
+    `blocks` is the request's whole block table so far, not an increment.
+    """
+
+    request_id: int
+    start: int
+    length: int
+    is_last: bool
+    blocks: tuple[int, ...]
+
+
+class RunSteps(Struct, frozen=True, tag="run_steps", array_like=True):
+    """Run steps [first_step, last_step] of `epoch`, counted from 1 within the epoch.
+
+    The batch is a delta: `left` leaves the decode batch before `joined` enters it; `appended` gives more block ids to
+    requests that are in it. `first_step` > 1 continues the epoch: same batch, same time origin, no chunks.
+    `num_decodes` and `num_kv_tokens` describe the decode batch at the first step of the epoch; with `decodes` False the
+    decode batch stands still for this (single) step.
+    """
+
+    plan: int
+    epoch: int
+    first_step: int
+    last_step: int
+    left: tuple[int, ...] = ()
+    joined: tuple[Joined, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    appended: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    num_decodes: int = 0
+    num_kv_tokens: int = 0
+    decodes: bool = True
+
+
+class StopAfterStep(Struct, frozen=True, tag="stop_after_step", array_like=True):
+    """End the running span at the first step boundary at or after now that launched steps allow."""
+
+    epoch: int
+
+
+class ReceiveKv(Struct, frozen=True, tag="receive_kv", array_like=True):
+    """Ask executor `source` for the KV of its request `source_id` and write it into `blocks`, in token order."""
+
+    request_id: int
+    source: int
+    source_id: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
+class ServeKv(Struct, frozen=True, tag="serve_kv", array_like=True):
+    """Answer a reader. `ok` pins the blocks until KvTaken or PeerDown; otherwise `error` tells the reader why not."""
+
+    request_id: int
+    reader: int
+    reader_id: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+    ok: bool
+    error: str | None = None
+
+
+class Send(Struct, frozen=True, tag="send", array_like=True):
+    """Send `message` to the core of rank `to` (0 the orchestrator). Order per pair of ranks is kept."""
+
+    to: int
+    message: Message
+
+
+class WakeAt(Struct, frozen=True, tag="wake_at", array_like=True):
+    """Give a Wake at the instant `at` of this core's clock; replaces the last WakeAt. None: none is wanted."""
+
+    at: int | None
+
+
+class Deliver(Struct, frozen=True, tag="deliver", array_like=True):
+    """To the user of `request_id`: the first token is there (`finish_reason` None), or the request has ended.
+
+    `executor_request_id` is the id under which the serving executor knows the request.
+    """
+
+    request_id: int
+    finish_reason: FinishReason | None
+    num_output_tokens: int
+    executor: int | None = None
+    executor_request_id: int | None = None
+    error: str | None = None
+
+
+class Dispatched(Struct, frozen=True, tag="dispatched", array_like=True):
+    """The orchestrator sent a phase of the user's request `request_id` to `executor` as `executor_request`.
+
+    Tells the world which hidden facts (true output length) belong to the executor's id, before the message is sent.
+    """
+
+    request_id: int
+    executor: int
+    executor_request: Request
+
+
+class Drained(Struct, frozen=True, tag="drained", array_like=True):
+    """After a Shutdown: nothing is left here, the driver may stop."""
+
+
+class Record(Struct, frozen=True, tag="record", array_like=True):
+    """A finished row for the run directory."""
+
+    row: RequestRow | StayRow | StepRow | TransferRow | DecisionRow
+
+
+ExecutorCommand = RunSteps | StopAfterStep | ReceiveKv | ServeKv | Send | WakeAt | Drained | Record
+OrchestratorCommand = Send | Deliver | Dispatched | WakeAt | Drained | Record
+Command = RunSteps | StopAfterStep | ReceiveKv | ServeKv | Send | WakeAt | Deliver | Dispatched | Drained | Record

@@ -1,0 +1,184 @@
+"""What goes into a core: messages of other cores, and what the driver of this world saw happen.
+
+Every event is a value. Messages (`Enqueue` to `Report`) travel between processes; the rest stays in one. Instants are
+not part of an event: the driver passes `now` beside it, in integer picoseconds of the receiving core's clock, so that
+no deadline ever crosses a process boundary.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request
+
+# ---- messages to an executor ----------------------------------------------------------------------------------------
+
+
+class Enqueue(Struct, frozen=True, tag="enqueue", array_like=True):
+    """Serve `request`, whose id is unique per attempt and phase."""
+
+    request: Request
+
+
+class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
+    """Give the request up. Unknown ids are ignored: the request may have ended while this was on the wire."""
+
+    request_id: int
+
+
+class LeaseRenewed(Struct, frozen=True, tag="lease_renewed", array_like=True):
+    """Someone still means to read the KV of these requests: their leases start anew."""
+
+    request_ids: tuple[int, ...]
+
+
+class Shutdown(Struct, frozen=True, tag="shutdown", array_like=True):
+    """Take no more requests; `drain` finishes what is there, otherwise everything fails, held KV included."""
+
+    drain: bool = True
+
+
+# ---- messages to the orchestrator -----------------------------------------------------------------------------------
+
+
+class Report(Struct, frozen=True, tag="report", array_like=True):
+    """An executor's state as of its last change of batch (so that it does not depend on how far a span has run).
+
+    `seen_requests` and `seen_tokens` count what it was ever sent (requests; prompt tokens for a context phase, KV tokens
+    for a generation phase): what the orchestrator sent beyond that is still on the wire.
+    """
+
+    executor: int
+    seen_requests: int = 0
+    seen_tokens: int = 0
+    queued_requests: int = 0  # waiting for a first step: prompts not begun, transfers not begun, KV in flight or ready
+    running_requests: int = 0  # in prefill or in the decode batch
+    queued_prefill_tokens: int = 0
+    inflight_prefill_tokens: int = 0  # prompt tokens of begun prefills not yet computed
+    decode_kv_tokens: int = 0  # of the decode batch at its last change, and of generation phases waiting to enter it
+    blocks_free: int = 0
+    blocks_reserved: int = 0
+    blocks_used: int = 0
+    blocks_held: int = 0
+    blocks_quarantined: int = 0
+    num_steps: int = 0  # steps ever run, at the last change of batch
+    step_time: int = 0  # picoseconds a step of the last finished epoch, 0 before any
+    healthy: bool = True
+    cache_events: tuple[int, ...] = ()  # filled once prefix caching exists
+
+
+class Response(Struct, frozen=True, tag="response", array_like=True):
+    """The one final answer of an executor to one `Enqueue`. A context phase answers at the end of its compute."""
+
+    request_id: int
+    executor: int
+    finish_reason: FinishReason | None  # None: the context phase is done and a generation phase is due
+    num_output_tokens: int
+    error: str | None = None
+    recomputable: bool = False  # the error lost the KV or the executor, not the request: it may run again elsewhere
+    context_phase_params: ContextPhaseParams | None = None
+    context_start: int | None = None  # instants on this executor's clock, for records only
+    transfer_start: int | None = None
+    kv_usable: int | None = None
+    last_token: int | None = None
+    report: Report | None = None
+
+
+# ---- what the driver of an executor saw -----------------------------------------------------------------------------
+
+
+class Stopped(Struct, frozen=True, array_like=True):
+    """The world ended a sequence at `step` of the epoch (counted from 1): its token of that step is its last one."""
+
+    request_id: int
+    step: int
+    reason: FinishReason = FinishReason.STOP
+
+
+class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
+    """The plan's span ended after `num_steps` steps of its epoch (counted from the epoch's start, not the span's).
+
+    `first_tokens` holds (request id, token id) for each prompt finished in the span; empty in simulation.
+    A failed step reports `error`: every request in the plan failed with it.
+    """
+
+    plan: int
+    epoch: int
+    num_steps: int
+    stopped: tuple[Stopped, ...] = ()
+    first_tokens: tuple[tuple[int, int], ...] = ()
+    error: str | None = None
+
+
+class KvRequested(Struct, frozen=True, tag="kv_requested", array_like=True):
+    """`reader` asks to read the KV of `request_id` into its own request `reader_id`."""
+
+    request_id: int
+    reader: int
+    reader_id: int
+
+
+class KvReceived(Struct, frozen=True, tag="kv_received", array_like=True):
+    """Every rank of this executor has its part of the KV of `request_id`, or the transfer is over without it."""
+
+    request_id: int
+    ok: bool
+    error: str | None = None
+
+
+class KvTaken(Struct, frozen=True, tag="kv_taken", array_like=True):
+    """No reader touches the KV of `request_id` any more. `ok`: it was read to its end."""
+
+    request_id: int
+    ok: bool = True
+
+
+class PeerDown(Struct, frozen=True, tag="peer_down", array_like=True):
+    """The executor is gone for good, with whatever it held."""
+
+    executor: int
+
+
+class Wake(Struct, frozen=True, tag="wake", array_like=True):
+    """The time of the last `WakeAt` has come. A spurious wake is harmless."""
+
+
+# ---- what the driver of the orchestrator saw ------------------------------------------------------------------------
+
+
+class Arrive(Struct, frozen=True, tag="arrive", array_like=True):
+    """A user's request. Its id is the user's; executors see ids of the orchestrator's own."""
+
+    request: Request
+
+
+class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
+    """The executor now serves another role."""
+
+    executor: int
+    role: str
+
+
+MessageToExecutor = Enqueue | Cancel | LeaseRenewed | Shutdown
+MessageToOrchestrator = Response | Report
+Message = Enqueue | Cancel | LeaseRenewed | Shutdown | Response | Report
+ExecutorEvent = (
+    Enqueue | Cancel | LeaseRenewed | Shutdown | StepsDone | KvRequested | KvReceived | KvTaken | PeerDown | Wake
+)
+OrchestratorEvent = Arrive | Response | Report | Cancel | PeerDown | RoleChanged | Shutdown | Wake
+Event = (
+    Enqueue
+    | Cancel
+    | LeaseRenewed
+    | Shutdown
+    | Response
+    | Report
+    | StepsDone
+    | KvRequested
+    | KvReceived
+    | KvTaken
+    | PeerDown
+    | Wake
+    | Arrive
+    | RoleChanged
+)

@@ -1,0 +1,101 @@
+"""The orchestrator's knowledge of its executors: delivered reports and its own dispatches, as the columns policies see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..policies.views import ExecutorPool, ExecutorRow, FleetView
+from ..policies.vocabulary import Role
+from .config import ExecutorConfig
+from .events import Report
+
+
+class Fleet:
+    """Owns the cells of the view. One write per cell and update; a policy only reads."""
+
+    def __init__(self, executors: Sequence[ExecutorConfig], start: int) -> None:
+        pools = {role: ExecutorPool(role, [e.id for e in executors if e.role is role]) for role in Role}
+        self.view = FleetView(pools[Role.CONTEXT], pools[Role.GENERATION], pools[Role.MIXED])
+        self.roles: dict[int, Role] = {}
+        self.configs = {e.id: e for e in executors}
+        self._rows: dict[int, ExecutorRow] = {}
+        self._sent: dict[int, list[int]] = {}  # executor: [requests, tokens] ever sent
+        self._gone: set[int] = set()
+        for pool in self.view.pools:
+            for row in pool:
+                config = self.configs[row.executor_id]
+                self._rows[config.id] = row
+                self.roles[config.id] = pool.role
+                self._sent[config.id] = [0, 0]
+                cells, i = pool._cells, row.index
+                cells["kv_blocks_total"][i] = cells["kv_blocks_free"][i] = config.num_blocks
+                cells["tokens_per_block"][i] = config.tokens_per_block
+                cells["max_batch_size"][i] = config.scheduler.max_batch_size
+                cells["max_num_tokens"][i] = config.scheduler.max_num_tokens
+                cells["tensor_parallel_size"][i] = config.tensor_parallel_size
+                cells["pipeline_parallel_size"][i] = config.pipeline_parallel_size
+                cells["device_weight"][i] = config.device_weight
+                cells["received_at"][i] = start
+
+    def at(self, now: int) -> FleetView:
+        """The view, as of `now`."""
+        view = self.view
+        view.now = view.context.now = view.generation.now = view.mixed.now = now
+        return view
+
+    def row(self, executor: int) -> ExecutorRow | None:
+        return self._rows.get(executor)
+
+    def is_healthy(self, executor: int) -> bool:
+        return bool(self._rows[executor].healthy)
+
+    def dispatched(self, executor: int, num_tokens: int) -> None:
+        sent = self._sent[executor]
+        sent[0] += 1
+        sent[1] += num_tokens
+        row = self._rows[executor]
+        cells, i = row._cells, row.index
+        cells["active_requests"][i] += 1
+        cells["wire_requests"][i] += 1
+        cells["wire_tokens"][i] += num_tokens
+
+    def answered(self, executor: int) -> None:
+        row = self._rows[executor]
+        row._cells["active_requests"][row.index] -= 1
+
+    def reported(self, report: Report, now: int) -> ExecutorRow:
+        """Write a report into the view. What it has not seen is still on the wire."""
+        executor = report.executor
+        row = self._rows[executor]
+        cells, i = row._cells, row.index
+        sent = self._sent[executor]
+        cells["wire_requests"][i] = sent[0] - report.seen_requests
+        cells["wire_tokens"][i] = sent[1] - report.seen_tokens
+        cells["queued_requests"][i] = report.queued_requests
+        cells["running_requests"][i] = report.running_requests
+        cells["queued_prefill_tokens"][i] = report.queued_prefill_tokens
+        cells["inflight_prefill_tokens"][i] = report.inflight_prefill_tokens
+        cells["decode_kv_tokens"][i] = report.decode_kv_tokens
+        cells["kv_blocks_free"][i] = report.blocks_free
+        cells["kv_blocks_used"][i] = report.blocks_used
+        cells["kv_blocks_reserved"][i] = report.blocks_reserved
+        cells["kv_blocks_held"][i] = report.blocks_held
+        cells["step_time_ps"][i] = report.step_time
+        cells["received_at"][i] = now
+        cells["num_reports"][i] += 1
+        self._set_healthy(executor, report.healthy and executor not in self._gone)
+        return row
+
+    def lost(self, executor: int) -> None:
+        """It is gone for good."""
+        self._gone.add(executor)
+        self._set_healthy(executor, False)
+
+    def is_gone(self, executor: int) -> bool:
+        return executor in self._gone
+
+    def _set_healthy(self, executor: int, healthy: bool) -> None:
+        row = self._rows[executor]
+        if bool(row.healthy) != healthy:
+            row._cells["healthy"][row.index] = int(healthy)
+            row.pool.num_unhealthy += -1 if healthy else 1

@@ -1,0 +1,586 @@
+"""The orchestrator of a cluster: it admits, routes, hands over from context to generation, and answers for each request.
+
+Sees messages only. It issues ids of its own, one per attempt and phase, so that a late message from before a retry is
+harmless, and it keeps the KV of a finished context phase alive until a generation executor is bound.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any, Final
+
+import numpy as np
+from msgspec.structs import replace
+
+from ..policies import registry
+from ..policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RoutingPolicy
+from ..policies.views import ExecutorPool
+from ..policies.vocabulary import (
+    Admit,
+    ContextPhaseParams,
+    FinishReason,
+    Hold,
+    Reject,
+    Request,
+    RequestType,
+    Role,
+    Route,
+    RouteMixed,
+    Routing,
+    Stage,
+)
+from .commands import Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send, WakeAt
+from .config import OrchestratorConfig, PolicySpec
+from .events import (
+    Arrive,
+    Cancel,
+    Enqueue,
+    LeaseRenewed,
+    OrchestratorEvent,
+    PeerDown,
+    Report,
+    Response,
+    RoleChanged,
+    Shutdown,
+    Wake,
+)
+from .fleet import Fleet
+from .life_cycle import Cause, State, advance
+from .tables import DecisionRow, RequestRow
+from .timers import Timers
+
+_MAX_LISTED: Final = 16  # candidates whose report versions a decision lists one by one
+
+
+class _Task:
+    """One user request, from its arrival to its end."""
+
+    __slots__ = (
+        "admitted",
+        "attempts",
+        "cancelled",
+        "context_executor",
+        "context_id",
+        "context_start",
+        "dispatch_at",
+        "first_token_at",
+        "generation_executor",
+        "generation_id",
+        "held_for",
+        "kv_usable",
+        "num_tokens",
+        "order_key",
+        "params",
+        "request",
+        "serial",
+        "shown",
+        "state",
+        "transfer_start",
+    )
+
+    def __init__(self, request: Request, serial: int, order_key: Any, now: int) -> None:
+        self.request = request
+        self.shown = request if request.input_token_ids is None else replace(request, input_token_ids=None)
+        self.serial = serial
+        self.order_key = order_key
+        self.state = State.QUEUED
+        self.dispatch_at = now
+        self.admitted = False
+        self.attempts = 0
+        self.cancelled = False
+        self.held_for: Stage | None = None
+        self.num_tokens = 0
+        self.first_token_at: int | None = None
+        self.forget_attempt()
+
+    def forget_attempt(self) -> None:
+        self.context_executor: int | None = None
+        self.context_id: int | None = None
+        self.generation_executor: int | None = None
+        self.generation_id: int | None = None
+        self.params: ContextPhaseParams | None = None
+        self.context_start: int | None = None
+        self.transfer_start: int | None = None
+        self.kv_usable: int | None = None
+
+
+class OrchestratorCore:
+    """Routes every request of a cluster. `handle` takes an event and gives the commands that follow from it."""
+
+    def __init__(self, config: OrchestratorConfig) -> None:
+        self.config = config
+        self.fleet = Fleet(config.executors, 0)
+        self._routers: dict[Stage, RoutingPolicy] = self._make_routers()
+        self._admission: AdmissionPolicy = self._make(config.admission, "admission", "admission")
+        self._order: QueueOrder = self._make(config.queue_order, "queue_order", "queue")
+        self.tasks: dict[int, _Task] = {}
+        self._visits: dict[int, tuple[_Task, Stage, int]] = {}  # executor-level id: (task, stage, executor)
+        self._by_executor: dict[int, dict[int, None]] = {e.id: {} for e in config.executors}  # its visits, in order
+        self._held: dict[Stage, list[tuple[Any, int, _Task]]] = {Stage.CONTEXT: [], Stage.GENERATION: []}
+        self._num_held = 0
+        self._fleet_changed = False
+        self._waiting_for_generation: dict[int, _Task] = {}
+        self._next_id = 0
+        self._serial = 0
+        self._lease = min((e.lease for e in config.executors), default=0)
+        self._renewal_armed = False
+        self._timers = Timers()
+        self._closing = False
+        self._drained = False
+        self._out: list[OrchestratorCommand] = []
+
+    def _make(self, spec: PolicySpec, kind: str, name: str) -> Any:
+        seed = f"{self.config.seed}/{name}"
+        return registry.create(spec.name, kind, spec.params, seed=seed, root=self.config.policy_root)
+
+    def _make_routers(self) -> dict[Stage, RoutingPolicy]:
+        config = self.config
+        if config.router is not None:
+            both = self._make(config.router, "routing", "router")
+            return {Stage.CONTEXT: both, Stage.GENERATION: both}
+        routers: dict[Stage, RoutingPolicy] = {}
+        first = config.context_router or config.mixed_router
+        if first is not None:
+            routers[Stage.CONTEXT] = self._make(first, "routing", "context_router")
+        if config.generation_router is not None:
+            routers[Stage.GENERATION] = self._make(config.generation_router, "routing", "generation_router")
+        return routers
+
+    # ---- events -----------------------------------------------------------------------------------------------------
+
+    def handle(self, event: OrchestratorEvent | None, now: int, more: bool = False) -> list[OrchestratorCommand]:
+        """Take `event` (None: only held requests are due) at instant `now`; held requests are tried once an instant."""
+        if event is not None:
+            self._take(event, now)
+        if not more:
+            if self._num_held and self._fleet_changed:
+                self._try_held(now)
+            self._fleet_changed = False
+            if self._closing and not self._drained and not self.tasks:
+                self._drained = True
+                self._out.append(Drained())
+            at = self._timers.wake_up()
+            if at is not None:
+                self._out.append(WakeAt(at))
+        out = self._out
+        self._out = []
+        return out
+
+    def _take(self, event: OrchestratorEvent, now: int) -> None:
+        match event:
+            case Report():
+                self._reported(event, now)
+            case Response():
+                self._answered(event, now)
+            case Arrive():
+                self._arrive(event.request, now)
+            case Cancel():
+                self._cancel(event.request_id, now)
+            case PeerDown():
+                self._peer_down(event.executor, now)
+            case RoleChanged():
+                raise PolicyError("roles cannot change yet: ClusterPolicy is reserved")
+            case Shutdown():
+                self._closing = True
+                if not event.drain:
+                    for task in list(self.tasks.values()):
+                        self._abandon(task, "the orchestrator was shut down", now)
+            case Wake():
+                self._timers.woken()
+                for what, subject in self._timers.due(now):
+                    self._fire(what, subject, now)
+
+    def _arrive(self, request: Request, now: int) -> None:
+        self._serial += 1
+        task = _Task(request, self._serial, self._order.key(request, now), now)
+        if self._closing or request.id in self.tasks:
+            why = "the orchestrator is shutting down" if self._closing else f"request id {request.id} is in use"
+            self._out.append(Deliver(request.id, FinishReason.ERROR, 0, error=why))
+            return
+        self.tasks[request.id] = task
+        if request.allotted_time is not None:
+            self._timers.set(now + request.allotted_time, "allotted", request.id)
+        first = self._first_held(Stage.CONTEXT)
+        if first is not None and task.order_key >= first.order_key:
+            self._hold(task, Stage.CONTEXT, None)  # whoever came first is still waiting
+        else:
+            self._start(task, now)
+
+    def _reported(self, report: Report, now: int) -> None:
+        row = self.fleet.reported(report, now)
+        self._fleet_changed = True
+        for router in dict.fromkeys(self._routers.values()):
+            router.on_report(row, self.fleet.at(now))
+
+    def _answered(self, response: Response, now: int) -> None:
+        if response.report is not None:
+            self._reported(response.report, now)
+        self._fleet_changed = True
+        known = self._visits.pop(response.request_id, None)
+        if known is None:
+            return  # from before a retry
+        task, stage, executor = known
+        del self._by_executor[executor][response.request_id]
+        self.fleet.answered(executor)
+        ok = response.error is None and response.finish_reason is not FinishReason.CANCELLED
+        router = self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
+        router.on_finished(task.shown, stage, executor, ok, self.fleet.at(now))
+        if response.context_start is not None:
+            task.context_start = response.context_start
+        if stage is Stage.GENERATION:
+            task.transfer_start = response.transfer_start
+            task.kv_usable = response.kv_usable
+        if response.finish_reason is None:
+            self._context_done(task, response, now)
+        elif response.finish_reason is FinishReason.CANCELLED:
+            self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
+        elif response.error is not None:
+            self._failed(task, response.error, response.recomputable, now)
+        else:
+            task.num_tokens = response.num_output_tokens
+            if task.first_token_at is None:
+                self._first_token(task, executor, response, now)
+            self._end(task, Cause.FINISH, response.finish_reason, None, now, executor, response.request_id)
+
+    def _context_done(self, task: _Task, response: Response, now: int) -> None:
+        task.params = response.context_phase_params
+        task.num_tokens = 1
+        task.state = advance(task.state, Cause.CONTEXT_ENDS)
+        self._first_token(task, response.executor, response, now)
+        if task.cancelled:  # the executor got the cancel after it had answered, and has freed the KV
+            self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
+        elif task.generation_executor is not None and self.fleet.is_healthy(task.generation_executor):
+            self._dispatch(task, Stage.GENERATION, task.generation_executor, now)
+        else:
+            self._route_generation(task, now)
+
+    def _first_token(self, task: _Task, executor: int, response: Response, now: int) -> None:
+        if task.first_token_at is None:
+            task.first_token_at = now
+            self._out.append(Deliver(task.request.id, None, 1, executor, response.request_id))
+
+    def _failed(self, task: _Task, error: str, recomputable: bool, now: int) -> None:
+        retry = self.config.retry
+        if task.cancelled:
+            self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
+        elif recomputable and retry.on_failure == "recompute" and task.attempts < retry.max_attempts:
+            self._retry(task, now)
+        else:
+            self._release(task)
+            self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
+
+    def _retry(self, task: _Task, now: int) -> None:
+        """Run it again from its prompt; what an executor may still hold for it is given up."""
+        if task.state is State.CONTEXT_DONE:
+            task.state = advance(task.state, Cause.ROUTE_GENERATION)
+        self._release(task)
+        task.state = advance(task.state, Cause.RETRY)
+        task.forget_attempt()
+        self._start(task, now)
+
+    def _cancel(self, request_id: int, now: int) -> None:
+        """Give a request up. Where an executor works on it, the end comes with that executor's answer."""
+        task = self.tasks.get(request_id)
+        if task is None:
+            return
+        if self._release(task):
+            task.cancelled = True
+        else:
+            self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
+
+    def _release(self, task: _Task) -> bool:
+        """Tell executors that hold anything for this task to let go; whether one of them still owes an answer."""
+        owed = False
+        visits = ((task.generation_id, task.generation_executor), (task.context_id, task.context_executor))
+        for request_id, executor in visits:
+            if request_id is None or executor is None:
+                continue
+            if request_id in self._visits:
+                owed = True
+            elif request_id == task.generation_id or task.params is None:
+                continue
+            if executor in self._by_executor and not self.fleet.is_gone(executor):
+                self._out.append(Send(executor, Cancel(request_id)))
+        return owed
+
+    def _peer_down(self, executor: int, now: int) -> None:
+        self.fleet.lost(executor)
+        self._fleet_changed = True
+        for request_id in list(self._by_executor[executor]):
+            known = self._visits.pop(request_id, None)
+            if known is None:
+                continue
+            task, stage, _ = known
+            self.fleet.answered(executor)
+            router = self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
+            router.on_finished(task.shown, stage, executor, False, self.fleet.at(now))
+            self._failed(task, f"executor {executor} is gone", True, now)
+        self._by_executor[executor].clear()
+        for task in list(self._waiting_for_generation.values()):
+            if task.context_executor == executor:
+                self._failed(task, f"executor {executor}, which held the KV, is gone", True, now)
+
+    def _fire(self, what: str, subject: int, now: int) -> None:
+        if what == "held":
+            self._fleet_changed = True  # a Hold's `until` has come: ask again at the end of this instant
+        elif what == "allotted":
+            task = self.tasks.get(subject)
+            if task is not None:
+                limit = (task.request.allotted_time or 0) // 10**9
+                self._abandon(task, f"the allotted {limit} ms ran out", now)
+        elif what == "renew":
+            self._renew(now)
+
+    def _abandon(self, task: _Task, error: str, now: int) -> None:
+        """Fail a task at once, without waiting for the answers of executors that work on it."""
+        self._release(task)
+        for request_id in (task.context_id, task.generation_id):
+            known = self._visits.pop(request_id, None) if request_id is not None else None
+            if known is not None and request_id is not None:
+                del self._by_executor[known[2]][request_id]
+                self.fleet.answered(known[2])
+        self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
+
+    def _renew(self, now: int) -> None:
+        """While no generation executor is bound, the lease of the held KV is ours to renew."""
+        self._renewal_armed = False
+        held: dict[int, list[int]] = {}
+        for task in self._waiting_for_generation.values():
+            if task.context_executor is not None and task.context_id is not None:
+                held.setdefault(task.context_executor, []).append(task.context_id)
+        for executor, ids in held.items():
+            self._out.append(Send(executor, LeaseRenewed(tuple(ids))))
+        if held:
+            self._arm_renewal(now)
+
+    def _arm_renewal(self, now: int) -> None:
+        if not self._renewal_armed:
+            self._renewal_armed = True
+            self._timers.set(now + self._lease // 3, "renew")
+
+    # ---- routing ----------------------------------------------------------------------------------------------------
+
+    def _start(self, task: _Task, now: int) -> None:
+        """Admit the request if it is not yet, and route its context phase."""
+        fleet = self.fleet.at(now)
+        if not task.admitted:
+            admission = self._admission.admit(task.shown, fleet)
+            if not isinstance(admission, Admit):
+                self._decided(task, "admission", admission, None, now)
+                if isinstance(admission, Hold):
+                    self._hold(task, Stage.CONTEXT, admission.until)
+                else:
+                    self._end(task, Cause.FAIL, FinishReason.REJECTED, admission.reason, now)
+                return
+            task.admitted = True
+        pool = fleet.context if fleet.context.num_healthy else fleet.mixed
+        if not pool.num_healthy:
+            self._end(task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its context phase", now)
+            return
+        answer = self._routers[Stage.CONTEXT].route_context(task.shown, fleet)
+        self._decided(task, "context", answer, pool, now)
+        match answer:
+            case Route(context=context, generation=generation) if context is not None:
+                executor = self._checked(context, (Role.CONTEXT, Role.MIXED), answer)
+                if generation is not None:
+                    task.generation_executor = self._checked(generation, (Role.GENERATION, Role.MIXED), answer)
+                elif self.config.generation_binding == "at_arrival":
+                    self._bind_early(task, now)
+                self._dispatch(task, Stage.CONTEXT, executor, now)
+            case RouteMixed(executor=mixed):
+                self._dispatch(task, Stage.MIXED, self._checked(mixed, (Role.MIXED,), answer), now)
+            case Hold(until=until):
+                self._hold(task, Stage.CONTEXT, until)
+            case Reject(reason=reason):
+                self._end(task, Cause.FAIL, FinishReason.REJECTED, reason, now)
+            case _:
+                raise PolicyError(f"a context phase cannot be routed by {answer!r}")
+
+    def _bind_early(self, task: _Task, now: int) -> None:
+        fleet = self.fleet.at(now)
+        pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
+        if not pool.num_healthy:
+            return
+        answer = self._routers[Stage.GENERATION].route_generation(task.shown, fleet)
+        self._decided(task, "generation", answer, pool, now)
+        if isinstance(answer, Route) and answer.generation is not None:
+            task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
+
+    def _route_generation(self, task: _Task, now: int) -> None:
+        fleet = self.fleet.at(now)
+        pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
+        if not pool.num_healthy:
+            self._release(task)
+            self._end(
+                task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its generation phase", now
+            )
+            return
+        shown = replace(task.shown, context_phase_params=task.params)
+        answer = self._routers[Stage.GENERATION].route_generation(shown, fleet)
+        self._decided(task, "generation", answer, pool, now)
+        match answer:
+            case Route(generation=generation) if generation is not None:
+                executor = self._checked(generation, (Role.GENERATION, Role.MIXED), answer)
+                self._dispatch(task, Stage.GENERATION, executor, now)
+            case Hold(until=until):
+                self._hold(task, Stage.GENERATION, until)
+                self._waiting_for_generation[task.request.id] = task
+                self._arm_renewal(now)
+            case Reject(reason=reason):
+                self._release(task)
+                self._end(task, Cause.FAIL, FinishReason.REJECTED, reason, now)
+            case _:
+                raise PolicyError(f"a generation phase cannot be routed by {answer!r}")
+
+    def _checked(self, executor: int, roles: tuple[Role, ...], answer: Routing) -> int:
+        """The executor a policy named, as a plain int; PolicyError if it cannot serve that phase."""
+        executor = int(executor)
+        role = self.fleet.roles.get(executor)
+        if role not in roles or not self.fleet.is_healthy(executor):
+            can = [e for e, r in self.fleet.roles.items() if r in roles and self.fleet.is_healthy(e)]
+            state = (
+                "unknown" if role is None else f"{role.value}, {'' if self.fleet.is_healthy(executor) else 'un'}healthy"
+            )
+            raise PolicyError(f"{answer!r} names executor {executor} ({state}); allowed here: {can}")
+        return executor
+
+    def _dispatch(self, task: _Task, stage: Stage, executor: int, now: int) -> None:
+        self._next_id += 1
+        request_id = self._next_id
+        request = task.request
+        if stage is Stage.GENERATION:
+            self._waiting_for_generation.pop(request.id, None)
+            task.state = advance(task.state, Cause.ROUTE_GENERATION)
+            task.generation_executor, task.generation_id = executor, request_id
+            sent = replace(
+                request,
+                id=request_id,
+                request_type=RequestType.GENERATION_ONLY,
+                context_phase_params=task.params,
+            )
+        else:
+            task.attempts += 1
+            task.state = advance(task.state, Cause.START)
+            task.context_executor, task.context_id = executor, request_id
+            kind = RequestType.CONTEXT_ONLY if stage is Stage.CONTEXT else RequestType.CONTEXT_AND_GENERATION
+            if stage is Stage.MIXED:
+                task.generation_executor = executor
+            sent = replace(request, id=request_id, request_type=kind)
+        self._visits[request_id] = (task, stage, executor)
+        self._by_executor[executor][request_id] = None
+        self.fleet.dispatched(executor, request.num_prompt_tokens)
+        self._out.append(Dispatched(request.id, executor, sent))
+        self._out.append(Send(executor, Enqueue(sent)))
+        router = self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
+        router.on_dispatched(task.shown, stage, executor, self.fleet.at(now))
+
+    def _hold(self, task: _Task, stage: Stage, until: int | None) -> None:
+        task.held_for = stage
+        heapq.heappush(self._held[stage], (task.order_key, task.serial, task))
+        self._num_held += 1
+        if until is not None:
+            self._timers.set(until, "held")
+
+    def _first_held(self, stage: Stage) -> _Task | None:
+        queue = self._held[stage]
+        while queue and (queue[0][2].held_for is not stage):  # ended meanwhile
+            heapq.heappop(queue)
+            self._num_held -= 1
+        return queue[0][2] if queue else None
+
+    def _try_held(self, now: int) -> None:
+        """Ask again for held requests, generation phases first (their KV fills an executor), each queue in its order.
+
+        A queue stops at the first that must wait on: whoever is behind it came later.
+        """
+        for stage in (Stage.GENERATION, Stage.CONTEXT):
+            while (task := self._first_held(stage)) is not None:
+                heapq.heappop(self._held[stage])
+                self._num_held -= 1
+                task.held_for = None
+                if stage is Stage.GENERATION:
+                    self._route_generation(task, now)
+                else:
+                    self._start(task, now)
+                if task.held_for is stage:
+                    break
+
+    # ---- records ----------------------------------------------------------------------------------------------------
+
+    def _decided(self, task: _Task, stage: str, answer: Any, pool: ExecutorPool | None, now: int) -> None:
+        executor: int | None = None
+        generation: int | None = None
+        if isinstance(answer, Route):
+            executor = answer.context if stage == "context" else answer.generation
+            generation = answer.generation if stage == "context" else None
+        elif isinstance(answer, RouteMixed):
+            executor = answer.executor
+        reason = answer.reason if isinstance(answer, Reject) else None
+        versions: tuple[int, ...] = ()
+        age = None
+        if pool is not None and len(pool):
+            if pool.vectorised:
+                age = now - int(np.min(pool.received_at))
+            else:
+                versions = tuple(pool.num_reports)
+                age = now - min(pool.received_at)
+        self._out.append(
+            Record(
+                DecisionRow(
+                    task.request.id,
+                    stage,
+                    _ANSWERS.get(type(answer), "?"),
+                    None if executor is None else int(executor),
+                    None if generation is None else int(generation),
+                    reason,
+                    now,
+                    versions,
+                    age,
+                )
+            )
+        )
+
+    def _end(
+        self,
+        task: _Task,
+        cause: Cause,
+        reason: FinishReason,
+        error: str | None,
+        now: int,
+        executor: int | None = None,
+        executor_request: int | None = None,
+    ) -> None:
+        request = task.request
+        task.state = advance(task.state, cause)
+        task.held_for = None
+        del self.tasks[request.id]
+        self._waiting_for_generation.pop(request.id, None)
+        self._out.append(Deliver(request.id, reason, task.num_tokens, executor, executor_request, error))
+        self._out.append(
+            Record(
+                RequestRow(
+                    request.id,
+                    "",
+                    request.traffic_class,
+                    request.session,
+                    request.num_prompt_tokens,
+                    request.max_tokens,
+                    task.num_tokens,
+                    reason.value,
+                    error,
+                    task.attempts,
+                    task.context_executor,
+                    task.generation_executor,
+                    request.arrival,
+                    task.dispatch_at,
+                    task.context_start,
+                    task.first_token_at,
+                    task.transfer_start,
+                    task.kv_usable,
+                    now,
+                )
+            )
+        )
+
+
+_ANSWERS: Final[dict[type, str]] = {Route: "route", RouteMixed: "mixed", Hold: "hold", Reject: "reject"}
