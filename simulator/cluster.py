@@ -1,0 +1,233 @@
+"""A simulated cluster on SimPy's clock: one orchestrator, its executors, the links between them, and their messages.
+
+`env.now` is integer picoseconds. Anything of a user's - a client, a fault, an autoscaler - is an ordinary SimPy process on
+`cluster.env` that sleeps with `cluster.sleep(seconds)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import simpy
+
+from ..core.commands import ORCHESTRATOR, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
+from ..core.config import OrchestratorConfig
+from ..core.event_log import LoggedCore, LogHeader
+from ..core.events import Arrive, Cancel, KvReceived, PeerDown, Wake
+from ..core.executor import ExecutorCore
+from ..core.orchestrator import OrchestratorCore
+from ..policies.vocabulary import PS_PER_S, Request
+from .calls import MESSAGE, POLL, call_at
+from .executor import SimulatedExecutor, served
+from .link import Link
+from .timing import Timing
+
+_WAKE = Wake()
+
+
+class FloatDelayError(TypeError):
+    """A process slept for a float of SimPy time; the clock counts whole picoseconds."""
+
+
+class _Environment(simpy.Environment):
+    """SimPy's environment on integer time: a delay that is not a whole number is refused where it is made."""
+
+    def schedule(self, event: simpy.Event, priority: Any = simpy.events.NORMAL, delay: Any = 0) -> None:
+        if type(delay) is not int:
+            raise FloatDelayError(f"a delay of {delay!r} picoseconds: use cluster.sleep(seconds), the clock is integer")
+        super().schedule(event, priority, delay)
+
+
+class SimulatedCluster:
+    """`records` is given every finished row; `delivered` every Deliver to a user; `log_sink(core id)` gives the sink of
+    that core's event log, or None for no log. `true_lengths` maps a user's request id to its hidden output length.
+    """
+
+    def __init__(
+        self,
+        config: OrchestratorConfig,
+        timing: Timing,
+        *,
+        kv_bytes_per_token: int,
+        link_bytes_per_s: float | Callable[[int, int], float],
+        link_latency: int = 0,
+        steps_per_grant: int = 1,
+        pipeline_depth: int = 1,
+        records: Callable[[Any], None] | None = None,
+        delivered: Callable[[Deliver], None] | None = None,
+        log_sink: Callable[[int], Callable[[bytes], object] | None] | None = None,
+        env: simpy.Environment | None = None,
+    ) -> None:
+        self.env = env if env is not None else _Environment(initial_time=0)
+        self.config = config
+        self.timing = timing
+        self.record = records if records is not None else _ignore
+        self.num_events = 0
+        self._delivered = delivered
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._link_rate = link_bytes_per_s
+        self._link_latency = link_latency
+        self._links: dict[tuple[int, int], Link] = {}
+        self._hidden: dict[int, int] = {}  # user's request id: true output length
+        self._lengths: dict[int, int] = {}  # executor-level id: true output length
+        self._visits: dict[int, list[int]] = {}  # user's request id: executor-level ids
+        self._polling = False
+        self._wake_version = 0
+        self._ended: dict[int, list[Callable[[Deliver], None]]] = {}
+        self.is_drained = False
+        sink = log_sink(ORCHESTRATOR) if log_sink is not None else None
+        core: Any = OrchestratorCore(config)
+        self.core = core if sink is None else LoggedCore(core, LogHeader(1, orchestrator=config), sink)
+        self.executors: dict[int, SimulatedExecutor] = {}
+        for executor in config.executors:
+            sink = log_sink(executor.id) if log_sink is not None else None
+            core = ExecutorCore(executor, config.policy_root)
+            if sink is not None:
+                core = LoggedCore(core, LogHeader(1, executor=executor, policy_root=config.policy_root), sink)
+            self.executors[executor.id] = SimulatedExecutor(executor, core, self, steps_per_grant, pipeline_depth)
+
+    # ---- for users --------------------------------------------------------------------------------------------------
+
+    @property
+    def now_s(self) -> float:
+        return float(self.env.now) / PS_PER_S
+
+    def sleep(self, seconds: float) -> simpy.Event:
+        """An event that fires after `seconds`, rounded to whole picoseconds."""
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"cannot sleep for {seconds} s")
+        return self.env.timeout(round(seconds * PS_PER_S))
+
+    def submit(self, request: Request, num_output_tokens: int) -> None:
+        """A user sends `request` now. The world will end it after `num_output_tokens`; no core is told."""
+        self._hidden[request.id] = num_output_tokens
+        self._give(Arrive(request))
+
+    def submit_at(self, at: int, request: Request, num_output_tokens: int) -> None:
+        """Send `request` at the instant `at` (picoseconds)."""
+        call_at(self.env, at, MESSAGE, lambda item: self.submit(*item), (request, num_output_tokens))
+
+    def finished(self, request_id: int) -> simpy.Event:
+        """An event that fires when the request has ended; its value is the Deliver. For use in SimPy processes."""
+        event = self.env.event()
+        self._ended.setdefault(request_id, []).append(event.succeed)
+        return event
+
+    def cancel(self, request_id: int) -> None:
+        self._give(Cancel(request_id))
+
+    def kill(self, executor: int, notice_after: int = PS_PER_S) -> None:
+        """The executor dies now; the others are told `notice_after` picoseconds later."""
+        self.executors[executor].kill()
+        for peer in (ORCHESTRATOR, *self.executors):
+            if peer != executor:
+                call_at(self.env, self.env.now + notice_after, MESSAGE + executor, self._tell, (peer, PeerDown(executor)))
+
+    def run(self, until_s: float | None = None) -> None:
+        """Run until nothing is left to happen, or until `until_s`."""
+        self.env.run(until=None if until_s is None else round(until_s * PS_PER_S))
+
+    # ---- the world of the orchestrator's core -----------------------------------------------------------------------
+
+    def _give(self, event: Any) -> None:
+        now = self.env.now
+        self._obey(self.core.handle(event, now, True))
+        if self._polling:
+            return
+        if self.env.peek() == now:
+            self._polling = True
+            call_at(self.env, now, POLL, self._poll, None)
+        else:
+            self._obey(self.core.handle(None, now))
+
+    def _poll(self, _: None) -> None:
+        self._polling = False
+        self._obey(self.core.handle(None, self.env.now))
+
+    def _obey(self, commands: list[Any]) -> None:
+        for command in commands:
+            match command:
+                case Dispatched():
+                    executor_request = command.executor_request.id
+                    self._lengths[executor_request] = self._hidden[command.request_id]
+                    self._visits.setdefault(command.request_id, []).append(executor_request)
+                case Send():
+                    self.send(ORCHESTRATOR, command.to, command.message)
+                case Record():
+                    self.record(command.row)
+                case Deliver():
+                    self._deliver(command)
+                case WakeAt():
+                    self._wake_version += 1
+                    if command.at is not None:
+                        at = max(self.timing.wake(ORCHESTRATOR, command.at), self.env.now + 1)
+                        call_at(self.env, at, MESSAGE, self._wake, self._wake_version)
+                case Drained():
+                    self.is_drained = True
+
+    def _wake(self, version: int) -> None:
+        if version == self._wake_version:
+            self._give(_WAKE)
+
+    def _deliver(self, deliver: Deliver) -> None:
+        if self._delivered is not None:
+            self._delivered(deliver)
+        if deliver.finish_reason is not None:
+            for call in self._ended.pop(deliver.request_id, ()):
+                call(deliver)
+            self._hidden.pop(deliver.request_id, None)
+
+    # ---- the world between cores ------------------------------------------------------------------------------------
+
+    def executor(self, executor: int) -> SimulatedExecutor:
+        return self.executors[executor]
+
+    def true_length(self, executor_request: int) -> int:
+        return self._lengths[executor_request]
+
+    def send(self, sender: int, to: int, message: Any) -> None:
+        at = self.timing.message_arrives(sender, to, self.env.now)
+        call_at(self.env, at, MESSAGE + sender, self._tell, (to, message))
+
+    def _tell(self, item: tuple[int, Any]) -> None:
+        to, message = item
+        if to == ORCHESTRATOR:
+            self._give(message)
+        else:
+            self.executors[to].give(message)
+
+    def serve_kv(self, source: int, command: ServeKv) -> None:
+        if not command.ok:
+            self.send(source, command.reader, KvReceived(command.reader_id, False, command.error))
+            return
+        num_bytes = command.num_tokens * self._kv_bytes_per_token
+        self.link(source, command.reader).transfer(num_bytes, self._served, (source, command))
+
+    def _served(self, item: tuple[int, ServeKv]) -> None:
+        source, command = item
+        served(self, source, command)
+
+    def link(self, source: int, reader: int) -> Link:
+        """The link in this direction, made when it is first used."""
+        link = self._links.get((source, reader))
+        if link is None:
+            rate = self._link_rate(source, reader) if callable(self._link_rate) else self._link_rate
+            link = self._links[source, reader] = Link(self.env, rate, self._link_latency, source)
+        return link
+
+    def drained(self, executor: int) -> None:
+        """An executor has nothing left after its shutdown."""
+
+
+def _ignore(row: Any) -> None:
+    pass
+
+
+def total_events(env: simpy.Environment) -> int:
+    """Events scheduled so far: the simulator's unit of work."""
+    return next(env._eid)  # type: ignore[no-any-return]
+
+
+Lengths = Mapping[int, int]
