@@ -112,6 +112,8 @@ class ScoringPolicy(SelectingPolicy):
         chosen = -1
         for row in pool.healthy_rows:
             score = self.score(request, row)
+            if score != score:
+                raise self._not_a_number(row.executor_id)
             # among equals the first at or after `turn`, else the first of all
             if chosen < 0 or score < best or (score == best and chosen < turn <= row.index):
                 best, chosen = score, row.index
@@ -119,11 +121,21 @@ class ScoringPolicy(SelectingPolicy):
 
     def _least_vectorised(self, request: Request, pool: ExecutorPool, turn: int) -> int:
         scores = np.asarray(self.score(request, pool))
+        if not scores.ndim:  # it read no column: one number for all
+            scores = np.full(len(pool), scores)
         if pool.num_unhealthy:
-            scores = np.where(pool.healthy, scores, np.inf)
-        equals = np.flatnonzero(scores == scores.min())
+            candidates = np.flatnonzero(pool.healthy)
+            scores = scores[candidates]
+            equals = candidates[scores == scores.min()]
+        else:
+            equals = np.flatnonzero(scores == scores.min())
+        if not len(equals):  # the minimum of anything and NaN is NaN, which equals nothing
+            raise self._not_a_number(pool.executor_id[pool.healthy == 1][np.isnan(scores)][0])
         later = int(np.searchsorted(equals, turn))
         return int(equals[later if later < len(equals) else 0])
+
+    def _not_a_number(self, executor: int) -> PolicyError:
+        return PolicyError(f"{type(self).__name__}: the score of executor {executor} is not a number")
 
 
 class AdmissionPolicy:

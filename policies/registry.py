@@ -54,16 +54,15 @@ def register(name: str, *, kind: str, source: str) -> Callable[[C], C]:
 
 
 def available() -> list[PolicyInfo]:
-    """Every policy that can be named in an experiment file, by kind and name."""
-    for module in _BUILT_IN:
-        importlib.import_module(f".{module}", __package__)
+    """Every policy that can be named in an experiment file, by kind and name.
+
+    A built-in name wins over an entry point's. PolicyError names an entry point that cannot be loaded.
+    """
+    _import_built_in()
     found = dict(_registry)
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        policy = entry.load()
-        kind = _kind_of(policy)
-        summary = (policy.__doc__ or "").strip().split("\n")[0]
-        source = f"package {entry.dist.name}" if entry.dist else "an installed package"
-        found.setdefault((kind, entry.name), PolicyInfo(entry.name, kind, source, summary, policy))
+        info = _load_entry_point(entry)
+        found.setdefault((info.kind, info.name), info)
     return [found[key] for key in sorted(found)]
 
 
@@ -71,8 +70,13 @@ def load(name: str, kind: str, root: str = ".") -> type:
     """The policy class called `name`; a relative file path starts at `root`. PolicyError says what there is instead."""
     if ".py:" in name:
         return _load_file(name, kind, root)
-    for info in available():
-        if info.name == name and info.kind == kind:
+    _import_built_in()
+    known = _registry.get((kind, name))  # before the entry points: to look through those takes milliseconds
+    if known is not None:
+        return known.policy
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        info = _load_entry_point(entry)
+        if info.kind == kind:
             return info.policy
     names = [info.name for info in available() if info.kind == kind]
     guess = difflib.get_close_matches(name, names, 1)
@@ -93,6 +97,23 @@ def create(name: str, kind: str, params: dict[str, Any], *, seed: str, root: str
             f"{kind} policy {name!r}: {error}. It takes: {', '.join(allowed) or 'no parameters'}"
         ) from None
     return policy(rng=Random(seed), **params)
+
+
+def _import_built_in() -> None:
+    for module in _BUILT_IN:
+        importlib.import_module(f".{module}", __package__)
+
+
+def _load_entry_point(entry: metadata.EntryPoint) -> PolicyInfo:
+    source = f"package {entry.dist.name}" if entry.dist else "an installed package"
+    try:
+        policy = entry.load()
+    except Exception as error:
+        raise PolicyError(
+            f"policy {entry.name!r} of {source}: {entry.value} could not be imported: {type(error).__name__}: {error}"
+        ) from error
+    summary = (getattr(policy, "__doc__", None) or "").strip().split("\n")[0]
+    return PolicyInfo(entry.name, _kind_of(policy), source, summary, policy)
 
 
 def _load_file(name: str, kind: str, root: str) -> type:
@@ -122,8 +143,8 @@ def _load_file(name: str, kind: str, root: str) -> type:
     return policy
 
 
-def _kind_of(policy: type) -> str:
+def _kind_of(policy: Any) -> str:
     for kind, base in KINDS.items():
-        if issubclass(policy, base):
+        if isinstance(policy, type) and issubclass(policy, base):
             return kind
     raise PolicyError(f"{policy!r} derives from none of {', '.join(base.__name__ for base in KINDS.values())}")

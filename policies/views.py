@@ -38,16 +38,41 @@ COLUMNS: Final[dict[str, str]] = {
     "tokens_per_block": "KV tokens in a block",
     "max_batch_size": "requests in one step",
     "max_num_tokens": "tokens in one step",
-    "tensor_parallel_size": "",
-    "pipeline_parallel_size": "",
+    "tensor_parallel_size": "devices that share each layer",
+    "pipeline_parallel_size": "stages of layers, one after the other",
     "step_time_ps": "picoseconds a step of its last finished batch, 0 before any",
     "received_at": "instant at which its last report was received, the start of the run before any",
     "num_reports": "reports received from it",
+    "device_weight": "how fast its device is beside the others, as configured",
 }
 
 
+class Column(Sequence[Any]):
+    """A list that its owner changes and a policy only reads."""
+
+    __slots__ = ("_cells",)
+
+    def __init__(self, cells: list[Any]) -> None:
+        self._cells = cells
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._cells[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._cells)
+
+    def __repr__(self) -> str:
+        return repr(self._cells)
+
+
 class ExecutorPool:
-    """The executors that serve one role, in order of id: one sequence per name in `COLUMNS`, plus `device_weight`."""
+    """The executors that serve one role, in order of id: one read-only sequence per name in `COLUMNS`.
+
+    Each is of shape (len(pool),): an int64 array where `vectorised`, else a list; `device_weight` is of floats.
+    """
 
     executor_id: Any
     healthy: Any
@@ -82,16 +107,16 @@ class ExecutorPool:
         self._cells: dict[str, Any] = {}
         n = len(executor_ids)
         for name in COLUMNS:
-            cells: Any = np.zeros(n, dtype=np.int64) if self.vectorised else [0] * n
+            kind, fill = (np.float64, 1.0) if name == "device_weight" else (np.int64, 0)
+            cells: Any = np.full(n, fill, dtype=kind) if self.vectorised else [fill] * n
             self._cells[name] = cells
-            shown = cells
+            shown: Any
             if self.vectorised:
                 shown = cells.view()
                 shown.flags.writeable = False
+            else:
+                shown = Column(cells)
             setattr(self, name, shown)
-        weights: Any = np.ones(n) if self.vectorised else [1.0] * n
-        self._cells["device_weight"] = weights
-        self.device_weight = weights
         for i, executor in enumerate(executor_ids):
             self._cells["executor_id"][i] = executor
             self._cells["healthy"][i] = 1

@@ -8,41 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import simpy
 
 from ..core.commands import ORCHESTRATOR, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
 from ..core.config import OrchestratorConfig
 from ..core.event_log import LoggedCore, LogHeader
-from ..core.events import Arrive, Cancel, KvReceived, PeerDown, Wake
+from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, Wake
 from ..core.executor import ExecutorCore
 from ..core.orchestrator import OrchestratorCore
 from ..policies.vocabulary import PS_PER_S, Request
-from .calls import MESSAGE, POLL, call_at
-from .executor import SimulatedExecutor, served
+from .calls import MESSAGE, POLL, Environment, call_at
+from .executor import SimulatedExecutor
 from .link import Link
 from .timing import Timing
 
 _WAKE = Wake()
-
-
-class FloatDelayError(TypeError):
-    """A process slept for a float of SimPy time; the clock counts whole picoseconds."""
-
-
-class _Environment(simpy.Environment):
-    """SimPy's environment on integer time: a delay that is not a whole number is refused where it is made."""
-
-    def schedule(self, event: simpy.Event, priority: Any = simpy.events.NORMAL, delay: Any = 0) -> None:
-        if type(delay) is not int:
-            raise FloatDelayError(f"a delay of {delay!r} picoseconds: use cluster.sleep(seconds), the clock is integer")
-        super().schedule(event, priority, delay)
+_ENDLESS: Final = 1 << 60  # the length of a sequence that nobody waits for any more
 
 
 class SimulatedCluster:
     """`records` is given every finished row; `delivered` every Deliver to a user; `log_sink(core id)` gives the sink of
-    that core's event log, or None for no log. `true_lengths` maps a user's request id to its hidden output length.
+    that core's event log, or None for no log. `launch` holds (steps_per_grant, pipeline_depth) of executors that launch
+    more than one step ahead.
     """
 
     def __init__(
@@ -53,18 +42,15 @@ class SimulatedCluster:
         kv_bytes_per_token: int,
         link_bytes_per_s: float | Callable[[int, int], float],
         link_latency: int = 0,
-        steps_per_grant: int = 1,
-        pipeline_depth: int = 1,
+        launch: Mapping[int, tuple[int, int]] | None = None,
         records: Callable[[Any], None] | None = None,
         delivered: Callable[[Deliver], None] | None = None,
         log_sink: Callable[[int], Callable[[bytes], object] | None] | None = None,
-        env: simpy.Environment | None = None,
     ) -> None:
-        self.env = env if env is not None else _Environment(initial_time=0)
+        self.env = Environment()
         self.config = config
         self.timing = timing
         self.record = records if records is not None else _ignore
-        self.num_events = 0
         self._delivered = delivered
         self._kv_bytes_per_token = kv_bytes_per_token
         self._link_rate = link_bytes_per_s
@@ -72,10 +58,9 @@ class SimulatedCluster:
         self._links: dict[tuple[int, int], Link] = {}
         self._hidden: dict[int, int] = {}  # user's request id: true output length
         self._lengths: dict[int, int] = {}  # executor-level id: true output length
-        self._visits: dict[int, list[int]] = {}  # user's request id: executor-level ids
         self._polling = False
         self._wake_version = 0
-        self._ended: dict[int, list[Callable[[Deliver], None]]] = {}
+        self._ended: dict[int, list[Callable[[Deliver], object]]] = {}
         self.is_drained = False
         sink = log_sink(ORCHESTRATOR) if log_sink is not None else None
         core: Any = OrchestratorCore(config)
@@ -86,7 +71,8 @@ class SimulatedCluster:
             core = ExecutorCore(executor, config.policy_root)
             if sink is not None:
                 core = LoggedCore(core, LogHeader(1, executor=executor, policy_root=config.policy_root), sink)
-            self.executors[executor.id] = SimulatedExecutor(executor, core, self, steps_per_grant, pipeline_depth)
+            steps_per_grant, depth = (launch or {}).get(executor.id, (1, 1))
+            self.executors[executor.id] = SimulatedExecutor(executor, core, self, steps_per_grant, depth)
 
     # ---- for users --------------------------------------------------------------------------------------------------
 
@@ -112,7 +98,7 @@ class SimulatedCluster:
     def finished(self, request_id: int) -> simpy.Event:
         """An event that fires when the request has ended; its value is the Deliver. For use in SimPy processes."""
         event = self.env.event()
-        self._ended.setdefault(request_id, []).append(event.succeed)
+        self._ended.setdefault(request_id, []).append(lambda deliver: event.succeed(deliver))
         return event
 
     def cancel(self, request_id: int) -> None:
@@ -123,11 +109,17 @@ class SimulatedCluster:
         self.executors[executor].kill()
         for peer in (ORCHESTRATOR, *self.executors):
             if peer != executor:
-                call_at(self.env, self.env.now + notice_after, MESSAGE + executor, self._tell, (peer, PeerDown(executor)))
+                call_at(
+                    self.env, self.env.now + notice_after, MESSAGE + executor, self._tell, (peer, PeerDown(executor))
+                )
 
     def run(self, until_s: float | None = None) -> None:
         """Run until nothing is left to happen, or until `until_s`."""
         self.env.run(until=None if until_s is None else round(until_s * PS_PER_S))
+
+    def count_events(self) -> int:
+        """SimPy events scheduled so far: the simulator's unit of work."""
+        return self.env.num_scheduled
 
     # ---- the world of the orchestrator's core -----------------------------------------------------------------------
 
@@ -152,7 +144,6 @@ class SimulatedCluster:
                 case Dispatched():
                     executor_request = command.executor_request.id
                     self._lengths[executor_request] = self._hidden[command.request_id]
-                    self._visits.setdefault(command.request_id, []).append(executor_request)
                 case Send():
                     self.send(ORCHESTRATOR, command.to, command.message)
                 case Record():
@@ -162,8 +153,8 @@ class SimulatedCluster:
                 case WakeAt():
                     self._wake_version += 1
                     if command.at is not None:
-                        at = max(self.timing.wake(ORCHESTRATOR, command.at), self.env.now + 1)
-                        call_at(self.env, at, MESSAGE, self._wake, self._wake_version)
+                        at, place = self.timing.wake(ORCHESTRATOR, command.at, self.env.now)
+                        call_at(self.env, at, MESSAGE + place, self._wake, self._wake_version)
                 case Drained():
                     self.is_drained = True
 
@@ -185,29 +176,44 @@ class SimulatedCluster:
         return self.executors[executor]
 
     def true_length(self, executor_request: int) -> int:
-        return self._lengths[executor_request]
+        return self._lengths.get(executor_request, _ENDLESS)
+
+    def forget(self, executor_request: int) -> None:
+        """It has been answered."""
+        self._lengths.pop(executor_request, None)
 
     def send(self, sender: int, to: int, message: Any) -> None:
-        at = self.timing.message_arrives(sender, to, self.env.now)
-        call_at(self.env, at, MESSAGE + sender, self._tell, (to, message))
+        at, place = self.timing.message_arrives(sender, to, self.env.now)
+        call_at(self.env, at, MESSAGE + place, self._tell, (to, message))
+
+    def tell(self, core: int, event: Any) -> None:
+        """Give `event` to a core now, as if the world had seen it happen."""
+        if core == ORCHESTRATOR:
+            self._give(event)
+        else:
+            self.executors[core].give(event)
 
     def _tell(self, item: tuple[int, Any]) -> None:
-        to, message = item
-        if to == ORCHESTRATOR:
-            self._give(message)
-        else:
-            self.executors[to].give(message)
+        self.tell(*item)
 
     def serve_kv(self, source: int, command: ServeKv) -> None:
         if not command.ok:
             self.send(source, command.reader, KvReceived(command.reader_id, False, command.error))
             return
-        num_bytes = command.num_tokens * self._kv_bytes_per_token
-        self.link(source, command.reader).transfer(num_bytes, self._served, (source, command))
+        ends = self.timing.transfer_ends(source, command)
+        if ends is None:
+            num_bytes = command.num_tokens * self._kv_bytes_per_token
+            self.link(source, command.reader).transfer(num_bytes, self._served, (source, command))
+            return
+        events = (command.reader, KvReceived(command.reader_id, True)), (source, KvTaken(command.request_id))
+        for (at, place), item in zip(ends, events, strict=True):
+            call_at(self.env, at, MESSAGE + place, self._tell, item)
 
     def _served(self, item: tuple[int, ServeKv]) -> None:
+        """The end of a transfer: the reader has its KV and the source is rid of its pin, at one instant."""
         source, command = item
-        served(self, source, command)
+        self.tell(command.reader, KvReceived(command.reader_id, True))
+        self.tell(source, KvTaken(command.request_id))
 
     def link(self, source: int, reader: int) -> Link:
         """The link in this direction, made when it is first used."""
@@ -223,11 +229,3 @@ class SimulatedCluster:
 
 def _ignore(row: Any) -> None:
     pass
-
-
-def total_events(env: simpy.Environment) -> int:
-    """Events scheduled so far: the simulator's unit of work."""
-    return next(env._eid)  # type: ignore[no-any-return]
-
-
-Lengths = Mapping[int, int]

@@ -19,7 +19,7 @@ from ..core.commands import (
     WakeAt,
 )
 from ..core.config import ExecutorConfig
-from ..core.events import KvReceived, KvRequested, KvTaken, Stopped, StepsDone, Wake
+from ..core.events import KvRequested, Response, StepsDone, Stopped, Wake
 from ..core.grants import granted_through
 from ..policies.vocabulary import FinishReason
 from .calls import MESSAGE, POLL, STEP_END, call_at
@@ -88,6 +88,9 @@ class SimulatedExecutor:
                 case RunSteps():
                     self._start(command)
                 case Send():
+                    if isinstance(command.message, Response):
+                        self._generated.pop(command.message.request_id, None)
+                        self._cluster.forget(command.message.request_id)
                     self._cluster.send(self.id, command.to, command.message)
                 case Record():
                     self._cluster.record(command.row)
@@ -96,9 +99,10 @@ class SimulatedExecutor:
                 case WakeAt():
                     self._wake_version += 1
                     if command.at is not None:
-                        at = max(self._timing.wake(self.id, command.at), self._env.now + 1)
-                        call_at(self._env, at, MESSAGE + self.id, self._wake, self._wake_version)
+                        at, place = self._timing.wake(self.id, command.at, self._env.now)
+                        call_at(self._env, at, MESSAGE + place, self._wake, self._wake_version)
                 case ReceiveKv():
+                    self._generated[command.request_id] = 1  # its first token comes with the KV
                     request = KvRequested(command.source_id, self.id, command.request_id)
                     self._cluster.send(self.id, command.source, request)
                 case ServeKv():
@@ -120,7 +124,7 @@ class SimulatedExecutor:
             if joined_at is not None:
                 self._generated[request_id] = step - joined_at
         for joined in run.joined:
-            generated = self._generated.pop(joined.request_id, 1)  # 1: the first token came with the KV
+            generated = self._generated.pop(joined.request_id)
             self._joined_at[joined.request_id] = step - generated
             length = self._cluster.true_length(joined.request_id)
             heapq.heappush(self._true_ends, (step - generated + length, joined.request_id))
@@ -193,9 +197,3 @@ class SimulatedExecutor:
                 if generated >= self._cluster.true_length(chunk.request_id):
                     stopped.append(Stopped(chunk.request_id, 1, FinishReason.STOP))
         self.give(StepsDone(run.plan, run.epoch, self._end_step, tuple(stopped)))
-
-
-def served(cluster: SimulatedCluster, source: int, command: ServeKv) -> None:
-    """The end of a transfer: the reader has its KV and the source is rid of its pin, at one instant."""
-    cluster.executor(command.reader).give(KvReceived(command.reader_id, True))
-    cluster.executor(source).give(KvTaken(command.request_id))

@@ -11,16 +11,14 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-import simpy
-
 from ..core.cost import UNIT_BITS, UNITS_PER_S
-from .calls import MESSAGE, call_at
+from .calls import MESSAGE, Environment, call_at
 
 
 class Link:
     """`bytes_per_s` is the full rate, `latency` in picoseconds is added to each transfer and takes no bandwidth."""
 
-    def __init__(self, env: simpy.Environment, bytes_per_s: float, latency: int, rank: int) -> None:
+    def __init__(self, env: Environment, bytes_per_s: float, latency: int, rank: int) -> None:
         if bytes_per_s <= 0:
             raise ValueError(f"a link needs a positive rate, got {bytes_per_s} bytes/s")
         self._env = env
@@ -39,7 +37,13 @@ class Link:
     def transfer(self, num_bytes: int, done: Callable[[Any], None], argument: Any) -> None:
         """Call `done(argument)` when `num_bytes` have arrived."""
         self._serial += 1
-        call_at(self._env, self._env.now + self._latency, MESSAGE + self._rank, self._start, (num_bytes, self._serial, done, argument))
+        call_at(
+            self._env,
+            self._env.now + self._latency,
+            MESSAGE + self._rank,
+            self._start,
+            (num_bytes, self._serial, done, argument),
+        )
 
     def _start(self, item: tuple[int, int, Callable[[Any], None], Any]) -> None:
         num_bytes, serial, done, argument = item

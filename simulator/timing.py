@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Protocol
 
-from ..core.commands import RunSteps
+from ..core.commands import RunSteps, ServeKv
 from ..core.cost import UNIT_BITS, CostModel, StepFeatures, end_of_step, steps_by
 
 
@@ -29,10 +29,18 @@ class Timing(Protocol):
         """The least step k in (done, last] of the open epoch that ends at or after `at`, or `last`."""
         ...
 
-    def message_arrives(self, sender: int, receiver: int, now: int) -> int: ...
+    def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
+        """When the next message from `sender` arrives, and its place among the messages of that instant."""
+        ...
 
-    def wake(self, core: int, at: int) -> int:
-        """When a wake-up asked for `at` is given."""
+    def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
+        """When a wake-up asked for `at` is given, and its place among the messages of that instant."""
+        ...
+
+    def transfer_ends(self, source: int, command: ServeKv) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """When the reader has its KV and when the source is rid of its pin, each with its place among the messages of
+        that instant; None to let the links decide.
+        """
         ...
 
 
@@ -43,7 +51,9 @@ class ModelTiming:
     executors run: 1 + jitter * z, z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
     """
 
-    def __init__(self, costs: Mapping[int, CostModel], message_latency: int, jitter: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, costs: Mapping[int, CostModel], message_latency: int, jitter: float = 0.0, seed: int = 0
+    ) -> None:
         self._costs = costs
         self._latency = max(1, message_latency)
         self._jitter = jitter
@@ -69,8 +79,11 @@ class ModelTiming:
         model, features, start, factor = self._open[executor]
         return max(done + 1, steps_by(model, features, at - start, last, factor))
 
-    def message_arrives(self, sender: int, receiver: int, now: int) -> int:
-        return now + self._latency
+    def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
+        return now + self._latency, sender
 
-    def wake(self, core: int, at: int) -> int:
-        return at
+    def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
+        return max(at, now + 1), core
+
+    def transfer_ends(self, source: int, command: ServeKv) -> None:
+        return None

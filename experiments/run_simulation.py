@@ -1,0 +1,181 @@
+"""A run in the simulator: the experiment's cluster on virtual time, its load, and its rows into a run directory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any, Final
+
+from ..core.commands import ORCHESTRATOR, Deliver
+from ..core.config import ExecutorConfig
+from ..core.cost import CostModel, roofline
+from ..core.tables import RequestRow
+from ..policies.interfaces import PolicyError
+from ..policies.vocabulary import PS_PER_S, FinishReason, Request
+from ..simulator.calls import MESSAGE, call_at
+from ..simulator.cluster import SimulatedCluster
+from ..simulator.timing import ModelTiming
+from .cluster import cluster_of, device_of, placements_of, shape_of
+from .config import Experiment
+from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED
+from .load_source import LoadSource
+from .run_directory import RunDirectory
+from .run_point import Progress, RunOutcome, RunPoint
+from .workload import PlannedRequest, Workload
+
+_PROGRESS_EVERY: Final = 500
+EVENT_LOG_UP_TO: Final = 5_000  # requests; longer simulations keep an event log only when asked to
+
+
+def request_of(planned: PlannedRequest, config: Experiment) -> Request:
+    """What the orchestrator is told of a planned request: everything but its true output length."""
+    slo = config.slo
+    ttft = None if slo is None or slo.ttft_ms is None else round(slo.ttft_ms * 10**9)
+    tpot = None if slo is None or slo.tpot_ms is None else round(slo.tpot_ms * 10**9)
+    return Request(
+        planned.id,
+        planned.num_prompt_tokens,
+        planned.max_tokens,
+        arrival=planned.offset or 0,
+        priority=planned.priority,
+        input_token_ids=planned.input_token_ids,
+        ttft_objective=ttft,
+        tpot_objective=tpot,
+        session=planned.session,
+        traffic_class=planned.traffic_class,
+        block_hashes=planned.block_hashes,
+    )
+
+
+def log_name(core: int) -> str:
+    """The event log of one core is `events.<this>`."""
+    return "orchestrator.msgpack" if core == ORCHESTRATOR else f"executor-{core}.msgpack"
+
+
+class _Load:
+    """The users: sends what the load source says is due, and counts what comes back."""
+
+    def __init__(self, source: LoadSource, config: Experiment, progress: Progress) -> None:
+        self.source = source
+        self.planned: dict[int, PlannedRequest] = {}
+        self.num_failed = 0
+        self.num_unservable = 0
+        self._config = config
+        self._progress = progress
+        self._cluster: SimulatedCluster | None = None
+        self._sending_at = -1
+
+    def start(self, cluster: SimulatedCluster) -> None:
+        self._cluster = cluster
+        self._send(None)
+
+    def _send(self, _: None) -> None:
+        cluster = self._cluster
+        if cluster is None:
+            return
+        now = cluster.env.now
+        for planned in self.source.take(now):
+            self.planned[planned.id] = planned
+            cluster.submit(request_of(planned, self._config), planned.num_output_tokens)
+        following = self.source.next_send()
+        # a closed loop is asked again at each end; an open one needs one call per distinct instant
+        if following is not None and following > now and following != self._sending_at:
+            self._sending_at = following
+            call_at(cluster.env, following, MESSAGE, self._send, None)
+
+    def delivered(self, deliver: Deliver) -> None:
+        if deliver.finish_reason is None:
+            return
+        self.source.ended()
+        if deliver.finish_reason in (FinishReason.ERROR, FinishReason.REJECTED):
+            self.num_failed += 1
+        if self.source.num_ended % _PROGRESS_EVERY == 0:
+            self._progress.update(self.source.num_ended, self.source.num_requests)
+        cluster = self._cluster
+        following = self.source.next_send()
+        if cluster is not None and following is not None and following <= cluster.env.now:
+            # the user sends its next request as soon as it has read this answer, after this instant's messages
+            call_at(cluster.env, cluster.env.now + 1, MESSAGE, self._send, None)
+
+
+def costs_of(config: Experiment) -> dict[int, CostModel]:
+    """The cost model of each executor, by id."""
+    shape, device = shape_of(config), device_of(config.cluster)
+    return {
+        placement.id: roofline(shape, device, placement.tensor_parallel_size, placement.pipeline_parallel_size)
+        for placement in placements_of(config)
+    }
+
+
+def link_rate(config: Experiment, executors: dict[int, ExecutorConfig]) -> Any:
+    """Bytes/s from one executor to another: their ranks' links side by side, or the throttle if it is slower."""
+    device = device_of(config.cluster)
+    transceiver = config.cluster.cache_transceiver
+    throttle = None if transceiver is None else transceiver.throttle_gb_per_s
+
+    def rate(source: int, reader: int) -> float:
+        ranks = min(executors[e].tensor_parallel_size * executors[e].pipeline_parallel_size for e in (source, reader))
+        full = device.link_bandwidth * device.link_efficiency * ranks
+        return full if throttle is None else min(full, throttle * 1e9)
+
+    return rate
+
+
+def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:
+    """Simulate one point of an experiment to its end."""
+    cluster_config = cluster_of(config)
+    device = device_of(config.cluster)
+    workload = Workload(config)
+    source = LoadSource(workload)
+    load = _Load(source, config, progress)
+
+    def record(row: Any) -> None:
+        if type(row) is RequestRow:
+            planned = load.planned.pop(row.request_id)
+            writer.write(row, phase=planned.phase, excluded=planned.excluded)
+        else:
+            writer.write(row)
+
+    placements = placements_of(config)
+    with ExitStack() as files:
+
+        def log_sink(core: int) -> Any:
+            if workload.num_requests > EVENT_LOG_UP_TO:
+                return None
+            return files.enter_context(writer.events_path(log_name(core)).open("wb")).write
+
+        cluster = SimulatedCluster(
+            cluster_config,
+            ModelTiming(costs_of(config), round(device.message_latency_s * PS_PER_S), seed=config.seed),
+            kv_bytes_per_token=shape_of(config).kv_bytes_per_token,
+            link_bytes_per_s=link_rate(config, {e.id: e for e in cluster_config.executors}),
+            link_latency=round(device.link_latency_s * PS_PER_S),
+            launch={p.id: (p.steps_per_grant, p.pipeline_depth) for p in placements},
+            records=record,
+            delivered=load.delivered,
+            log_sink=log_sink,
+        )
+        load.start(cluster)
+        try:
+            cluster.run()
+        except PolicyError as error:
+            return RunOutcome(
+                source.num_sent, exit_code=EXIT_RUN_FAILED, message=f"a policy broke its contract: {error}"
+            )
+    if not source.finished:
+        missing = source.num_sent - source.num_ended
+        return RunOutcome(
+            source.num_sent,
+            load.num_failed,
+            exit_code=EXIT_RUN_FAILED,
+            message=f"the simulation came to rest with {missing} requests unanswered: a policy holds them for ever",
+        )
+    none_served = load.num_failed == source.num_sent
+    return RunOutcome(
+        source.num_sent,
+        load.num_failed,
+        source.num_cut,
+        exit_code=EXIT_RESOURCES if none_served else 0,
+        message="no request could be served" if none_served else None,
+        device=f"{device.name} (specification)",
+        manifest={"simulated_s": cluster.now_s, "simulator_events": cluster.count_events()},
+    )
