@@ -1,0 +1,174 @@
+"""The `disagg` command. This module knows its commands and options; each does its work in a module loaded when called.
+
+Exit codes: 0 ok, 1 run failed, 2 configuration, 3 resources, 124 time-out, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT, ConfigError, ExperimentError
+
+app = typer.Typer(
+    name="disagg",
+    help="Routing and scheduling policies for disaggregated LLM serving, in simulation and on hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. workload.phases.profiling.rate=4."),
+]
+Format = Annotated[str, typer.Option("--format", help="text or json.")]
+Json = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
+
+
+def _wants_json(format: str, json: bool) -> bool:
+    if format not in ("text", "json"):
+        raise ConfigError(f"--format {format}: must be text or json")
+    return json or format == "json"
+
+
+@app.command()
+def run(
+    file: File,
+    backend: Annotated[str | None, typer.Option(help="simulation or hardware; default: what the file says.")] = None,
+    sets: Sets = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first repeat.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would run, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip runs that are finished.")] = False,
+) -> None:
+    """Run an experiment: every point of its sweep, every repeat, one after another."""
+    from .cli_run import run_file
+
+    code = run_file(
+        file,
+        overrides=sets or [],
+        backend=backend,
+        output=output,
+        seed=seed,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def validate(file: File, backend: Annotated[str | None, typer.Option()] = None, sets: Sets = None) -> None:
+    """Check an experiment file and list every problem by line and key."""
+    from .cli_files import validate_file
+
+    validate_file(file, sets or [], backend)
+
+
+@app.command()
+def expand(
+    file: File,
+    backend: Annotated[str | None, typer.Option()] = None,
+    sets: Sets = None,
+    format: Annotated[str, typer.Option("--format", help="yaml or json.")] = "yaml",
+    json: Json = False,
+) -> None:
+    """Print an experiment file with every default written out."""
+    from .cli_files import expand_file
+
+    if format not in ("yaml", "json"):
+        raise ConfigError(f"--format {format}: must be yaml or json")
+    expand_file(file, sets or [], backend, as_json=json or format == "json")
+
+
+@app.command()
+def schema(format: Format = "json", json: Json = False) -> None:
+    """Print the JSON Schema of the experiment file."""
+    from .cli_files import print_schema
+
+    _wants_json(format, json)
+    print_schema()
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str, typer.Argument(help="policies, profiles or models.", show_default=False)],
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """List what an experiment file can name."""
+    from .cli_files import list_names
+
+    list_names(what, as_json=_wants_json(format, json))
+
+
+@app.command()
+def init(
+    template: Annotated[str, typer.Option(help="Which template; `--template list` lists them.")] = "disaggregated",
+    output: Annotated[Path, typer.Option(help="File to write; - for the terminal.")] = Path("experiment.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+) -> None:
+    """Write a commented experiment file to start from."""
+    from .cli_files import init_file
+
+    init_file(template, output, overwrite=overwrite)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders, or folders of them.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Compare runs in one self-contained page, with its figures and tables beside it."""
+    from .cli_report import report_runs
+
+    report_runs(runs, output)
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Feed the event logs of a run to fresh cores and check that they give the same commands."""
+    from .cli_report import replay_run
+
+    replay_run(run_dir, as_json=_wants_json(format, json))
+
+
+def main() -> None:
+    """Entry point of the `disagg` command."""
+    try:
+        app()
+    except ExperimentError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except TimeoutError as error:
+        print(f"error: timed out: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_TIMEOUT) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE)
+        raise SystemExit(EXIT_RESOURCES if full else EXIT_CONFIGURATION) from None
+    except MemoryError:
+        print("error: out of memory", file=sys.stderr)
+        raise SystemExit(EXIT_RESOURCES) from None
+
+
+if __name__ == "__main__":
+    main()

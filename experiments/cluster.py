@@ -1,0 +1,263 @@
+"""From an experiment file to the cluster both worlds build: executors, their ranks and devices, their KV blocks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from ..core.config import (
+    ExecutorConfig,
+    OrchestratorConfig,
+    PolicySpec,
+    RetryConfig,
+    SchedulerConfig,
+)
+from ..core.devices import DEVICES, Device
+from ..core.kv_layout import KvLayout
+from ..core.model_shapes import PRESETS, ModelError, ModelShape, preset, shape_from_hf_config
+from ..policies.vocabulary import PS_PER_MS, PS_PER_S, Role
+from .config import Cluster, ExecutorKeys, Experiment, Instance, PolicyChoice
+from .errors import ConfigError, ResourceError, did_you_mean
+
+SPEC_PREFIX: Final = "spec:"
+TRANSFER_TIMEOUT_FLOOR: Final = 30 * PS_PER_S
+TRANSFER_TIMEOUT_FACTOR: Final = 4  # times the ideal time of the bytes
+_MOST_CONFIG_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one executor lives. `participant_ids` are ranks of the MPI world (the first leads), `device_ids` theirs."""
+
+    id: int  # as in ExecutorConfig: from 1
+    role: Role
+    participant_ids: tuple[int, ...]
+    device_ids: tuple[int, ...]
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    layers_per_stage: tuple[int, ...]
+    pipeline_depth: int
+    steps_per_grant: int
+    keys: ExecutorKeys  # the part of the file that made it
+    path: tuple[str | int, ...]  # where that part stands in the file
+
+
+# ---- the model and the device ---------------------------------------------------------------------------------------
+
+
+def shape_of(config: Experiment) -> ModelShape:
+    """The model's shape from a preset, a Hugging Face folder or a config.json. Raises ModelError."""
+    name = config.model.id
+    if name in PRESETS:
+        return preset(name, config.model.dtype)
+    path = config.root / name
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"unknown model '{name}'{did_you_mean(name, PRESETS)} (presets: {', '.join(sorted(PRESETS))};"
+            f" or a folder with a config.json: there is no {path})"
+        )
+    return _read_shape(path, name, config.model.dtype, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _read_shape(path: Path, name: str, dtype: str | None, mtime_ns: int) -> ModelShape:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_CONFIG_BYTES + 1)
+        if len(raw) > _MOST_CONFIG_BYTES:
+            raise ModelError(f"{path}: larger than {_MOST_CONFIG_BYTES} bytes")
+        values = json.loads(raw)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return shape_from_hf_config(values, Path(name).name, dtype)
+
+
+def device_of(cluster: Cluster) -> Device:
+    """The device specification that `profile` names. Raises ConfigError listing what there is."""
+    known = [f"{SPEC_PREFIX}{name}" for name in DEVICES]
+    if cluster.profile not in known:
+        raise ConfigError(
+            f"unknown profile '{cluster.profile}'{did_you_mean(cluster.profile, known)} (allowed: {', '.join(known)})"
+        )
+    return DEVICES[cluster.profile.removeprefix(SPEC_PREFIX)]
+
+
+# ---- executors ------------------------------------------------------------------------------------------------------
+
+
+def placements_of(config: Experiment) -> tuple[Placement, ...]:
+    """All executors in order of id: instances as listed; else context, generation and mixed servers, ranks from 1.
+
+    Raises ModelError for a parallelism that does not fit the model. Ranks that intersect are found by the checks.
+    """
+    shape = shape_of(config)
+    placements: list[Placement] = []
+    next_rank = 1
+    for role, keys, path in executor_groups(config.cluster):
+        tp, pp = keys.tensor_parallel_size, keys.pipeline_parallel_size
+        ranks = tuple(range(next_rank, next_rank + tp * pp))
+        devices: tuple[int, ...] | None = None
+        if isinstance(keys, Instance):
+            ranks = ranks if keys.participant_ids is None else tuple(keys.participant_ids)
+            devices = None if keys.device_ids is None else tuple(keys.device_ids)
+        next_rank = max((next_rank - 1, *ranks)) + 1
+        layout = KvLayout.of(shape, tp, pp, keys.layers_per_stage)
+        placements.append(
+            Placement(
+                id=len(placements) + 1,
+                role=role,
+                participant_ids=ranks,
+                device_ids=tuple(rank - 1 for rank in ranks) if devices is None else devices,
+                tensor_parallel_size=tp,
+                pipeline_parallel_size=pp,
+                layers_per_stage=layout.layers_per_stage,
+                pipeline_depth=keys.pipeline_depth or max(1, pp),
+                steps_per_grant=keys.steps_per_grant,
+                keys=keys,
+                path=path,
+            )
+        )
+    return tuple(placements)
+
+
+def executor_groups(cluster: Cluster) -> list[tuple[Role, ExecutorKeys, tuple[str | int, ...]]]:
+    """Role, keys and place in the file of each executor, one entry per executor."""
+    if cluster.instances is not None:
+        return [
+            (Role(keys.role), keys, ("cluster", "instances", number)) for number, keys in enumerate(cluster.instances)
+        ]
+    found: list[tuple[Role, ExecutorKeys, tuple[str | int, ...]]] = []
+    for role in (Role.CONTEXT, Role.GENERATION, Role.MIXED):
+        name = f"{role.value}_servers"
+        group = getattr(cluster, name)
+        if group is not None:
+            found += [(role, group, ("cluster", name))] * group.num_instances
+    return found
+
+
+def world_size(config: Experiment) -> int:
+    """Ranks of the MPI world in orchestrator mode: rank 0 and every executor's."""
+    return 1 + max(max(placement.participant_ids) for placement in placements_of(config))
+
+
+def num_blocks_of(keys: ExecutorKeys, shape: ModelShape, device: Device) -> int:
+    """KV blocks of one executor: given by `max_tokens`, else what its tightest rank can hold beside its weights.
+
+    A rank holds its share of the layers' weights, and of the embedding and the head, split by tp. Raises
+    ResourceError when the weights do not fit or not even one block does.
+    """
+    cache = keys.kv_cache
+    if cache.max_tokens is not None:
+        num_blocks = cache.max_tokens // cache.tokens_per_block
+        if num_blocks < 1:
+            raise ResourceError(f"max_tokens {cache.max_tokens} is less than one block of {cache.tokens_per_block}")
+        return num_blocks
+    tp, pp = keys.tensor_parallel_size, keys.pipeline_parallel_size
+    layout = KvLayout.of(shape, tp, pp, keys.layers_per_stage)
+    table_bytes = shape.vocab_size * shape.hidden_size * shape.dtype_bytes
+    fraction = cache.free_gpu_memory_fraction or 0.9
+    least: int | None = None
+    for stage, num_layers in enumerate(layout.layers_per_stage):
+        tables = int(stage == 0) + int(stage == pp - 1 and not (shape.tie_word_embeddings and pp == 1))
+        weights = (num_layers * shape.num_layer_parameters * shape.dtype_bytes + tables * table_bytes) // tp
+        free = device.memory_bytes - weights
+        if free <= 0:
+            raise ResourceError(
+                f"{shape.name} needs {weights / 1e9:.1f} GB of weights on each device of stage {stage} and {device.name}"
+                f" has {device.memory_bytes / 1e9:.1f} GB; raise tensor_parallel_size or pipeline_parallel_size"
+            )
+        block_bytes = layout.kv_bytes_per_token(stage * tp, shape.dtype_bytes) * cache.tokens_per_block
+        blocks = int(free * fraction) // block_bytes
+        least = blocks if least is None else min(least, blocks)
+    if not least:
+        raise ResourceError(f"no KV block of {cache.tokens_per_block} tokens fits beside the weights of {shape.name}")
+    return least
+
+
+# ---- what the core is made from -------------------------------------------------------------------------------------
+
+
+def cluster_of(config: Experiment) -> OrchestratorConfig:
+    """The cluster that both worlds build. Raises ConfigError, ResourceError or ModelError."""
+    shape = shape_of(config)
+    device = device_of(config.cluster)
+    cluster = config.cluster
+    transceiver = cluster.cache_transceiver
+    base, per_token = _transfer_timeout(config, shape, device)
+    executors = []
+    for placement in placements_of(config):
+        keys = placement.keys
+        executor = ExecutorConfig(
+            id=placement.id,
+            role=placement.role,
+            num_blocks=num_blocks_of(keys, shape, device),
+            tokens_per_block=keys.kv_cache.tokens_per_block,
+            scheduler=SchedulerConfig(
+                queue_order=spec_of(keys.scheduler.queue_order),
+                batching=spec_of(keys.scheduler.batching),
+                capacity=keys.scheduler.capacity,
+                max_batch_size=keys.scheduler.max_batch_size,
+                max_num_tokens=keys.scheduler.max_num_tokens,
+                chunked_context=keys.scheduler.chunked_context,
+            ),
+            tensor_parallel_size=placement.tensor_parallel_size,
+            pipeline_parallel_size=placement.pipeline_parallel_size,
+            device_weight=keys.device_weight,
+            domain=keys.domain,
+            lease=picoseconds(transceiver.lease_ms) if transceiver else 60 * PS_PER_S,
+            transfer_timeout_base=base,
+            transfer_timeout_per_token=per_token,
+            quarantine_max_blocks=transceiver.quarantine_max_blocks if transceiver else None,
+            report_interval=picoseconds(cluster.report_interval_ms),
+            report_on_batch_change=cluster.report_on_batch_change,
+            seed=config.seed,
+        )
+        executors.append(executor)
+    roles = {executor.role for executor in executors}
+    policy = config.policy
+    return OrchestratorConfig(
+        executors=tuple(executors),
+        context_router=_router(policy.context_router, Role.CONTEXT in roles),
+        generation_router=_router(policy.generation_router, Role.GENERATION in roles),
+        mixed_router=_router(policy.mixed_router, Role.MIXED in roles),
+        router=_router(policy.router, True),
+        admission=spec_of(policy.admission),
+        queue_order=spec_of(policy.queue_order),
+        generation_binding=transceiver.generation_binding if transceiver else "at_context_done",
+        retry=RetryConfig(on_failure=transceiver.on_failure if transceiver else "recompute"),
+        skip_context_phase=cluster.skip_context_phase,
+        seed=config.seed,
+        policy_root=str(config.root),
+    )
+
+
+def spec_of(choice: PolicyChoice) -> PolicySpec:
+    return PolicySpec(choice.name, choice.params)
+
+
+def picoseconds(milliseconds: float) -> int:
+    return round(milliseconds * PS_PER_MS)
+
+
+def _router(choice: PolicyChoice | None, wanted: bool) -> PolicySpec | None:
+    return spec_of(choice) if choice is not None and wanted else None
+
+
+def _transfer_timeout(config: Experiment, shape: ModelShape, device: Device) -> tuple[int, int]:
+    """(base, per token) in picoseconds: the time given, or 30 s + 4 × bytes over the link's rate."""
+    transceiver = config.cluster.cache_transceiver
+    if transceiver is not None and transceiver.kv_transfer_timeout_ms is not None:
+        return picoseconds(transceiver.kv_transfer_timeout_ms), 0
+    rate = device.link_bandwidth * device.link_efficiency
+    if transceiver is not None and transceiver.throttle_gb_per_s is not None:
+        rate = min(rate, transceiver.throttle_gb_per_s * 1e9)
+    return TRANSFER_TIMEOUT_FLOOR, round(TRANSFER_TIMEOUT_FACTOR * shape.kv_bytes_per_token / rate * PS_PER_S)

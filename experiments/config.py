@@ -1,0 +1,410 @@
+"""The experiment file: its keys, their types, units and defaults.
+
+One model per mapping of the file. What a single key may hold is said here; how keys must fit together (ranks, heads,
+memory, policies, traces) is checked in `config_checks.py`. Units are in the keys' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationInfo,
+    model_validator,
+)
+
+# MLPerf inference, p99 objectives in milliseconds: (ttft, tpot).
+SLO_PRESETS: Final[dict[str, tuple[float, float]]] = {
+    "llama2-70b": (2000.0, 200.0),
+    "llama2-70b-interactive": (450.0, 40.0),
+    "llama3.1-8b": (2000.0, 100.0),
+    "llama3.1-8b-interactive": (500.0, 30.0),
+    "llama3.1-405b": (6000.0, 175.0),
+    "deepseek-r1": (2000.0, 80.0),
+    "gpt-oss-120b": (3000.0, 80.0),
+}
+
+Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]*$")]
+Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Milliseconds = Annotated[float, Field(gt=0, le=1e9)]
+Rate = Annotated[float, Field(gt=0, le=1e9)]  # per second
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class Keys(BaseModel):
+    """Strict types, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remember_keys(cls, data: Any, info: ValidationInfo) -> Any:
+        # so that an unknown key can be answered with the keys of its own mapping
+        if isinstance(info.context, dict) and isinstance(data, dict):
+            info.context[id(data)] = list(cls.model_fields)
+        return data
+
+
+def _policy_from_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class PolicyChoice(BaseModel):
+    """A policy by name, or `path/to/file.py:Class` from the experiment file's folder, with its parameters inline."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    name: str = Field(min_length=1, max_length=1000)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+Policy = Annotated[PolicyChoice, BeforeValidator(_policy_from_name)]
+
+
+class Model(Keys):
+    id: str = Field(min_length=1, description="a preset, a Hugging Face folder, or a config.json")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = Field(None, description="default: the model's own")
+    weights: str = Field("random", min_length=1, description="`random`, or a folder with safetensors")
+    seed: Seed = Field(0, description="of random weights")
+
+
+class Scheduler(Keys):
+    queue_order: Policy = PolicyChoice(name="fcfs")
+    batching: Policy = PolicyChoice(name="chunked_prefill")
+    capacity: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+    max_batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = Field(64, description="requests in one step")
+    max_num_tokens: Count = Field(8192, description="tokens in one step; a decode counts one")
+    chunked_context: bool = Field(True, description="off: a prompt over max_num_tokens is refused at enqueue")
+
+
+class KvCache(Keys):
+    tokens_per_block: Annotated[int, Field(ge=1, le=8192)] = 32
+    max_tokens: Count | None = Field(None, description="KV tokens an executor holds; fixes the KV size")
+    free_gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="of the device memory left by the weights; 0.9 when max_tokens is not given"
+    )
+    enable_block_reuse: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("max_tokens") is None and data.get("free_gpu_memory_fraction") is None:
+            data["free_gpu_memory_fraction"] = 0.9
+        return data
+
+
+class ExecutorKeys(Keys):
+    """What the executors of a group, or one instance, may say."""
+
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=1024)] = 1
+    layers_per_stage: list[Count] | None = Field(None, description="layers of each pipeline stage; default: even")
+    scheduler: Scheduler = Field(default_factory=lambda: Scheduler.model_validate({}))
+    kv_cache: KvCache = Field(default_factory=lambda: KvCache.model_validate({}))
+    pipeline_depth: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="plans that may be outstanding; default: the pipeline_parallel_size, at least 1"
+    )
+    steps_per_grant: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
+        1, description="decode steps that a leader may grant its ranks at once"
+    )
+    device_weight: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="relative speed, shown to policies")
+    domain: str = Field("", max_length=200, description="topology domain, shown to policies")
+
+
+class ServerGroup(ExecutorKeys):
+    num_instances: Annotated[int, Field(ge=0, le=1 << 16)] = 1
+
+
+def _role(value: Any) -> Any:
+    return {"prefill": "context", "decode": "generation"}.get(value, value) if isinstance(value, str) else value
+
+
+class Instance(ExecutorKeys):
+    """One executor by itself. Ranks are those of the MPI world; rank 0 is the orchestrator's."""
+
+    role: Annotated[Literal["context", "generation", "mixed"], BeforeValidator(_role)]
+    participant_ids: list[Annotated[int, Field(ge=0, le=1 << 20)]] | None = Field(None, description="tp x pp MPI ranks")
+    device_ids: list[Annotated[int, Field(ge=0, le=1 << 20)]] | None = Field(None, description="one per rank")
+
+
+class CacheTransceiver(Keys):
+    backend: Literal["mpi", "cuda_ipc", "host"] | None = None
+    kv_transfer_timeout_ms: Milliseconds | None = Field(None, description="default: 30 s + 4 x bytes / link rate")
+    on_failure: Literal["recompute", "fail"] = "recompute"
+    generation_binding: Literal["at_arrival", "at_context_start", "at_context_done"] = "at_context_done"
+    lease_ms: Milliseconds = 60_000.0
+    quarantine_max_blocks: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    throttle_gb_per_s: Rate | None = Field(None, description="cap on the rate of one transfer, 1e9 bytes a second")
+
+
+class Cluster(Keys):
+    profile: str = Field("spec:h200", min_length=1, description="spec:… is a device specification")
+    context_servers: ServerGroup | None = None
+    generation_servers: ServerGroup | None = None
+    mixed_servers: ServerGroup | None = None
+    instances: Annotated[list[Instance], Field(min_length=1, max_length=1 << 16)] | None = None
+    report_interval_ms: Milliseconds = 10.0
+    report_on_batch_change: bool = True
+    cache_transceiver: CacheTransceiver | None = None
+    skip_context_phase: bool = Field(False, description="canned first token: measures the generation phase alone")
+
+
+class Policies(Keys):
+    context_router: Policy | None = None
+    generation_router: Policy | None = None
+    mixed_router: Policy | None = None
+    router: Policy | None = Field(None, description="one policy object for every stage, instead of the three above")
+    admission: Policy = PolicyChoice(name="accept_all")
+    queue_order: Policy = Field(PolicyChoice(name="fcfs"), description="of requests that are held")
+
+
+# ---- workload -------------------------------------------------------------------------------------------------------
+
+Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
+PositiveTokens = Annotated[float, Field(ge=1, le=1 << 24)]
+
+
+class FixedLength(Keys):
+    type: Literal["fixed"]
+    value: Tokens
+
+
+class NormalLength(Keys):
+    """Rounded and clamped to [min, max]."""
+
+    type: Literal["normal"]
+    mean: PositiveTokens
+    stddev: Annotated[float, Field(ge=0, le=1 << 24)] = 0.0
+    min: Tokens = 1
+    max: Tokens | None = None
+
+
+class LognormalLength(Keys):
+    """`mean` and `stddev` of the length itself, not of its logarithm, before clamping to [min, max]."""
+
+    type: Literal["lognormal"]
+    mean: PositiveTokens
+    stddev: Annotated[float, Field(gt=0, le=1 << 30)]
+    min: Tokens = 1
+    max: Tokens | None = None
+
+
+class UniformLength(Keys):
+    """Whole numbers from min to max, both included."""
+
+    type: Literal["uniform"]
+    min: Tokens
+    max: Tokens
+
+
+class ExponentialLength(Keys):
+    type: Literal["exponential"]
+    mean: PositiveTokens
+    min: Tokens = 1
+    max: Tokens | None = None
+
+
+class EmpiricalLength(Keys):
+    type: Literal["empirical"]
+    values: Annotated[list[Tokens], Field(min_length=1, max_length=1 << 20)]
+    weights: list[Annotated[float, Field(ge=0, le=1e12)]] | None = None
+
+
+LENGTH_TYPES: Final = ("fixed", "normal", "lognormal", "uniform", "exponential", "empirical")
+
+
+def _length(value: Any) -> Any:
+    """A whole number is a fixed length; the type may be left out where the keys tell it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"type": "fixed", "value": value}
+    if isinstance(value, dict) and "type" not in value:
+        if "values" in value:
+            value["type"] = "empirical"
+        elif "mean" in value:
+            value["type"] = "normal"
+        elif "min" in value or "max" in value:
+            value["type"] = "uniform"
+    return value
+
+
+Length = Annotated[
+    FixedLength | NormalLength | LognormalLength | UniformLength | ExponentialLength | EmpiricalLength,
+    Field(discriminator="type"),
+    BeforeValidator(_length),
+]
+
+
+class SyntheticDataset(Keys):
+    """Lengths drawn by seed. `osl` is the true output length, hidden from policies."""
+
+    type: Literal["synthetic"]
+    isl: Length
+    osl: Length
+
+
+class TraceDataset(Keys):
+    """A public trace: `path` from the experiment file's folder, else from $DISAGG_TRACES."""
+
+    type: Literal["azure", "mooncake"]
+    path: str = Field(min_length=1, max_length=4096)
+
+
+Dataset = Annotated[SyntheticDataset | TraceDataset, Field(discriminator="type")]
+
+
+class Quantile(Keys):
+    quantile: Annotated[float, Field(gt=0, le=1)]
+
+
+class PhaseKeys(Keys):
+    name: Name
+    requests: Annotated[int, Field(ge=1, le=10**9)]
+    exclude_from_results: bool = False
+    traffic_class: str = Field("", max_length=200)
+    priority: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class PoissonPhase(PhaseKeys):
+    type: Literal["poisson"]
+    rate: Rate
+
+
+class GammaPhase(PhaseKeys):
+    """Gaps of mean 1/rate and squared coefficient of variation 1/burstiness (1 = Poisson, less is burstier)."""
+
+    type: Literal["gamma"]
+    rate: Rate
+    burstiness: Annotated[float, Field(gt=0, le=1e6)]
+
+
+class ConstantPhase(PhaseKeys):
+    type: Literal["constant"]
+    rate: Rate
+
+
+class ConcurrencyPhase(PhaseKeys):
+    """Closed loop: a new request is sent when one ends."""
+
+    type: Literal["concurrency"]
+    concurrency: Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class TracePhase(PhaseKeys):
+    """Arrivals at the trace's own times, divided by `speedup`. Without `requests`: to the end of the trace."""
+
+    type: Literal["trace"]
+    requests: Annotated[int, Field(ge=1, le=10**9)] | None = None  # type: ignore[assignment]
+    speedup: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+
+
+Phase = Annotated[
+    PoissonPhase | GammaPhase | ConstantPhase | ConcurrencyPhase | TracePhase, Field(discriminator="type")
+]
+
+
+MaxTokens = Annotated[
+    Annotated[Tokens, Tag("tokens")] | Annotated[Quantile, Tag("quantile")],
+    Discriminator(lambda value: "quantile" if isinstance(value, dict | Quantile) else "tokens"),
+]
+
+
+class Workload(Keys):
+    dataset: Dataset
+    max_tokens: MaxTokens = Field(description="the declared bound that policies see; longer outputs are cut")
+    phases: Annotated[list[Phase], Field(min_length=1, max_length=1000)]
+
+
+class Slo(Keys):
+    preset: str | None = None
+    scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
+    e2e_ms: Milliseconds | None = None
+    attainment: Annotated[float, Field(gt=0, le=1)] = 0.99
+
+    def resolved(self) -> Slo:
+        """The same objectives with the preset and the scale worked in: preset None, scale 1."""
+        ttft, tpot = SLO_PRESETS.get(self.preset or "", (self.ttft_ms, self.tpot_ms))
+        return self.model_copy(
+            update={
+                "preset": None,
+                "scale": 1.0,
+                "ttft_ms": None if ttft is None else ttft * self.scale,
+                "tpot_ms": None if tpot is None else tpot * self.scale,
+                "e2e_ms": None if self.e2e_ms is None else self.e2e_ms * self.scale,
+            }
+        )
+
+
+class Sampling(Keys):
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    beam_width: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+
+
+class ReportKeys(Keys):
+    percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = [50, 90, 95, 99]
+
+
+class Experiment(Keys):
+    schema_version: Literal[1]
+    name: Name
+    seed: Seed = 0
+    model: Model
+    backend: Literal["simulation", "hardware"] = "simulation"
+    device: Literal["cuda", "cpu"] | None = Field(None, description="default: cpu for a cpu profile, otherwise cuda")
+    cluster: Cluster
+    policy: Policies
+    workload: Workload
+    sampling: Sampling = Field(default_factory=lambda: Sampling.model_validate({}))
+    slo: Slo | None = None
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1, max_length=10_000)]] = {}
+    repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
+    faults: Annotated[list[Any], Field(max_length=0)] = []
+    report: ReportKeys = Field(default_factory=lambda: ReportKeys.model_validate({}))
+
+    _root: Path = PrivateAttr(default=Path("."))
+
+    @property
+    def root(self) -> Path:
+        """Where relative paths of the file start: its folder."""
+        return self._root
+
+    @property
+    def device_type(self) -> str:
+        """`cuda` or `cpu`."""
+        return self.device or ("cpu" if self.cluster.profile.startswith("spec:cpu") else "cuda")
+
+    def expanded(self) -> dict[str, Any]:
+        """The file with every default written out, as plain values; it loads to an equal experiment."""
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        plain["device"] = self.device_type
+        return plain
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of the experiment file."""
+    schema = Experiment.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "disagg experiment"
+    return schema
+
+
+def validate_mapping(data: Mapping[str, Any], keys_by_id: dict[int, list[str]]) -> Experiment:
+    """Validate plain values. Raises pydantic's ValidationError; `keys_by_id` learns which keys each mapping may have."""
+    return Experiment.model_validate(data, context=keys_by_id)

@@ -1,0 +1,324 @@
+"""What no single key can say: whether the keys of an experiment fit together, and whether what they name exists."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from ..core.model_shapes import ModelError
+from ..policies.interfaces import PolicyError
+from ..policies.registry import create, load
+from .cluster import Placement, device_of, executor_groups, num_blocks_of, placements_of, shape_of
+from .config import (
+    SLO_PRESETS,
+    Experiment,
+    PolicyChoice,
+    SyntheticDataset,
+    TracePhase,
+)
+from .errors import ConfigError, ResourceError, did_you_mean
+from .workload import declared_max_tokens, phase_counts
+
+NOT_ENABLED = "Disaggregated serving is not enabled, please check the configuration"
+
+
+class Problem(NamedTuple):
+    """Something wrong at `path`. A `resource` problem means a well-formed file that does not fit the machine."""
+
+    path: tuple[str | int, ...]
+    message: str
+    severity: Literal["error", "resource", "warning"] = "error"
+
+
+def check_experiment(config: Experiment) -> list[Problem]:
+    """Every problem of a validated experiment, in the order of the file's sections."""
+    problems = [*_unavailable(config), *_roles(config), *_policies(config), *_workload(config)]
+    problems += _cluster(config)
+    return problems
+
+
+# ---- what does not exist yet, or never will -------------------------------------------------------------------------
+
+
+def _unavailable(config: Experiment) -> Iterator[Problem]:
+    if config.sampling.beam_width > 1:
+        yield Problem(
+            ("sampling", "beam_width"), f"beam width {config.sampling.beam_width} is not supported; allowed: 1"
+        )
+    transceiver = config.cluster.cache_transceiver
+    if transceiver is not None and transceiver.generation_binding == "at_context_start":
+        yield Problem(
+            ("cluster", "cache_transceiver", "generation_binding"),
+            "at_context_start is not available yet; allowed: at_arrival, at_context_done",
+        )
+    if transceiver is not None and transceiver.backend == "cuda_ipc" and config.device_type != "cuda":
+        yield Problem(
+            ("cluster", "cache_transceiver", "backend"),
+            f"cuda_ipc needs device: cuda, not {config.device_type}; allowed here: mpi, host",
+        )
+    slo = config.slo
+    if slo is not None:
+        if slo.preset is not None and slo.preset not in SLO_PRESETS:
+            hint = did_you_mean(slo.preset, SLO_PRESETS)
+            yield Problem(("slo", "preset"), f"unknown preset '{slo.preset}'{hint} (allowed: {', '.join(SLO_PRESETS)})")
+        if slo.preset is not None and (slo.ttft_ms is not None or slo.tpot_ms is not None):
+            yield Problem(("slo",), "preset excludes ttft_ms and tpot_ms; allowed: one or the other")
+
+
+# ---- executors ------------------------------------------------------------------------------------------------------
+
+
+def _roles(config: Experiment) -> Iterator[Problem]:
+    cluster = config.cluster
+    named = [n for n in ("context_servers", "generation_servers", "mixed_servers") if getattr(cluster, n) is not None]
+    if cluster.instances is not None and named:
+        yield Problem(("cluster", named[0]), f"instances excludes {', '.join(named)}; allowed: one way or the other")
+        return
+    roles = {role.value for role, _, _ in executor_groups(cluster)}
+    if not roles:
+        yield Problem(
+            ("cluster",),
+            "there are no executors; allowed: context_servers and generation_servers, mixed_servers, or instances",
+        )
+        return
+    if "context" in roles and not roles & {"generation", "mixed"}:
+        yield Problem(
+            ("cluster",), "context servers without generation servers; allowed: add generation_servers or mixed_servers"
+        )
+    if "generation" in roles and not roles & {"context", "mixed"}:
+        yield Problem(
+            ("cluster",), "generation servers without context servers; allowed: add context_servers or mixed_servers"
+        )
+    transceiver = cluster.cache_transceiver
+    if roles != {"mixed"} and (transceiver is None or transceiver.backend is None):
+        yield Problem(
+            ("cluster", "cache_transceiver", "backend"),
+            f"{NOT_ENABLED}: no cache transceiver backend is given and KV must travel between executors"
+            " (allowed: cluster.cache_transceiver: {backend: mpi | cuda_ipc | host})",
+        )
+    yield from _routers(config, roles)
+
+
+def _routers(config: Experiment, roles: set[str]) -> Iterator[Problem]:
+    policy = config.policy
+    own = {role: f"{role}_router" for role in ("context", "generation", "mixed")}
+    given = [name for name in own.values() if getattr(policy, name) is not None]
+    if policy.router is not None:
+        if given:
+            yield Problem(("policy", given[0]), f"router excludes {', '.join(given)}; allowed: one way or the other")
+        return
+    for role, name in own.items():
+        needed = role in roles and not (role == "mixed" and "context" in roles)
+        if needed and getattr(policy, name) is None:
+            yield Problem(
+                ("policy", name), f"required key is missing: there are {role} servers (or give policy.router)"
+            )
+        if role not in roles and getattr(policy, name) is not None:
+            yield Problem(("policy", name), f"has no effect: there are no {role} servers", "warning")
+
+
+def _cluster(config: Experiment) -> list[Problem]:
+    problems: list[Problem] = []
+    try:
+        device = device_of(config.cluster)
+    except ConfigError as error:
+        device = None
+        problems.append(Problem(("cluster", "profile"), str(error)))
+    try:
+        shape = shape_of(config)
+    except ModelError as error:
+        return [*problems, Problem(("model", "id"), str(error))]
+    if config.model.weights != "random" and not (config.root / config.model.weights).is_dir():
+        problems.append(
+            Problem(
+                ("model", "weights"),
+                f"there is no folder {config.root / config.model.weights}; allowed: random, or a folder with safetensors",
+            )
+        )
+    seen: set[tuple[str | int, ...]] = set()
+    for _, keys, path in executor_groups(config.cluster):
+        if path in seen:
+            continue
+        seen.add(path)
+        cache = keys.kv_cache
+        if cache.max_tokens is not None and cache.free_gpu_memory_fraction is not None:
+            problems.append(
+                Problem((*path, "kv_cache"), "max_tokens and free_gpu_memory_fraction exclude each other; allowed: one")
+            )
+        if cache.enable_block_reuse:
+            problems.append(
+                Problem((*path, "kv_cache", "enable_block_reuse"), "true is not available yet; allowed: false")
+            )
+        if device is None:
+            continue
+        try:
+            num_blocks_of(keys, shape, device)
+        except ModelError as error:
+            key = "layers_per_stage" if "layers_per_stage" in str(error).split(" ")[0] else _parallel_key(str(error))
+            problems.append(Problem((*path, key), str(error)))
+        except ResourceError as error:
+            problems.append(Problem((*path, "kv_cache"), str(error), "resource"))
+        except ConfigError as error:
+            problems.append(Problem((*path, "kv_cache"), str(error)))
+    try:
+        placements = placements_of(config)
+    except ModelError as error:
+        if not any(problem.message == str(error) for problem in problems):
+            problems.append(Problem(("cluster",), str(error)))
+        return problems
+    return [*problems, *_participants(config, placements)]
+
+
+def _parallel_key(message: str) -> str:
+    return "pipeline_parallel_size" if message.startswith("pipeline") else "tensor_parallel_size"
+
+
+def _participants(config: Experiment, placements: tuple[Placement, ...]) -> Iterator[Problem]:
+    instances = config.cluster.instances or []
+    stated = [instance.participant_ids is not None for instance in instances]
+    if any(stated) and not all(stated):
+        yield Problem(
+            ("cluster", "instances", stated.index(False)),
+            "participant_ids must be given for every instance or for none",
+        )
+        return
+    rank_of: dict[int, int] = {}
+    device_user: dict[int, int] = {}
+    for placement in placements:
+        size = placement.tensor_parallel_size * placement.pipeline_parallel_size
+        path = (*placement.path, "participant_ids")
+        if len(placement.participant_ids) != size:
+            yield Problem(
+                path,
+                f"{len(placement.participant_ids)} ranks for tensor_parallel_size {placement.tensor_parallel_size} x"
+                f" pipeline_parallel_size {placement.pipeline_parallel_size}; allowed: {size}",
+            )
+        if len(placement.device_ids) != len(placement.participant_ids):
+            yield Problem(
+                (*placement.path, "device_ids"),
+                f"{len(placement.device_ids)} devices for {len(placement.participant_ids)} ranks; allowed: one per rank",
+            )
+        for rank in placement.participant_ids:
+            if rank == 0:
+                yield Problem(path, "rank 0 is the orchestrator's; allowed: ranks from 1")
+            elif rank in rank_of:
+                pair = (
+                    f"{rank_of[rank]} and {placement.id}" if rank_of[rank] != placement.id else f"{placement.id} twice"
+                )
+                text = "two executors share" if rank_of[rank] != placement.id else "one executor names twice"
+                yield Problem(
+                    path, f"{text} rank {rank} (executors {pair}); allowed: participant_ids that are disjoint"
+                )
+            rank_of.setdefault(rank, placement.id)
+        for device in dict.fromkeys(placement.device_ids):
+            other = device_user.setdefault(device, placement.id)
+            if other != placement.id:
+                yield Problem(
+                    (*placement.path, "device_ids"),
+                    f"executors {other} and {placement.id} share device {device}",
+                    "warning",
+                )
+    if rank_of and not any(rank == 0 for rank in rank_of):
+        idle = [rank for rank in range(1, max(rank_of)) if rank not in rank_of]
+        if idle:
+            shown = ", ".join(map(str, idle[:8])) + ("…" if len(idle) > 8 else "")
+            yield Problem(
+                ("cluster", "instances"), f"no executor has rank {shown}; allowed: ranks from 1 without a gap"
+            )
+
+
+# ---- policies -------------------------------------------------------------------------------------------------------
+
+
+def _policies(config: Experiment) -> Iterator[Problem]:
+    for name in ("context_router", "generation_router", "mixed_router", "router"):
+        choice = getattr(config.policy, name)
+        if choice is not None:
+            yield from _policy(choice, "routing", ("policy", name), config)
+    yield from _policy(config.policy.admission, "admission", ("policy", "admission"), config)
+    yield from _policy(config.policy.queue_order, "queue_order", ("policy", "queue_order"), config)
+    seen: set[tuple[str | int, ...]] = set()
+    for _, keys, path in executor_groups(config.cluster):
+        if path not in seen:
+            seen.add(path)
+            scheduler = (*path, "scheduler")
+            yield from _policy(keys.scheduler.queue_order, "queue_order", (*scheduler, "queue_order"), config)
+            yield from _policy(keys.scheduler.batching, "batching", (*scheduler, "batching"), config)
+
+
+def _policy(choice: PolicyChoice, kind: str, path: tuple[str | int, ...], config: Experiment) -> Iterator[Problem]:
+    try:
+        policy = load(choice.name, kind, str(config.root))
+    except PolicyError as error:
+        yield Problem((*path, "name"), str(error))
+        return
+    allowed = [name for name in _parameters(policy) if name not in ("self", "rng")]
+    for name in choice.params:
+        if name not in allowed:
+            listing = ", ".join(allowed) or "it has none"
+            yield Problem(
+                (*path, name),
+                f"'{choice.name}' has no parameter '{name}'{did_you_mean(name, allowed)} (allowed: {listing})",
+            )
+    missing = [
+        name
+        for name, parameter in _parameters(policy).items()
+        if name in allowed and parameter.default is parameter.empty and name not in choice.params
+    ]
+    if missing:
+        yield Problem(path, f"'{choice.name}' needs the parameters {', '.join(missing)}")
+    elif all(name in allowed for name in choice.params):
+        try:
+            create(choice.name, kind, choice.params, seed="check", root=str(config.root))
+        except Exception as error:  # a user's class may raise anything
+            yield Problem(path, f"'{choice.name}' refuses its parameters: {type(error).__name__}: {error}")
+
+
+def _parameters(policy: Any) -> dict[str, inspect.Parameter]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {n: p for n, p in inspect.signature(policy).parameters.items() if p.kind not in kinds}
+
+
+# ---- workload -------------------------------------------------------------------------------------------------------
+
+
+def _workload(config: Experiment) -> Iterator[Problem]:
+    workload = config.workload
+    names = [phase.name for phase in workload.phases]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            yield Problem(("workload", "phases", number, "name"), f"two phases are named '{name}'")
+    if all(phase.exclude_from_results for phase in workload.phases):
+        yield Problem(("workload", "phases"), "every phase is excluded from results; allowed: at least one that counts")
+    dataset = workload.dataset
+    if isinstance(dataset, SyntheticDataset):
+        for key in ("isl", "osl"):
+            yield from _length(getattr(dataset, key), ("workload", "dataset", key))
+        for number, phase in enumerate(workload.phases):
+            if isinstance(phase, TracePhase):
+                yield Problem(
+                    ("workload", "phases", number, "type"),
+                    "a trace's arrivals need a trace; allowed: dataset type azure or mooncake, or another phase type",
+                )
+        return
+    path: tuple[str | int, ...] = ("workload", "dataset", "path")
+    try:
+        phase_counts(config)
+        declared_max_tokens(config)
+    except ConfigError as error:
+        yield Problem(path, str(error))
+
+
+def _length(length: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:
+    least, most = getattr(length, "min", None), getattr(length, "max", None)
+    if least is not None and most is not None and least > most:
+        yield Problem((*path, "min"), f"min {least} is greater than max {most}")
+    weights = getattr(length, "weights", None)
+    if weights is not None:
+        if len(weights) != len(length.values):
+            yield Problem(
+                (*path, "weights"), f"{len(weights)} weights for {len(length.values)} values; allowed: as many"
+            )
+        elif sum(weights) <= 0:
+            yield Problem((*path, "weights"), "all weights are zero")

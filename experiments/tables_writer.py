@@ -1,0 +1,104 @@
+"""Rows of `core/tables.py` into Parquet files, a row group at a time."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
+from ..policies.vocabulary import PS_PER_S
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
+TABLES: Final[dict[str, type[Row]]] = {
+    "requests": RequestRow,
+    "steps": StepRow,
+    "transfers": TransferRow,
+    "decisions": DecisionRow,
+    "stays": StayRow,
+}
+EXCLUDED: Final = "excluded"  # an extra column of requests.parquet: left out of results (warm-up, start burst)
+_ROW_GROUP: Final = 32_768
+
+
+class TableWriter:
+    """One Parquet file (zstd) of rows of one type. `*_ps` columns become float seconds under the name with `_s`."""
+
+    def __init__(self, path: Path, row_type: type[Row]) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path = path
+        self.num_rows = 0
+        self._row_type = row_type
+        self._schema = _schema(row_type)
+        self._convert = [_converter(field.name) for field in msgspec.structs.fields(row_type)]
+        self._rows: list[tuple[Any, ...]] = []
+        self._batch = pa.record_batch
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+
+    def write(self, values: tuple[Any, ...]) -> None:
+        """`values` in the order of the schema, instants still in picoseconds."""
+        self._rows.append(values)
+        self.num_rows += 1
+        if len(self._rows) >= _ROW_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        import pyarrow as pa
+
+        columns = list(zip(*self._rows, strict=True))
+        arrays = []
+        for number, field in enumerate(self._schema):
+            convert = self._convert[number] if number < len(self._convert) else None
+            values = columns[number] if convert is None else [convert(value) for value in columns[number]]
+            arrays.append(pa.array(values, field.type))
+        self._writer.write_batch(self._batch(arrays, schema=self._schema))
+        self._rows.clear()
+
+
+def column_name(field: str) -> str:
+    """The stored name of a row's field."""
+    return f"{field.removesuffix('_ps')}_s" if field.endswith("_ps") else field
+
+
+def _converter(field: str) -> Callable[[Any], Any] | None:
+    if field.endswith("_ps"):
+        # an integer divided by an integer is rounded once, correctly; going through a float is not
+        return lambda value: None if value is None else value / PS_PER_S
+    return None
+
+
+def _schema(row_type: type[Row]) -> pa.Schema:
+    import pyarrow as pa
+
+    hints = get_type_hints(row_type)
+    fields = []
+    for field in msgspec.structs.fields(row_type):
+        hint, nullable = hints[field.name], False
+        if get_origin(hint) in (types.UnionType,):
+            members = [member for member in get_args(hint) if member is not type(None)]
+            nullable = len(members) < len(get_args(hint))
+            hint = members[0]
+        if field.name.endswith("_ps"):
+            kind = pa.float64()
+        elif get_origin(hint) is tuple:
+            kind = pa.list_(pa.int64())
+        else:
+            kind = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}[hint]
+        fields.append(pa.field(column_name(field.name), kind, nullable=nullable))
+    if row_type is RequestRow:
+        fields.append(pa.field(EXCLUDED, pa.bool_(), nullable=False))
+    return pa.schema(fields)
