@@ -56,7 +56,7 @@ from .events import (
     StepsDone,
     Wake,
 )
-from .life_cycle import Cause, State
+from .life_cycle import Cause, LifeCycleError, State
 from .tables import StayRow, StepRow, TransferRow
 from .timers import Timers
 from .visit import Visit
@@ -164,6 +164,7 @@ class ExecutorCore:
         self._queued_tokens = 0
         self._pulls: list[tuple[Any, int, Visit]] = []  # heap: generation phases whose KV is not yet asked for
         self._num_pulls = 0
+        self._has_canned = False  # a generation phase whose context phase was skipped has been seen
         self._joining: list[Visit] = []  # prompts finished here, in the decode batch from the next plan on
         self._ready: dict[int, Visit] = {}  # KV is here, waiting for a place in the decode batch
         self._in_flight: dict[int, Visit] = {}  # transfers that may still write
@@ -261,6 +262,7 @@ class ExecutorCore:
         if generation_only:
             visit.num_generated = 1
             visit.num_blocks = self._blocks_to_admit(visit)
+            self._has_canned = self._has_canned or params_of(request).executor == ORCHESTRATOR
             heapq.heappush(self._pulls, (visit.order_key, visit.serial, visit))
             self._num_pulls += 1
             self._pending_kv += request.num_prompt_tokens
@@ -295,11 +297,18 @@ class ExecutorCore:
         if self._blocks_for(num_tokens) > self.config.num_blocks:
             capacity = self.config.num_blocks * self.config.tokens_per_block
             return f"the request needs KV for {num_tokens} tokens, this executor can hold {capacity} in all"
+        if scheduler.chunked_context:
+            return None
         prefills = request.request_type is not RequestType.GENERATION_ONLY
-        if prefills and not scheduler.chunked_context and request.num_prompt_tokens > scheduler.max_num_tokens:
+        if prefills and request.num_prompt_tokens > scheduler.max_num_tokens:
             return (
                 f"a prompt of {request.num_prompt_tokens} tokens is over max_num_tokens {scheduler.max_num_tokens}"
                 " and chunked context is off"
+            )
+        if generates and self._evicts and num_tokens > scheduler.max_num_tokens:
+            return (
+                f"the request may be preempted and then needs {num_tokens} tokens recomputed at once: max_num_tokens is"
+                f" {scheduler.max_num_tokens} and chunked context is off"
             )
         return None
 
@@ -414,14 +423,17 @@ class ExecutorCore:
             del self.visits[visit.id]
             self._blocks_came_free()
         elif event.ok:
-            visit.advance(Cause.KV_ARRIVES)
-            visit.kv_usable_at = now
-            visit.num_kv_tokens = visit.request.num_prompt_tokens
-            self._ready[visit.id] = visit
+            self._arrived(visit, now)
             if self.num_free_slots > 0:
                 self._ask_to_stop()
         else:
             self._fail(visit, event.error or "the KV transfer failed", now, recomputable=True)
+
+    def _arrived(self, visit: Visit, now: int) -> None:
+        visit.advance(Cause.KV_ARRIVES)
+        visit.kv_usable_at = now
+        visit.num_kv_tokens = visit.request.num_prompt_tokens
+        self._ready[visit.id] = visit
 
     def _peer_down(self, executor: int, now: int) -> None:
         self._dirty = True
@@ -525,12 +537,12 @@ class ExecutorCore:
         if state in (State.GENERATION_QUEUED,) and visit.request.context_phase_params is not None:
             # whoever holds the KV need not wait for its lease to run out
             params = visit.request.context_phase_params
-            if params.executor != self.id:
+            if params.executor not in (self.id, ORCHESTRATOR):
                 self._out.append(Send(params.executor, Cancel(params.req_id)))
         visit.advance(Cause.CANCEL if why is CANCELLED else Cause.FAIL)
-        if self.blocks.free(visit.id):
-            self._blocks_came_free()
         del self.visits[visit.id]
+        if self.blocks.free(visit.id) or state in (State.QUEUED, State.GENERATION_QUEUED):
+            self._blocks_came_free()  # or it was at the head of a line, and whoever is next needs fewer
         self._answer_failure(visit, why, now, recomputable)
 
     def _answer_failure(self, visit: Visit, why: str, now: int, recomputable: bool) -> None:
@@ -631,8 +643,8 @@ class ExecutorCore:
         for visit in [v for v in (*self._joining, *self.prefilling.values()) if v.doom is not None]:
             self._fail(visit, visit.doom or "", now)
         self._join()
-        if self._evicts:
-            self._preempt()
+        while self._evicts and self._preempt():
+            self._join()  # into the places that came free: a later plan, at a boundary of chance, would do it otherwise
         waiting = _WaitingPrompts(self._waiting)
         plan = _NO_BATCH
         if self._num_waiting or self.prefilling:
@@ -669,8 +681,9 @@ class ExecutorCore:
         if self._joined.pop(visit.id, None) is None:
             self._left.append(visit.id)
 
-    def _preempt(self) -> None:
-        """Take blocks from the youngest until every decode can write its next token."""
+    def _preempt(self) -> bool:
+        """Take blocks from the youngest until every decode can write its next token; whether any were taken."""
+        preempted = False
         while self.batch.members and self.batch.blocks_for(1) > self.blocks.num_free:
             victims = (*self.batch.members.values(), *self.prefilling.values())
             victim = max(victims, key=lambda v: v.serial)
@@ -684,6 +697,8 @@ class ExecutorCore:
             victim.num_kv_tokens = 0
             victim.num_to_compute = victim.request.num_prompt_tokens + victim.num_generated
             self._queue(victim, 0)
+            preempted = True
+        return preempted
 
     def _queue(self, visit: Visit, rank: int) -> None:
         visit.num_blocks = self._blocks_to_admit(visit)
@@ -735,7 +750,8 @@ class ExecutorCore:
                 heapq.heappop(self._pulls)
                 continue
             needed_by_decodes = self.batch.blocks_for(1) if self._evicts and self.batch.members else 0
-            reserve = self.config.pull_reserve_blocks if len(self.visits) > 1 else 0
+            # an executor that holds nothing has nothing to reserve for, and a large request must fit at last
+            reserve = self.config.pull_reserve_blocks if self.blocks.num_free < self.blocks.num_blocks else 0
             if visit.num_blocks > self.blocks.num_free - needed_by_decodes - reserve:
                 return
             heapq.heappop(self._pulls)
@@ -746,8 +762,10 @@ class ExecutorCore:
             visit.transfer_start_at = now
             self._in_flight[visit.id] = visit
             self._dirty = True
-            params = visit.request.context_phase_params
-            if params is None:  # refused at enqueue
+            params = params_of(visit.request)
+            if params.executor == ORCHESTRATOR:
+                del self._in_flight[visit.id]
+                self._arrived(visit, now)
                 continue
             tokens = params.num_kv_tokens
             config = self.config
@@ -965,6 +983,13 @@ class ExecutorCore:
             )
             if sum(places) != 1:
                 raise RuntimeError(f"executor {self.id}: request {visit.id} ({visit.state.value}) is in {places}")
+
+
+def params_of(request: Request) -> ContextPhaseParams:
+    """The parameters of a generation-only request; one without was refused when it came."""
+    if request.context_phase_params is None:
+        raise LifeCycleError(f"request {request.id} has no context_phase_params")
+    return request.context_phase_params
 
 
 def role_serves(role: Role, request_type: RequestType) -> bool:

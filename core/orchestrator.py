@@ -29,7 +29,7 @@ from ..policies.vocabulary import (
     Routing,
     Stage,
 )
-from .commands import Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send, WakeAt
+from .commands import ORCHESTRATOR, Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send, WakeAt
 from .config import OrchestratorConfig, PolicySpec
 from .events import (
     Arrive,
@@ -373,6 +373,9 @@ class OrchestratorCore:
                     self._end(task, Cause.FAIL, FinishReason.REJECTED, admission.reason, now)
                 return
             task.admitted = True
+        if self.config.skip_context_phase:
+            self._skip_context(task, now)
+            return
         pool = fleet.context if fleet.context.num_healthy else fleet.mixed
         if not pool.num_healthy:
             self._end(task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its context phase", now)
@@ -395,6 +398,20 @@ class OrchestratorCore:
                 self._end(task, Cause.FAIL, FinishReason.REJECTED, reason, now)
             case _:
                 raise PolicyError(f"a context phase cannot be routed by {answer!r}")
+
+    def _skip_context(self, task: _Task, now: int) -> None:
+        """A canned first token and KV left as it is: the generation phase alone, for benchmarks of it."""
+        task.attempts += 1
+        task.state = advance(advance(task.state, Cause.START), Cause.CONTEXT_ENDS)
+        task.params = ContextPhaseParams(0, ORCHESTRATOR, task.request.num_prompt_tokens, (0,))
+        task.num_tokens = 1
+        if task.first_token_at is None:
+            task.first_token_at = now
+            self._out.append(Deliver(task.request.id, None, 1))
+        if task.request.max_tokens == 1:
+            self._end(task, Cause.FINISH, FinishReason.LENGTH, None, now)
+        else:
+            self._route_generation(task, now)
 
     def _bind_early(self, task: _Task, now: int) -> None:
         fleet = self.fleet.at(now)

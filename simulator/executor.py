@@ -19,9 +19,9 @@ from ..core.commands import (
     WakeAt,
 )
 from ..core.config import ExecutorConfig
-from ..core.events import KvRequested, Response, StepsDone, Stopped, Wake
+from ..core.events import Enqueue, KvRequested, Response, StepsDone, Stopped, Wake
 from ..core.grants import granted_through
-from ..policies.vocabulary import FinishReason
+from ..policies.vocabulary import FinishReason, RequestType
 from .calls import MESSAGE, POLL, STEP_END, call_at
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class SimulatedExecutor:
         if not self.is_alive:
             return
         now = self._env.now
+        if isinstance(event, Enqueue) and event.request.request_type is RequestType.GENERATION_ONLY:
+            self._generated[event.request.id] = 1  # its first token comes with the KV
         self._obey(self.core.handle(event, now, True))
         if self._polling:
             return
@@ -102,7 +104,6 @@ class SimulatedExecutor:
                         at, place = self._timing.wake(self.id, command.at, self._env.now)
                         call_at(self._env, at, MESSAGE + place, self._wake, self._wake_version)
                 case ReceiveKv():
-                    self._generated[command.request_id] = 1  # its first token comes with the KV
                     request = KvRequested(command.source_id, self.id, command.request_id)
                     self._cluster.send(self.id, command.source, request)
                 case ServeKv():
