@@ -145,6 +145,18 @@ def replay(
     replay_run(run_dir, as_json=_wants_json(format, json))
 
 
+@app.command()
+def conform(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Simulate a hardware run on its own times and check that it makes the same routes and batches."""
+    from .cli_report import conform_run
+
+    conform_run(run_dir, as_json=_wants_json(format, json))
+
+
 def main() -> None:
     """Entry point of the `disagg` command."""
     try:

@@ -1,4 +1,4 @@
-"""Commands about finished runs: report, replay."""
+"""Commands about finished runs: report, replay, conform."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def replay_run(run_dir: Path, *, as_json: bool) -> None:
     """Replay every `events.*` of `run_dir`. Raises ConfigError for none, ExperimentError (1) for a difference."""
     from ..core.event_log import EventLogError, ReplayDifference, replay
 
-    logs = sorted(path for path in run_dir.glob("events.*") if path.is_file())
+    logs = sorted(path for path in run_dir.glob("events.*.msgpack") if path.is_file())
     if not logs:
-        raise ConfigError(f"{run_dir}: holds no event log (events.*)")
+        raise ConfigError(f"{run_dir}: holds no event log (events.*.msgpack)")
     results: dict[str, dict[str, object]] = {}
     for log in logs:
         try:
@@ -49,3 +49,29 @@ def replay_run(run_dir: Path, *, as_json: bool) -> None:
     different = [name for name, result in results.items() if not result["equal"]]
     if different:
         raise ExperimentError(f"replay differs in {', '.join(different)}")
+
+
+def conform_run(run_dir: Path, *, as_json: bool) -> None:
+    """Simulate the hardware run in `run_dir` on its own times.
+
+    Raises ConfigError where logs or step times are missing, ExperimentError (1) with the first difference.
+    """
+    from ..core.event_log import EventLogError
+    from ..simulator.recorded import ConformanceDifference, Recording, conform
+    from .event_files import STEP_ENDS, launch_of, read_logs, read_step_ends
+
+    logs = read_logs(run_dir)
+    if not (run_dir / STEP_ENDS).is_file():
+        raise ConfigError(f"{run_dir}: holds no {STEP_ENDS}: only hardware runs can be conformed to")
+    try:
+        compared = conform(Recording(logs, read_step_ends(run_dir)), launch_of(run_dir))
+    except EventLogError as error:
+        raise ConfigError(f"{run_dir}: {error}") from error
+    except ConformanceDifference as difference:
+        if as_json:
+            print(json.dumps({"equal": False, "difference": str(difference)}, indent=2))
+        raise ExperimentError(f"the simulator left the hardware's path: {difference}") from difference
+    if as_json:
+        print(json.dumps({"equal": True, "instants": compared}, indent=2))
+    else:
+        print(f"{compared} instants, equal routes and batches")

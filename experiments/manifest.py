@@ -58,6 +58,8 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
             "tensor_parallel_size": placement.tensor_parallel_size,
             "pipeline_parallel_size": placement.pipeline_parallel_size,
             "layers_per_stage": list(placement.layers_per_stage),
+            "steps_per_grant": placement.steps_per_grant,
+            "pipeline_depth": placement.pipeline_depth,
             "num_blocks": executor.num_blocks,
             "tokens_per_block": executor.tokens_per_block,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ..core.commands import ORCHESTRATOR, Deliver
+from ..core.commands import Deliver
 from ..core.config import ExecutorConfig
 from ..core.cost import CostModel, roofline
 from ..core.tables import RequestRow
@@ -17,6 +17,7 @@ from ..simulator.timing import ModelTiming
 from .cluster import cluster_of, device_of, placements_of, shape_of
 from .config import Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED
+from .event_files import log_name
 from .load_source import LoadSource
 from .run_directory import RunDirectory
 from .run_point import Progress, RunOutcome, RunPoint
@@ -44,11 +45,6 @@ def request_of(planned: PlannedRequest, config: Experiment) -> Request:
         traffic_class=planned.traffic_class,
         block_hashes=planned.block_hashes,
     )
-
-
-def log_name(core: int) -> str:
-    """The event log of one core is `events.<this>`."""
-    return "orchestrator.msgpack" if core == ORCHESTRATOR else f"executor-{core}.msgpack"
 
 
 class _Load:
