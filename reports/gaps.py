@@ -1,0 +1,166 @@
+"""Gaps between output tokens, from stays and epochs, as (gap, weight) pairs: a run's gaps are never listed one by one.
+
+Inside an epoch every gap is (end − start)/num_steps. A request's first gap, between the first token at rank 0 and the
+first token of its generation phase, is what remains of e2e − TTFT, so that gaps sum to it exactly.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .runs import Run
+
+Floats = NDArray[np.float64]
+
+
+class Gaps(Struct, frozen=True):
+    """Pooled inter-token gaps: `seconds` (m,) with `weights` (m,), how many gaps have that length.
+
+    `num_left_out` completed requests gave no gaps: preempted, retried, or not found among the stays.
+    """
+
+    seconds: Floats
+    weights: Floats
+    num_left_out: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        total = float(self.weights.sum())
+        return float((self.seconds * self.weights).sum()) / total if total else None
+
+
+class _Epochs:
+    """Step times of one executor. Arrays (epochs,), by `first_step`, the running count from 1."""
+
+    def __init__(self, steps: pd.DataFrame) -> None:
+        rows = steps[steps["num_steps"] > 0].sort_values("first_step")
+        self.first: NDArray[np.int64] = rows["first_step"].to_numpy(np.int64)
+        self.count: NDArray[np.int64] = rows["num_steps"].to_numpy(np.int64)
+        self.start: Floats = rows["start_s"].to_numpy(np.float64)
+        self.end: Floats = rows["end_s"].to_numpy(np.float64)
+
+    def time_of(self, step: NDArray[np.int64]) -> Floats:
+        """End of each step in seconds, linear within its epoch; NaN for a step no epoch has."""
+        index = np.searchsorted(self.first, step, side="right") - 1
+        known = index >= 0
+        index = np.maximum(index, 0)
+        done = step - self.first[index] + 1
+        known &= done <= self.count[index]
+        time = self.start[index] + (self.end[index] - self.start[index]) * done / self.count[index]
+        return np.where(known, time, np.nan)
+
+    def pooled(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Gaps of stays that got a token at each step of [first, last]: one gap a step from first + 1 on."""
+        if not len(self.first) or not len(first):
+            return np.empty(0), np.empty(0)
+        firsts, lasts = np.sort(first), np.sort(last)
+        sums = [np.concatenate(([0], np.cumsum(side))) for side in (firsts, lasts)]
+
+        def gaps_up_to(step: NDArray[np.int64]) -> Floats:
+            # sum over stays of clip(min(step, last) − first, 0)
+            begun = np.searchsorted(firsts, step, side="left")
+            over = np.searchsorted(lasts, step, side="left")
+            total = (step * begun - sums[0][begun]) - (step * over - sums[1][over])
+            return np.asarray(total, dtype=np.float64)
+
+        head = gaps_up_to(self.first) - gaps_up_to(self.first - 1)
+        whole = gaps_up_to(self.first + self.count - 1) - gaps_up_to(self.first)
+        interior = (self.end - self.start) / self.count
+        before = np.concatenate(([np.nan], self.end[:-1]))
+        # the gap that ends with an epoch's first step also holds the pause before the epoch
+        across = self.start + interior - before
+        seconds, weights = np.concatenate((across, interior)), np.concatenate((head, whole))
+        keep = (weights > 0) & np.isfinite(seconds)
+        return seconds[keep], weights[keep]
+
+
+def visits(run: Run) -> pd.DataFrame:
+    """Which stay gave which request its tokens after the first: columns request_id, executor, first_step, last_step, …
+
+    Uses the stays' own `request_id` column where there is one. Otherwise instants that both sides recorded decide: a
+    transfer's start for a generation phase, the context's start for a mixed one; ties go by lengths and order of end.
+    """
+    stays = run.stays
+    stays = stays[stays["stage"] != "context"]
+    if "request_id" in stays.columns:
+        return stays.drop_duplicates("request_id", keep="last")
+    requests = run.requests.sort_values(["num_prompt_tokens", "num_output_tokens", "end_s"])
+    transfers = run.transfers[run.transfers["ok"].astype(bool)]
+    pulled = transfers.rename(columns={"num_tokens": "num_kv_tokens", "reader": "executor"}).merge(
+        stays[stays["stage"] == "generation"], on=["executor", "executor_request_id"]
+    )
+    generation = _matched(
+        requests.dropna(subset=["transfer_start_s"]),
+        ["generation_executor", "transfer_start_s"],
+        pulled.sort_values(["num_kv_tokens", "num_tokens", "ended_s"]),
+        ["executor", "start_s"],
+    )
+    mixed = _matched(
+        requests[requests["transfer_start_s"].isna()]
+        .dropna(subset=["context_start_s"])
+        .sort_values(["num_output_tokens", "end_s"]),
+        ["context_executor", "context_start_s"],
+        stays[stays["stage"] == "mixed"].sort_values(["num_tokens", "ended_s"]),
+        ["executor", "started_s"],
+    )
+    import pandas as pd
+
+    columns = ["request_id", "executor", "stage", "num_tokens", "first_step", "last_step", "num_preemptions"]
+    found = [part[columns] for part in (generation, mixed) if len(part)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
+
+
+def _matched(requests: pd.DataFrame, keys: list[str], stays: pd.DataFrame, stay_keys: list[str]) -> pd.DataFrame:
+    """Requests joined to stays on equal keys; where several share them, the nth with the nth of the given orders."""
+    left = requests.assign(nth=requests.groupby(keys).cumcount())[["request_id", "nth", *keys]]
+    right = stays.assign(nth=stays.groupby(stay_keys).cumcount())
+    return left.merge(right, left_on=[*keys, "nth"], right_on=[*stay_keys, "nth"])
+
+
+def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
+    """Gaps of the `completed` requests, whose columns are those of `metrics.measure`.
+
+    Requests whose token times do not follow from their stay (preempted, retried) are left out and counted.
+    """
+    import pandas as pd
+
+    wanted = completed[completed["num_output_tokens"] >= 2]
+    found = visits(run)
+    if not len(wanted) or not len(found):
+        return Gaps(np.empty(0), np.empty(0), len(wanted))
+    rows = wanted[["request_id", "num_output_tokens", "ttft_s", "e2e_latency_s", "num_attempts"]].merge(
+        found, on="request_id"
+    )
+    whole = pd.to_numeric(rows["first_step"]).notna() & pd.to_numeric(rows["last_step"]).notna()
+    rows = rows[whole & (rows["num_preemptions"] == 0) & (rows["num_attempts"] <= 1)]
+    given = rows["num_output_tokens"] - (rows["stage"] == "generation")
+    span = rows["last_step"].astype(np.int64) - rows["first_step"].astype(np.int64) + 1
+    rows = rows[(rows["num_tokens"] == given) & (span == given)]
+    seconds: list[Floats] = []
+    weights: list[Floats] = []
+    used = 0
+    for executor, group in rows.groupby("executor"):
+        epochs = _Epochs(run.steps[run.steps["executor"] == executor])
+        if not len(epochs.first):
+            continue
+        first, last = group["first_step"].to_numpy(np.int64), group["last_step"].to_numpy(np.int64)
+        inside = epochs.time_of(last) - epochs.time_of(first)
+        known = np.isfinite(inside)
+        remains = (group["e2e_latency_s"] - group["ttft_s"]).to_numpy(np.float64) - inside
+        mixed = (group["stage"] == "mixed").to_numpy()
+        pooled, counts = epochs.pooled(first[known], last[known])
+        # a mixed visit holds the first token too: its gaps are all inside, and only a message's jitter remains
+        hand_off = np.maximum(remains[known & ~mixed], 0.0)
+        seconds += [pooled, hand_off]
+        weights += [counts, np.ones(len(hand_off))]
+        used += int(known.sum())
+    if not seconds:
+        return Gaps(np.empty(0), np.empty(0), len(wanted))
+    return Gaps(np.concatenate(seconds), np.concatenate(weights), len(wanted) - used)
