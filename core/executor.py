@@ -168,6 +168,7 @@ class ExecutorCore:
         self._joining: list[Visit] = []  # prompts finished here, in the decode batch from the next plan on
         self._ready: dict[int, Visit] = {}  # KV is here, waiting for a place in the decode batch
         self._in_flight: dict[int, Visit] = {}  # transfers that may still write
+        self._gone: set[int] = set()  # executors that will never answer again
         self._pending_kv = 0  # KV tokens of generation phases not yet in the decode batch
         self._left: list[int] = []  # delta not yet told to the driver
         self._joined: dict[int, Visit] = {}
@@ -249,6 +250,11 @@ class ExecutorCore:
         error = self._refusal(request)
         if error is not None:
             self._responses.append(Response(request.id, self.id, FinishReason.ERROR, 0, error))
+            return
+        params = request.context_phase_params
+        if generation_only and params is not None and params.executor in self._gone:
+            error = f"executor {params.executor}, which held the KV, is gone"
+            self._responses.append(Response(request.id, self.id, FinishReason.ERROR, 0, error, recomputable=True))
             return
         self._serial += 1
         visit = Visit(
@@ -394,6 +400,8 @@ class ExecutorCore:
             )
         elif visit.pinned_by is not None:
             error = f"the KV of request {event.request_id} is being read by executor {visit.pinned_by[0]}"
+        elif event.reader in self._gone:
+            error = f"executor {event.reader} is gone"
         if visit is None or error is not None:
             self._out.append(ServeKv(event.request_id, event.reader, event.reader_id, 0, (), False, error))
             return
@@ -437,6 +445,7 @@ class ExecutorCore:
 
     def _peer_down(self, executor: int, now: int) -> None:
         self._dirty = True
+        self._gone.add(executor)  # what it sent before may still come, and would wait for it for ever
         for visit in list(self.visits.values()):
             params = visit.request.context_phase_params
             if visit.pinned_by is not None and visit.pinned_by[0] == executor:
@@ -606,6 +615,7 @@ class ExecutorCore:
                     visit.enqueued_at,
                     visit.started_at if visit.started_at is not None else visit.kv_usable_at,
                     now,
+                    visit.request.client_id,
                 )
             )
         )
@@ -625,6 +635,7 @@ class ExecutorCore:
                     now,
                     ok,
                     error,
+                    visit.request.client_id,
                 )
             )
         )

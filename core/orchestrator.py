@@ -472,6 +472,7 @@ class OrchestratorCore:
             sent = replace(
                 request,
                 id=request_id,
+                client_id=request.id,
                 request_type=RequestType.GENERATION_ONLY,
                 context_phase_params=task.params,
             )
@@ -482,7 +483,7 @@ class OrchestratorCore:
             kind = RequestType.CONTEXT_ONLY if stage is Stage.CONTEXT else RequestType.CONTEXT_AND_GENERATION
             if stage is Stage.MIXED:
                 task.generation_executor = executor
-            sent = replace(request, id=request_id, request_type=kind)
+            sent = replace(request, id=request_id, client_id=request.id, request_type=kind)
         self._visits[request_id] = (task, stage, executor)
         self._by_executor[executor][request_id] = None
         self.fleet.dispatched(executor, request.num_prompt_tokens)

@@ -51,6 +51,7 @@ class StayRow(Struct, frozen=True, tag="stay", array_like=True):
     enqueued_ps: int
     started_ps: int | None
     ended_ps: int
+    request_id: int | None  # the user's, where an orchestrator knows it
 
 
 class StepRow(Struct, frozen=True, tag="step", array_like=True):
@@ -86,6 +87,7 @@ class TransferRow(Struct, frozen=True, tag="transfer", array_like=True):
     end_ps: int
     ok: bool
     error: str | None
+    request_id: int | None  # the user's, where an orchestrator knows it
 
 
 class DecisionRow(Struct, frozen=True, tag="decision", array_like=True):

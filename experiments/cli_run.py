@@ -11,7 +11,7 @@ from typing import Any
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from .cluster import cluster_of
-from .errors import EXIT_OK, ConfigError
+from .errors import EXIT_OK, ConfigError, ExperimentError
 from .experiment_file import LoadedExperiment, load_experiment
 from .run_directory import RunDirectory, prepare_output
 from .run_point import NoProgress, Progress, RunOutcome, RunPoint, run_points
@@ -40,12 +40,47 @@ def run_file(
     if dry_run:
         _describe(loaded, points)
         return EXIT_OK
-    try:
-        runner = _runner(loaded.experiment.backend)
-        todo = prepare_output(points, target, overwrite=overwrite, resume=resume)
-        return run_all(runner, points, todo, overwrite=overwrite)
-    except (ModelError, PolicyError) as error:
-        raise ConfigError(str(error)) from error
+
+    def run() -> int:
+        try:
+            runner = _runner(loaded.experiment.backend)
+            todo = prepare_output(points, target, overwrite=overwrite, resume=resume)
+            return run_all(runner, points, todo, overwrite=overwrite)
+        except (ModelError, PolicyError) as error:
+            raise ConfigError(str(error)) from error
+
+    return run() if loaded.experiment.backend != "hardware" else _in_world(run, points, resume=resume)
+
+
+def _in_world(run: Callable[[], int], points: Sequence[RunPoint], *, resume: bool) -> int:
+    """`run`, as rank 0 does; in an MPI world that somebody else started the other ranks serve every point in turn."""
+    from ..runtime.launcher import inside_mpi
+
+    world = inside_mpi()
+    if world is None:
+        return run()
+    from ..runtime.mpi_main import run_rank
+
+    if resume:
+        raise ConfigError("--resume inside an existing MPI world is not supported: its ranks do not know what is done")
+
+    def serve() -> int:
+        from .run_hardware import serve_hardware
+
+        for point in points:
+            serve_hardware(point.experiment)
+        return EXIT_OK
+
+    def told() -> int:
+        try:
+            return run() if world.rank == 0 else serve()
+        except ExperimentError as error:
+            if world.rank == 0:
+                for problem in error.problems:
+                    print(f"error: {problem}", file=sys.stderr)
+            return error.exit_code
+
+    return run_rank(told)
 
 
 def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint], *, overwrite: bool = False) -> int:

@@ -10,7 +10,7 @@ from ..core.config import ExecutorConfig
 from ..core.cost import CostModel, roofline
 from ..core.tables import RequestRow
 from ..policies.interfaces import PolicyError
-from ..policies.vocabulary import PS_PER_S, FinishReason, Request
+from ..policies.vocabulary import PS_PER_S, FinishReason
 from ..simulator.calls import MESSAGE, call_at
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
@@ -19,32 +19,13 @@ from .config import Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED
 from .event_files import log_name
 from .load_source import LoadSource
+from .planned import request_of, true_length
 from .run_directory import RunDirectory
 from .run_point import Progress, RunOutcome, RunPoint
 from .workload import PlannedRequest, Workload
 
 _PROGRESS_EVERY: Final = 500
 EVENT_LOG_UP_TO: Final = 5_000  # requests; longer simulations keep an event log only when asked to
-
-
-def request_of(planned: PlannedRequest, config: Experiment) -> Request:
-    """What the orchestrator is told of a planned request: everything but its true output length."""
-    slo = config.slo
-    ttft = None if slo is None or slo.ttft_ms is None else round(slo.ttft_ms * 10**9)
-    tpot = None if slo is None or slo.tpot_ms is None else round(slo.tpot_ms * 10**9)
-    return Request(
-        planned.id,
-        planned.num_prompt_tokens,
-        planned.max_tokens,
-        arrival=planned.offset or 0,
-        priority=planned.priority,
-        input_token_ids=planned.input_token_ids,
-        ttft_objective=ttft,
-        tpot_objective=tpot,
-        session=planned.session,
-        traffic_class=planned.traffic_class,
-        block_hashes=planned.block_hashes,
-    )
 
 
 class _Load:
@@ -71,7 +52,7 @@ class _Load:
         now = cluster.env.now
         for planned in self.source.take(now):
             self.planned[planned.id] = planned
-            cluster.submit(request_of(planned, self._config), planned.num_output_tokens)
+            cluster.submit(request_of(planned, self._config), true_length(planned))
         following = self.source.next_send()
         # a closed loop is asked again at each end; an open one needs one call per distinct instant
         if following is not None and following > now and following != self._sending_at:

@@ -82,46 +82,10 @@ class _Epochs:
 
 
 def visits(run: Run) -> pd.DataFrame:
-    """Which stay gave which request its tokens after the first: columns request_id, executor, first_step, last_step, …
-
-    Uses the stays' own `request_id` column where there is one. Otherwise instants that both sides recorded decide: a
-    transfer's start for a generation phase, the context's start for a mixed one; ties go by lengths and order of end.
-    """
+    """The stay that gave each request its tokens after the first: the last one that was not a context phase."""
     stays = run.stays
-    stays = stays[stays["stage"] != "context"]
-    if "request_id" in stays.columns:
-        return stays.drop_duplicates("request_id", keep="last")
-    requests = run.requests.sort_values(["num_prompt_tokens", "num_output_tokens", "end_s"])
-    transfers = run.transfers[run.transfers["ok"].astype(bool)]
-    pulled = transfers.rename(columns={"num_tokens": "num_kv_tokens", "reader": "executor"}).merge(
-        stays[stays["stage"] == "generation"], on=["executor", "executor_request_id"]
-    )
-    generation = _matched(
-        requests.dropna(subset=["transfer_start_s"]),
-        ["generation_executor", "transfer_start_s"],
-        pulled.sort_values(["num_kv_tokens", "num_tokens", "ended_s"]),
-        ["executor", "start_s"],
-    )
-    mixed = _matched(
-        requests[requests["transfer_start_s"].isna()]
-        .dropna(subset=["context_start_s"])
-        .sort_values(["num_output_tokens", "end_s"]),
-        ["context_executor", "context_start_s"],
-        stays[stays["stage"] == "mixed"].sort_values(["num_tokens", "ended_s"]),
-        ["executor", "started_s"],
-    )
-    import pandas as pd
-
-    columns = ["request_id", "executor", "stage", "num_tokens", "first_step", "last_step", "num_preemptions"]
-    found = [part[columns] for part in (generation, mixed) if len(part)]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
-
-
-def _matched(requests: pd.DataFrame, keys: list[str], stays: pd.DataFrame, stay_keys: list[str]) -> pd.DataFrame:
-    """Requests joined to stays on equal keys; where several share them, the nth with the nth of the given orders."""
-    left = requests.assign(nth=requests.groupby(keys).cumcount())[["request_id", "nth", *keys]]
-    right = stays.assign(nth=stays.groupby(stay_keys).cumcount())
-    return left.merge(right, left_on=[*keys, "nth"], right_on=[*stay_keys, "nth"])
+    stays = stays[(stays["stage"] != "context") & stays["request_id"].notna()]
+    return stays.drop_duplicates("request_id", keep="last")
 
 
 def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:

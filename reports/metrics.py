@@ -280,7 +280,10 @@ def measure(requests: pd.DataFrame) -> pd.DataFrame:
 def measured(run: Run) -> pd.DataFrame:
     """`measure` of the run's requests without those of warm-up phases."""
     requests = run.requests
-    return measure(requests[~requests["phase"].isin(run.warmup_phases)])
+    left_out = requests["phase"].isin(run.warmup_phases)
+    if "excluded" in requests.columns:  # the burst with which a closed loop fills an idle cluster, too
+        left_out |= requests["excluded"].fillna(False).astype(bool)
+    return measure(requests[~left_out])
 
 
 def meets_objectives(rows: pd.DataFrame, objectives: dict[str, float]) -> NDArray[np.bool_]:

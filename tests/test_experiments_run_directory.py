@@ -57,7 +57,7 @@ def write(point: RunPoint, overwrite: bool = False) -> None:
             at = number * 10**12
             writer.write(request_row(number, at), phase="profiling", excluded=number == 0)
             writer.write(StepRow(1, number, number, 2, 1, 100, 1, 64, 0, at, at + 10**9, 1, 2, 3, 4, 5))
-            writer.write(TransferRow(number, 1, 2, 100, 7, at, at + 10**8, True, None))
+            writer.write(TransferRow(number, 1, 2, 100, 7, at, at + 10**8, True, None, number))
         writer.write(DecisionRow(0, "context", "route", 1, None, None, 0, (1, 2), None))
         writer.add_events("orchestrator.msgpack", b"\x00log")
         writer.finish(RunOutcome(num_requests=3))

@@ -173,10 +173,10 @@ def generation_run(path: Path) -> Path:
     return write_run(
         path,
         requests=[request(end_ps=147 * MS)],
-        transfers=[TransferRow(9, 1, 3, 100, 4, 56 * MS, 66 * MS, True, None)],
+        transfers=[TransferRow(9, 1, 3, 100, 4, 56 * MS, 66 * MS, True, None, 0)],
         stays=[
-            StayRow(1, 8, "context", 1, 1, 1, 0, 2 * MS, 11 * MS, 51 * MS),
-            StayRow(3, 9, "generation", 4, 11, 14, 0, 55 * MS, 66 * MS, 146 * MS),
+            StayRow(1, 8, "context", 1, 1, 1, 0, 2 * MS, 11 * MS, 51 * MS, 0),
+            StayRow(3, 9, "generation", 4, 11, 14, 0, 55 * MS, 66 * MS, 146 * MS, 0),
         ],
         steps=[
             step(1, 1, 1, 11, 51, chunk=100),
@@ -206,7 +206,7 @@ def test_gaps_of_a_whole_run_sum_to_decode_times_and_count_tokens(tmp_path: Path
     assert (gaps.seconds * gaps.weights).sum() == pytest.approx((rows["e2e_latency_s"] - rows["ttft_s"]).sum())
 
 
-def test_transfers_begun_at_one_instant_are_told_apart_by_their_lengths(tmp_path: Path) -> None:
+def test_stays_are_matched_to_requests_by_the_user_s_id(tmp_path: Path) -> None:
     # ids run against each other: request 0 is the executor's 21, request 1 its 20
     short = request(0, num_output_tokens=3, num_prompt_tokens=100, end_ps=86 * MS)
     long = request(1, num_output_tokens=5, num_prompt_tokens=100, end_ps=106 * MS)
@@ -214,10 +214,10 @@ def test_transfers_begun_at_one_instant_are_told_apart_by_their_lengths(tmp_path
         write_run(
             tmp_path / "run",
             requests=[short, long],
-            transfers=[TransferRow(i, 1, 3, 100, 4, 56 * MS, 66 * MS, True, None) for i in (20, 21)],
+            transfers=[TransferRow(i, 1, 3, 100, 4, 56 * MS, 66 * MS, True, None, 21 - i) for i in (20, 21)],
             stays=[
-                StayRow(3, 20, "generation", 4, 1, 4, 0, 55 * MS, 66 * MS, 106 * MS),
-                StayRow(3, 21, "generation", 2, 1, 2, 0, 55 * MS, 66 * MS, 86 * MS),
+                StayRow(3, 20, "generation", 4, 1, 4, 0, 55 * MS, 66 * MS, 106 * MS, 1),
+                StayRow(3, 21, "generation", 2, 1, 2, 0, 55 * MS, 66 * MS, 86 * MS, 0),
             ],
             steps=[step(3, 1, 2, 66, 86, decodes=2), step(3, 3, 2, 86, 106)],
         )
@@ -235,7 +235,7 @@ def test_gaps_of_a_mixed_visit_span_its_epochs(tmp_path: Path) -> None:
         write_run(
             tmp_path / "run",
             requests=[mixed],
-            stays=[StayRow(1, 8, "mixed", 3, 1, 3, 0, 2 * MS, 11 * MS, 91 * MS)],
+            stays=[StayRow(1, 8, "mixed", 3, 1, 3, 0, 2 * MS, 11 * MS, 91 * MS, 0)],
             steps=[step(1, 1, 1, 11, 51, chunk=100), step(1, 2, 2, 61, 91)],
         )
     )
@@ -280,6 +280,6 @@ def test_bytes_moved_follow_from_the_models_shape(tmp_path: Path) -> None:
 
 
 def test_failed_transfers_are_counted_and_move_nothing(tmp_path: Path) -> None:
-    failed = TransferRow(9, 1, 3, 100, 4, 56 * MS, 66 * MS, False, "time-out")
+    failed = TransferRow(9, 1, 3, 100, 4, 56 * MS, 66 * MS, False, "time-out", 0)
     summary = summarise(write_run(tmp_path / "run", requests=[request()], transfers=[failed]))
     assert (summary["num_transfers"], summary["num_failed_transfers"], summary["transferred_tokens"]) == (1, 1, 0)

@@ -144,7 +144,7 @@ def serve(
         held = prompt // 32 if i % 3 else 0
         first = step(context, 1, start, start + duration, 0, prompt, prompt // 32 + 1, held)
         rows["stays"].append(
-            StayRow(context, 2 * i, "context", 1, first, first, 0, dispatch + MS // 10, start, start + duration)
+            StayRow(context, 2 * i, "context", 1, first, first, 0, dispatch + MS // 10, start, start + duration, i)
         )
         ready = start + duration + MS // 10
         versions = (i, i)
@@ -160,7 +160,7 @@ def serve(
         asked = ready + MS // 5
         usable = asked + int(prompt * 0.002 * MS) + MS
         rows["transfers"].append(
-            TransferRow(2 * i + 1, context, generation, prompt, prompt // 32 + 1, asked, usable, True, None)
+            TransferRow(2 * i + 1, context, generation, prompt, prompt // 32 + 1, asked, usable, True, None, i)
         )
         waiting[generation].append((usable, asked, known))
     for executor, queue in waiting.items():
@@ -185,7 +185,7 @@ def serve(
                 i = known["request"]
                 rows["stays"].append(
                     StayRow(executor, 2 * i + 1, "generation", known["output"] - 1, first, count[executor], 0,
-                            asked - MS // 10, joined, now)
+                            asked - MS // 10, joined, now, i)
                 )  # fmt: skip
                 rows["requests"].append(
                     RequestRow(i, "warmup" if i < 4 else "profiling", "", None, known["prompt"], 512, known["output"],

@@ -1,0 +1,43 @@
+"""From a planned request to what the orchestrator is told of it, the same in both worlds."""
+
+from __future__ import annotations
+
+from ..policies.vocabulary import PS_PER_MS, Request, SamplingConfig
+from .config import Experiment
+from .workload import PlannedRequest
+
+
+def request_of(planned: PlannedRequest, config: Experiment) -> Request:
+    """Everything but the true output length, which no core is told. `arrival` is the planned offset, 0 without one."""
+    return Request(
+        planned.id,
+        planned.num_prompt_tokens,
+        planned.max_tokens,
+        arrival=planned.offset or 0,
+        priority=planned.priority,
+        input_token_ids=planned.input_token_ids,
+        sampling=_sampling(config),
+        ttft_objective=_objective(config, "ttft_ms"),
+        tpot_objective=_objective(config, "tpot_ms"),
+        session=planned.session,
+        traffic_class=planned.traffic_class,
+        block_hashes=planned.block_hashes,
+    )
+
+
+def true_length(planned: PlannedRequest) -> int:
+    """Where the world ends the sequence: past `max_tokens` for an output that is cut there."""
+    return planned.max_tokens + 1 if planned.output_cut else planned.num_output_tokens
+
+
+def _sampling(config: Experiment) -> SamplingConfig | None:
+    keys = config.sampling
+    chosen = SamplingConfig(
+        **{name: getattr(keys, name) for name in SamplingConfig.__struct_fields__ if hasattr(keys, name)}
+    )
+    return None if chosen == SamplingConfig() else chosen
+
+
+def _objective(config: Experiment, key: str) -> int | None:
+    milliseconds = None if config.slo is None else getattr(config.slo, key)
+    return None if milliseconds is None else round(milliseconds * PS_PER_MS)
