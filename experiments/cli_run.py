@@ -10,8 +10,8 @@ from typing import Any
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
-from .cluster import cluster_of
-from .errors import EXIT_OK, ConfigError, ExperimentError
+from .cluster import cluster_of, world_size
+from .errors import EXIT_OK, ConfigError, ExperimentError, ResourceError
 from .experiment_file import LoadedExperiment, load_experiment
 from .run_directory import RunDirectory, prepare_output
 from .run_point import NoProgress, Progress, RunOutcome, RunPoint, run_points
@@ -49,38 +49,43 @@ def run_file(
         except (ModelError, PolicyError) as error:
             raise ConfigError(str(error)) from error
 
-    return run() if loaded.experiment.backend != "hardware" else _in_world(run, points, resume=resume)
+    return run() if loaded.experiment.backend != "hardware" else _in_world(run, points)
 
 
-def _in_world(run: Callable[[], int], points: Sequence[RunPoint], *, resume: bool) -> int:
-    """`run`, as rank 0 does; in an MPI world that somebody else started the other ranks serve every point in turn."""
-    from ..runtime.launcher import inside_mpi
+def _in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
+    """`run`, as rank 0 does; in an MPI world that somebody else started the other ranks serve their executors."""
+    from ..runtime.launcher import LaunchError, check_world_size, inside_mpi
 
     world = inside_mpi()
     if world is None:
         return run()
     from ..runtime.mpi_main import run_rank
 
-    if resume:
-        raise ConfigError("--resume inside an existing MPI world is not supported: its ranks do not know what is done")
-
-    def serve() -> int:
-        from .run_hardware import serve_hardware
-
-        for point in points:
-            serve_hardware(point.experiment)
-        return EXIT_OK
-
-    def told() -> int:
+    def part() -> int:
+        """This rank's part; what is wrong with the experiment is known to all, and told by rank 0."""
         try:
-            return run() if world.rank == 0 else serve()
+            if len(points) > 1:
+                raise ConfigError(
+                    f"an existing {world.kind} world can serve one run, and this experiment has {len(points)};"
+                    " allowed: no sweep and repeats: 1, or a start outside it"
+                )
+            try:
+                check_world_size(world_size(points[0].experiment), world.size, f"{world.kind} world")
+            except LaunchError as error:
+                raise ResourceError(str(error)) from error
+            if world.rank == 0:
+                return run()
+            from .run_hardware import serve_hardware
+
+            serve_hardware(points[0].experiment)
+            return EXIT_OK
         except ExperimentError as error:
             if world.rank == 0:
                 for problem in error.problems:
                     print(f"error: {problem}", file=sys.stderr)
             return error.exit_code
 
-    return run_rank(told)
+    return run_rank(part)
 
 
 def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint], *, overwrite: bool = False) -> int:
