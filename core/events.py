@@ -7,6 +7,8 @@ no deadline ever crosses a process boundary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec import Struct
 
 from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request
@@ -98,6 +100,7 @@ class Stopped(Struct, frozen=True, array_like=True):
 class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
     """The plan's span ended after `num_steps` steps of its epoch (counted from the epoch's start, not the span's).
 
+    `stopped` is in order of step, then of request id, whatever order the driver saw them in (`stops_in_order`).
     `first_tokens` holds (request id, token id) for each prompt finished in the span; empty in simulation.
     A failed step reports `error`: every request in the plan failed with it.
     """
@@ -108,6 +111,10 @@ class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
     stopped: tuple[Stopped, ...] = ()
     first_tokens: tuple[tuple[int, int], ...] = ()
     error: str | None = None
+
+
+def stops_in_order(stops: Iterable[Stopped]) -> tuple[Stopped, ...]:
+    return tuple(sorted(stops, key=lambda stop: (stop.step, stop.request_id)))
 
 
 class KvRequested(Struct, frozen=True, tag="kv_requested", array_like=True):

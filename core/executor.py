@@ -298,6 +298,8 @@ class ExecutorCore:
             return f"beam width {request.sampling.beam_width} is not supported: only 1 is"
         if request.request_type is RequestType.GENERATION_ONLY and params is None:
             return "a generation-only request needs context_phase_params"
+        if request.request_type is RequestType.GENERATION_ONLY and request.max_tokens == 1:
+            return "max_tokens 1 was reached by the context phase: there is no generation phase"
         generates = request.request_type is not RequestType.CONTEXT_ONLY
         num_tokens = request.total_kv_tokens if generates else request.num_prompt_tokens
         if self._blocks_for(num_tokens) > self.config.num_blocks:
@@ -483,7 +485,7 @@ class ExecutorCore:
         wanted: dict[int, list[int]] = {}
         for _, _, visit in sorted(self._pulls, key=lambda entry: entry[1]):
             params = visit.request.context_phase_params
-            if visit.state is State.GENERATION_QUEUED and params is not None:
+            if visit.state is State.GENERATION_QUEUED and params is not None and params.executor != ORCHESTRATOR:
                 wanted.setdefault(params.executor, []).append(params.req_id)
         for executor, ids in wanted.items():
             self._out.append(Send(executor, LeaseRenewed(tuple(ids))))
@@ -653,9 +655,9 @@ class ExecutorCore:
             self._fail(visit, visit.doom or "", now)
         for visit in [v for v in (*self._joining, *self.prefilling.values()) if v.doom is not None]:
             self._fail(visit, visit.doom or "", now)
-        self._join()
+        self._fill_places(now)
         while self._evicts and self._preempt():
-            self._join()  # into the places that came free: a later plan, at a boundary of chance, would do it otherwise
+            self._fill_places(now)  # those that came free: a later plan, at a boundary of chance, would do it otherwise
         waiting = _WaitingPrompts(self._waiting)
         plan = _NO_BATCH
         if self._num_waiting or self.prefilling:
@@ -671,6 +673,11 @@ class ExecutorCore:
                 raise PolicyError(f"{type(self._batching).__name__} stood the decode batch still and ran nothing else")
         if plan.ask_again_at is not None:
             self._timers.set(max(plan.ask_again_at, now + 1), "batch")
+
+    def _fill_places(self, now: int) -> None:
+        if self._has_canned:  # where no KV travels, what is pulled can join at once; nothing would wake us for it later
+            self._pull(now)
+        self._join()
 
     def _join(self) -> None:
         for visit in self._joining:
@@ -855,10 +862,11 @@ class ExecutorCore:
         if epoch is None:
             return
         self._epoch = None
+        self._shown_kv = self.batch.num_kv_tokens
+        self._shown_written = self.batch.num_blocks_written
+        self._shown_steps = self._num_steps
+        self._grown = 0
         if not self.batch.members:
-            self._shown_kv = self._shown_written = 0
-            self._grown = 0
-            self._shown_steps = self._num_steps
             self._changed_batch = True
         if not epoch.num_done:
             return

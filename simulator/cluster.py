@@ -212,7 +212,8 @@ class SimulatedCluster:
     def _served(self, item: tuple[int, ServeKv]) -> None:
         """The end of a transfer: the reader has its KV and the source is rid of its pin, at one instant."""
         source, command = item
-        self.tell(command.reader, KvReceived(command.reader_id, True))
+        if self.executors[source].is_alive:  # else the rest of it was never sent, and the reader learns of it otherwise
+            self.tell(command.reader, KvReceived(command.reader_id, True))
         self.tell(source, KvTaken(command.request_id))
 
     def link(self, source: int, reader: int) -> Link:

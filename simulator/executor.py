@@ -19,7 +19,7 @@ from ..core.commands import (
     WakeAt,
 )
 from ..core.config import ExecutorConfig
-from ..core.events import Enqueue, KvRequested, Response, StepsDone, Stopped, Wake
+from ..core.events import Enqueue, KvRequested, Response, StepsDone, Stopped, Wake, stops_in_order
 from ..core.grants import granted_through
 from ..policies.vocabulary import FinishReason, RequestType
 from .calls import MESSAGE, POLL, STEP_END, call_at
@@ -197,4 +197,4 @@ class SimulatedExecutor:
                 self._generated[chunk.request_id] = generated
                 if generated >= self._cluster.true_length(chunk.request_id):
                     stopped.append(Stopped(chunk.request_id, 1, FinishReason.STOP))
-        self.give(StepsDone(run.plan, run.epoch, self._end_step, tuple(stopped)))
+        self.give(StepsDone(run.plan, run.epoch, self._end_step, stops_in_order(stopped)))
