@@ -103,3 +103,7 @@ def mermaid() -> str:
         lines.append(f"    ANY_LIVE_STATE --> {TRANSITIONS[_S.QUEUED, cause].name}: {cause.name.lower()}")
     lines += [f"    {state.name} --> [*]" for state in FINAL]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(mermaid())

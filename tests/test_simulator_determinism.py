@@ -1,0 +1,121 @@
+"""The same seed gives the same run, byte for byte; and no command depends on what the world has not yet shown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg.core.event_log import replay
+from tests.simulation_helpers import ROOT, World, random_world
+
+NUM_SEEDS = 200
+
+
+def test_seeds_give_byte_identical_event_logs_in_two_processes_with_other_hash_seeds() -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.simulation_helpers", "0", str(NUM_SEEDS)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for hash_seed in ("1", "4242")
+    ]
+    outputs = [process.communicate()[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert [line.split()[0] for line in outputs[0]] == list(map(str, range(NUM_SEEDS)))
+    assert len({line.split()[1] for line in outputs[0]}) == NUM_SEEDS
+
+
+def test_random_runs_are_of_every_kind_and_end_each_request_once() -> None:
+    """What the tests beside this one stand on: preemptions, retries, cancels, failures, early stops, spans cut short."""
+    seen = set()
+    for seed in range(60):
+        world = random_world(seed).run()
+        rows = world.table("Request")
+        assert sorted(row.request_id for row in rows) == list(range(1, 21))
+        seen |= {row.finish_reason for row in rows}
+        seen |= {"retry" for row in rows if row.num_attempts > 1 and row.finish_reason == "stop"}
+        seen |= {"preemption" for row in world.table("Stay") if row.num_preemptions}
+        seen |= {"transfer" for row in world.table("Transfer") if row.ok}
+        seen |= {"long span" for row in world.table("Step") if row.num_steps > 1}
+        for core in world.logs:
+            for frame in world.frames(core):
+                seen |= {type(command).__name__ for command in frame.commands}
+    assert seen >= {"stop", "cancelled", "error", "retry", "preemption", "transfer", "long span"}
+    assert seen >= {"StopAfterStep", "RunSteps", "ReceiveKv", "ServeKv", "Dispatched", "Deliver", "WakeAt"}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_log_of_every_core_replays_into_a_fresh_one(seed: int) -> None:
+    world = random_world(seed).run()
+    for core in world.logs:
+        assert replay(b"".join(world.logs[core])) == len(world.frames(core))
+
+
+# ---- the world alone knows true lengths -----------------------------------------------------------------------------
+
+
+def tokens_before(world: World, t: int) -> dict[int, tuple[int, bool, bool]]:
+    """Of each request: tokens generated before the instant t, whether it had then ended, whether it was ever preempted.
+
+    From the records of the run: a request's tokens come at the ends of steps, which are equally long within an epoch.
+    """
+    step_ends: dict[int, dict[int, tuple[int, bool]]] = {}
+    for row in world.table("Step"):
+        each = (row.end_ps - row.start_ps) // row.num_steps
+        for k in range(row.num_steps):
+            end = row.start_ps + (k + 1) * each
+            step_ends.setdefault(row.executor, {})[row.first_step + k] = (end, row.num_decodes > 0)
+    users = world.users_of()
+    known: dict[int, tuple[int, bool, bool]] = {}
+    for stay in world.table("Stay"):
+        user = users[stay.executor_request_id]
+        tokens, ended, preempted = known.get(user, (0, False, False))
+        if stay.first_step is not None and stay.last_step is not None:
+            for step in range(stay.first_step, stay.last_step + 1):
+                end, decodes = step_ends[stay.executor].get(step, (t, True))
+                tokens += end < t and (step == stay.first_step or decodes)
+        ended |= stay.ended_ps < t
+        known[user] = (tokens, ended and stay.stage != "context", preempted or stay.num_preemptions > 0)
+    return known
+
+
+def commands_before(world: World, t: int) -> Mapping[int, list[object]]:
+    return {core: [frame for frame in world.frames(core) if frame.now < t] for core in world.logs}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), when=st.floats(0.02, 0.98))
+def test_output_lengths_hidden_after_an_instant_change_no_command_before_it(seed: int, when: float) -> None:
+    draw = Random(seed)
+    truth = {i: draw.randint(1, 40) for i in range(1, 21)}
+    world = random_world(seed, truth, faults=False).run()
+    t = round(when * max(frame.now for core in world.logs for frame in world.frames(core)))
+    known = tokens_before(world, t)
+    other = {}
+    for i, length in truth.items():
+        tokens, ended, preempted = known.get(i, (0, False, False))
+        if ended or tokens >= length:
+            other[i] = length  # its end has shown itself, or the step of its last token is over
+        elif preempted:
+            other[i] = length + draw.randint(0, 20)  # tokens before a preemption are not in the records
+        else:
+            other[i] = draw.randint(tokens + 1, 60)
+    again = random_world(seed, other, faults=False).run()
+    assert commands_before(again, t) == commands_before(world, t)
+
+
+def test_hidden_lengths_do_change_what_comes_after() -> None:
+    truth = dict.fromkeys(range(1, 21), 10)
+    digests = {random_world(5, {**truth, i: 11}, faults=False).run().digest() for i in range(1, 21)}
+    assert len(digests) == 20
