@@ -66,6 +66,7 @@ class _Task:
         "first_token_at",
         "generation_executor",
         "generation_id",
+        "held_at_change",
         "held_for",
         "kv_usable",
         "num_tokens",
@@ -89,6 +90,7 @@ class _Task:
         self.attempts = 0
         self.cancelled = False
         self.held_for: Stage | None = None
+        self.held_at_change = 0
         self.num_tokens = 0
         self.first_token_at: int | None = None
         self.forget_attempt()
@@ -118,7 +120,7 @@ class OrchestratorCore:
         self._by_executor: dict[int, dict[int, None]] = {e.id: {} for e in config.executors}  # its visits, in order
         self._held: dict[Stage, list[tuple[Any, int, _Task]]] = {Stage.CONTEXT: [], Stage.GENERATION: []}
         self._num_held = 0
-        self._fleet_changed = False
+        self._num_changes = 0  # of what policies see: a held request is asked about again once this has grown
         self._waiting_for_generation: dict[int, _Task] = {}
         self._next_id = 0
         self._serial = 0
@@ -153,9 +155,8 @@ class OrchestratorCore:
         if event is not None:
             self._take(event, now)
         if not more:
-            if self._num_held and self._fleet_changed:
+            if self._num_held:
                 self._try_held(now)
-            self._fleet_changed = False
             if self._closing and not self._drained and not self.tasks:
                 self._drained = True
                 self._out.append(Drained())
@@ -208,23 +209,20 @@ class OrchestratorCore:
 
     def _reported(self, report: Report, now: int) -> None:
         row = self.fleet.reported(report, now)
-        self._fleet_changed = True
+        self._num_changes += 1
         for router in dict.fromkeys(self._routers.values()):
             router.on_report(row, self.fleet.at(now))
 
     def _answered(self, response: Response, now: int) -> None:
         if response.report is not None:
             self._reported(response.report, now)
-        self._fleet_changed = True
+        self._num_changes += 1
         known = self._visits.pop(response.request_id, None)
         if known is None:
             return  # from before a retry
         task, stage, executor = known
-        del self._by_executor[executor][response.request_id]
-        self.fleet.answered(executor)
         ok = response.error is None and response.finish_reason is not FinishReason.CANCELLED
-        router = self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
-        router.on_finished(task.shown, stage, executor, ok, self.fleet.at(now))
+        self._visit_over(response.request_id, task, stage, executor, ok, now)
         if response.context_start is not None:
             task.context_start = response.context_start
         if stage is Stage.GENERATION:
@@ -241,6 +239,15 @@ class OrchestratorCore:
             if task.first_token_at is None:
                 self._first_token(task, executor, response, now)
             self._end(task, Cause.FINISH, response.finish_reason, None, now, executor, response.request_id)
+
+    def _visit_over(self, request_id: int, task: _Task, stage: Stage, executor: int, ok: bool, now: int) -> None:
+        """An executor owes no answer for this id any more."""
+        del self._by_executor[executor][request_id]
+        self.fleet.answered(executor)
+        self._router(stage).on_finished(task.shown, stage, executor, ok, self.fleet.at(now))
+
+    def _router(self, stage: Stage) -> RoutingPolicy:
+        return self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
 
     def _context_done(self, task: _Task, response: Response, now: int) -> None:
         task.params = response.context_phase_params
@@ -274,6 +281,8 @@ class OrchestratorCore:
         if task.state is State.CONTEXT_DONE:
             task.state = advance(task.state, Cause.ROUTE_GENERATION)
         self._release(task)
+        task.held_for = None
+        self._waiting_for_generation.pop(task.request.id, None)
         task.state = advance(task.state, Cause.RETRY)
         task.forget_attempt()
         self._start(task, now)
@@ -305,24 +314,21 @@ class OrchestratorCore:
 
     def _peer_down(self, executor: int, now: int) -> None:
         self.fleet.lost(executor)
-        self._fleet_changed = True
+        self._num_changes += 1
         for request_id in list(self._by_executor[executor]):
             known = self._visits.pop(request_id, None)
             if known is None:
                 continue
             task, stage, _ = known
-            self.fleet.answered(executor)
-            router = self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
-            router.on_finished(task.shown, stage, executor, False, self.fleet.at(now))
+            self._visit_over(request_id, task, stage, executor, False, now)
             self._failed(task, f"executor {executor} is gone", True, now)
-        self._by_executor[executor].clear()
         for task in list(self._waiting_for_generation.values()):
             if task.context_executor == executor:
                 self._failed(task, f"executor {executor}, which held the KV, is gone", True, now)
 
     def _fire(self, what: str, subject: int, now: int) -> None:
         if what == "held":
-            self._fleet_changed = True  # a Hold's `until` has come: ask again at the end of this instant
+            self._num_changes += 1  # a Hold's `until` has come: ask again at the end of this instant
         elif what == "allotted":
             task = self.tasks.get(subject)
             if task is not None:
@@ -337,8 +343,7 @@ class OrchestratorCore:
         for request_id in (task.context_id, task.generation_id):
             known = self._visits.pop(request_id, None) if request_id is not None else None
             if known is not None and request_id is not None:
-                del self._by_executor[known[2]][request_id]
-                self.fleet.answered(known[2])
+                self._visit_over(request_id, *known, ok=False, now=now)
         self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
 
     def _renew(self, now: int) -> None:
@@ -489,11 +494,11 @@ class OrchestratorCore:
         self.fleet.dispatched(executor, request.num_prompt_tokens)
         self._out.append(Dispatched(request.id, executor, sent))
         self._out.append(Send(executor, Enqueue(sent)))
-        router = self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
-        router.on_dispatched(task.shown, stage, executor, self.fleet.at(now))
+        self._router(stage).on_dispatched(task.shown, stage, executor, self.fleet.at(now))
 
     def _hold(self, task: _Task, stage: Stage, until: int | None) -> None:
         task.held_for = stage
+        task.held_at_change = self._num_changes
         heapq.heappush(self._held[stage], (task.order_key, task.serial, task))
         self._num_held += 1
         if until is not None:
@@ -512,7 +517,7 @@ class OrchestratorCore:
         A queue stops at the first that must wait on: whoever is behind it came later.
         """
         for stage in (Stage.GENERATION, Stage.CONTEXT):
-            while (task := self._first_held(stage)) is not None:
+            while (task := self._first_held(stage)) is not None and task.held_at_change < self._num_changes:
                 heapq.heappop(self._held[stage])
                 self._num_held -= 1
                 task.held_for = None

@@ -5,8 +5,6 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-import numpy as np
-
 from .interfaces import PolicyError, ScoringPolicy, SelectingPolicy
 from .registry import register
 from .views import ExecutorPool, ExecutorRow
@@ -84,5 +82,5 @@ class LeastKv(ScoringPolicy):
 
     def score(self, request: Request, executors: Any) -> Any:
         x = executors
-        on_the_wire = np.true_divide(x.wire_tokens, x.tokens_per_block) if x.role is Role.GENERATION else 0
+        on_the_wire = x.wire_tokens / x.tokens_per_block
         return (x.kv_blocks_total - x.kv_blocks_free + on_the_wire) / x.kv_blocks_total

@@ -47,8 +47,8 @@ class Timing(Protocol):
 class ModelTiming:
     """Step times from a cost model per executor, a constant message latency, optional noise of the steps.
 
-    Noise is one factor per epoch, keyed by (seed, executor, first step), so that it does not depend on the order in which
-    executors run: 1 + jitter * z, z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
+    Noise is one factor per epoch, keyed by (seed, executor, number of the epoch there), so that it does not depend on the
+    order in which executors run: 1 + jitter * z, z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
     """
 
     def __init__(
