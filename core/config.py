@@ -45,6 +45,7 @@ class ExecutorConfig(Struct, frozen=True):
     lease: int = 60 * PS_PER_S  # held KV is freed this long after it was last renewed, unless a reader has pinned it
     transfer_timeout_base: int = 30 * PS_PER_S  # a transfer may take base + per_token * tokens
     transfer_timeout_per_token: int = 0
+    pull_timeout: int = 300 * PS_PER_S  # a generation phase may wait this long for blocks to receive its KV into
     quarantine_max_blocks: int | None = None  # more than this in quarantine: the executor reports itself unhealthy
     pull_reserve_blocks: int = 0  # blocks that admitting a transfer leaves free
     report_interval: int = 10 * PS_PER_MS

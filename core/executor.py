@@ -272,6 +272,7 @@ class ExecutorCore:
             heapq.heappush(self._pulls, (visit.order_key, visit.serial, visit))
             self._num_pulls += 1
             self._pending_kv += request.num_prompt_tokens
+            self._timers.set(now + self.config.pull_timeout, "pull", visit.id)
             if not self._heartbeat_armed:
                 self._heartbeat_armed = True
                 self._timers.set(now + self.config.lease // 3, "heartbeat")
@@ -470,12 +471,14 @@ class ExecutorCore:
             if visit is not None and visit.id in self._in_flight and visit.doom is None:
                 limit = (now - (visit.transfer_start_at or now)) // 10**9
                 self._give_up(visit, f"the KV transfer took over {limit} ms", now, recomputable=True)
+        elif what == "pull":
+            if visit is not None and visit.state is State.GENERATION_QUEUED:
+                limit = self.config.pull_timeout // 10**9
+                self._give_up(visit, f"no blocks came free for its KV in {limit} ms", now, recomputable=True)
         elif what == "heartbeat":
             self._heartbeat(now)
         elif what == "report":
-            self._report_armed = False
-            if self._dirty:
-                self._send_report(now)
+            self._report_armed = False  # sent at the end of this instant, if nothing else carries one
         elif what == "batch":
             self._ask_to_stop()
 
@@ -732,7 +735,10 @@ class ExecutorCore:
         plan = self._batching.plan(view)
         budget = self.config.scheduler.max_num_tokens - (len(self.batch) if plan.decodes else 0)
         if sum(chunk.num_tokens for chunk in plan.chunks) > budget and plan.chunks:
-            raise PolicyError(f"{type(self._batching).__name__} planned more prompt tokens than the {budget} allowed")
+            total = sum(chunk.num_tokens for chunk in plan.chunks)
+            raise PolicyError(
+                f"{type(self._batching).__name__} planned {total} prompt tokens; at most {budget} are allowed"
+            )
         return plan
 
     def _begin(self, plan: BatchPlan, waiting: _WaitingPrompts, now: int) -> tuple[Chunk, ...]:
@@ -742,11 +748,17 @@ class ExecutorCore:
         for chosen in plan.chunks:
             visit = self.prefilling.get(chosen.request_id) or waiting.find(chosen.request_id)
             if visit is None or chosen.request_id in seen or not 0 < chosen.num_tokens <= visit.num_tokens_left:
-                raise PolicyError(f"{type(self._batching).__name__} planned {chosen}, which is not there to compute")
+                raise PolicyError(
+                    f"{type(self._batching).__name__} planned {chosen}, which is not there to compute: a plan names each"
+                    " prompt once, one that has begun or that was read from `waiting` in this call, and tokens it has left"
+                )
             seen.add(chosen.request_id)
             if visit.state is State.QUEUED:
                 if self.num_free_slots <= 0 or visit.num_blocks > self.blocks.num_free:
-                    raise PolicyError(f"{type(self._batching).__name__} planned {chosen} without a slot or its blocks")
+                    raise PolicyError(
+                        f"{type(self._batching).__name__} planned {chosen}, which takes a slot and {visit.num_blocks}"
+                        f" blocks; free are {self.num_free_slots} slots and {self.blocks.num_free} blocks"
+                    )
                 self.blocks.allocate(visit.id, visit.num_blocks)
                 visit.num_blocks = 0
                 visit.advance(Cause.START)

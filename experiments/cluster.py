@@ -216,6 +216,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
             lease=picoseconds(transceiver.lease_ms) if transceiver else 60 * PS_PER_S,
             transfer_timeout_base=base,
             transfer_timeout_per_token=per_token,
+            pull_timeout=picoseconds(transceiver.pull_timeout_ms) if transceiver else 300 * PS_PER_S,
             quarantine_max_blocks=transceiver.quarantine_max_blocks if transceiver else None,
             report_interval=picoseconds(cluster.report_interval_ms),
             report_on_batch_change=cluster.report_on_batch_change,

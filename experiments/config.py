@@ -144,6 +144,9 @@ class Instance(ExecutorKeys):
 class CacheTransceiver(Keys):
     backend: Literal["mpi", "cuda_ipc", "host"] | None = None
     kv_transfer_timeout_ms: Milliseconds | None = Field(None, description="default: 30 s + 4 x bytes / link rate")
+    pull_timeout_ms: Milliseconds = Field(
+        300_000.0, description="wait of a generation phase for blocks to receive into"
+    )
     on_failure: Literal["recompute", "fail"] = "recompute"
     generation_binding: Literal["at_arrival", "at_context_start", "at_context_done"] = "at_context_done"
     lease_ms: Milliseconds = 60_000.0

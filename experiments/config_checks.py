@@ -146,6 +146,15 @@ def _cluster(config: Experiment) -> list[Problem]:
             problems.append(
                 Problem((*path, "kv_cache"), "max_tokens and free_gpu_memory_fraction exclude each other; allowed: one")
             )
+        scheduler = keys.scheduler
+        if scheduler.max_num_tokens < scheduler.max_batch_size:
+            problems.append(
+                Problem(
+                    (*path, "scheduler", "max_num_tokens"),
+                    f"{scheduler.max_num_tokens} is less than max_batch_size {scheduler.max_batch_size}: a step could not"
+                    " run a full decode batch; allowed: at least max_batch_size",
+                )
+            )
         if cache.enable_block_reuse:
             problems.append(
                 Problem((*path, "kv_cache", "enable_block_reuse"), "true is not available yet; allowed: false")

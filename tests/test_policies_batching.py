@@ -136,14 +136,14 @@ def test_the_core_runs_the_chunks_that_a_policy_names(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("chunks", "settings", "message"),
     [
-        (((1, 50), (2, 51)), {}, "Scripted planned more prompt tokens than the 100 allowed"),
+        (((1, 50), (2, 51)), {}, "prompt tokens; at most 100 are allowed"),
         (((3, 10),), {}, r"Scripted planned ChunkPlan\(request_id=3, num_tokens=10\), which is not there to compute"),
         (((1, 10), (1, 10)), {}, "which is not there to compute"),
         (((1, 61),), {}, "which is not there to compute"),
         (((1, 0),), {}, "which is not there to compute"),
         (((1, -5),), {}, "which is not there to compute"),
-        (((1, 10), (2, 10)), {"max_batch_size": 1}, "without a slot or its blocks"),
-        (((1, 10), (2, 10)), {"num_blocks": 7}, "without a slot or its blocks"),
+        (((1, 10), (2, 10)), {"max_batch_size": 1}, "which takes a slot and"),
+        (((1, 10), (2, 10)), {"num_blocks": 7}, "which takes a slot and"),
     ],
 )
 def test_the_core_refuses_a_batch_that_is_overfull_or_does_not_exist(

@@ -214,7 +214,6 @@ def test_no_kv_comes_from_an_executor_that_died_in_mid_transfer() -> None:
     assert (row.finish_reason, row.num_attempts, row.context_executor) == ("stop", 2, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="leases are renewed for as long as readers wait, and these wait for each other")
 def test_two_executors_that_hold_each_other_s_kv_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     class Crossing(RoutingPolicy):
         """Each request's KV goes from one mixed executor to the other."""
