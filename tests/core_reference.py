@@ -1,0 +1,663 @@
+"""A naive cluster, written from the definitions alone: one step at a time, no epochs, no heaps, no closed forms.
+
+The reference of the exactness test. Executors and links are lists and loops; what a step costs is summed step by step in
+the cost model's own integer units; the calendar is a list searched for its least (instant, class, rank, number). The
+orchestrator and its policies are the real ones: what is under test here is what executors and links tell it, and when.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from disagg.core.commands import Deliver, Dispatched, Send, WakeAt
+from disagg.core.config import ExecutorConfig
+from disagg.core.cost import CostModel, StepFeatures
+from disagg.core.events import (
+    Arrive,
+    Cancel,
+    Enqueue,
+    LeaseRenewed,
+    Report,
+    Response,
+    Wake,
+)
+from disagg.core.orchestrator import OrchestratorCore
+from disagg.policies.vocabulary import ContextPhaseParams, FinishReason, Request, RequestType
+from tests.core_cases import Case, Step, Trace
+
+MESSAGE, STEP_END = 1, 2
+ERROR = "some error"  # texts are not compared
+WAITING, PULLING, IN_FLIGHT, READY, PREFILL, JOINING, DECODE, HELD, GONE = range(9)
+
+
+class Visitor:
+    """A request at an executor: plain counters, all of them true at any time."""
+
+    def __init__(self, request: Request, number: int, now: int) -> None:
+        self.request, self.id, self.number, self.enqueued_at = request, request.id, number, now
+        self.place = WAITING
+        self.kv = 0  # tokens written
+        self.generated = 0
+        self.to_compute = request.num_prompt_tokens
+        self.blocks = 0
+        self.was_preempted = False
+        self.num_preemptions = 0
+        self.started_at: int | None = None
+        self.transfer_start: int | None = None
+        self.kv_usable: int | None = None
+        self.reader: int | None = None
+        self.doom: str | None = None  # "cancelled" or ERROR
+        self.lease_until = 0
+        self.stay_tokens = 0
+
+    @property
+    def left(self) -> int:
+        return self.to_compute - self.kv
+
+    @property
+    def params(self) -> ContextPhaseParams:
+        params = self.request.context_phase_params
+        if params is None:
+            raise AssertionError("not a generation-only request")
+        return params
+
+    @property
+    def type(self) -> RequestType:
+        return self.request.request_type
+
+
+class NaiveExecutor:
+    def __init__(self, config: ExecutorConfig, cost: CostModel, cluster: NaiveCluster) -> None:
+        self.config, self.cost, self.cluster, self.id = config, cost, cluster, config.id
+        self.evicts = config.scheduler.capacity == "max_utilization"
+        self.visitors: list[Visitor] = []  # in order of arrival
+        self.prefill: list[Visitor] = []  # in order of beginning
+        self.ready: list[Visitor] = []  # in order of arrival of their KV
+        self.joining: list[Visitor] = []
+        self.decodes: list[Visitor] = []
+        self.step: tuple[int, list[Visitor], list[tuple[Visitor, int, int]]] | None = None  # start, decodes, chunks
+        self.last: tuple[list[int], bool] | None = None  # decodes and whether there were chunks, of the step just ended
+        self.same_since = 0  # instant at which the current run of equal batches began
+        self.same_steps = 0
+        self.same_units = 0
+        self.same_until = 0  # instant at which the last of them ends
+        self.num_steps = 0
+        self.seen = [0, 0]
+        self.shown_kv = self.shown_written = self.shown_steps = self.step_time = 0
+        self.grown = 0  # blocks that decodes got since the batch last changed
+        self.changed = False
+        self.has_reported = False
+        self.has_heard = False
+        self.responses: list[Response] = []
+        self.heartbeat = False
+
+    # ---- small questions --------------------------------------------------------------------------------------------
+
+    def at(self, place: int) -> list[Visitor]:
+        return [v for v in self.visitors if v.place == place]
+
+    def blocks_for(self, tokens: int) -> int:
+        return (tokens + self.config.tokens_per_block - 1) // self.config.tokens_per_block
+
+    @property
+    def free(self) -> int:
+        return self.config.num_blocks - sum(v.blocks for v in self.visitors)
+
+    @property
+    def slots(self) -> int:
+        taken = len(self.decodes) + len(self.prefill) + len(self.joining)
+        return self.config.scheduler.max_batch_size - taken
+
+    def to_admit(self, v: Visitor) -> int:
+        if v.type is RequestType.CONTEXT_ONLY or self.evicts:
+            return self.blocks_for(v.to_compute)
+        return self.blocks_for(v.request.num_prompt_tokens + v.request.max_tokens - 1)
+
+    def wanted_by_decodes(self) -> int:
+        if not self.evicts:
+            return 0
+        return sum(self.blocks_for(v.kv + 1) - self.blocks_for(v.kv) for v in self.decodes)
+
+    # ---- what it hears ----------------------------------------------------------------------------------------------
+
+    def hear(self, message: Any) -> None:
+        now = self.cluster.now
+        self.has_heard = True
+        if isinstance(message, Enqueue):
+            self.enqueue(message.request, now)
+        elif isinstance(message, Cancel):
+            for v in list(self.visitors):
+                if v.id == message.request_id:
+                    self.give_up(v, "cancelled")
+        elif isinstance(message, LeaseRenewed):
+            for v in self.visitors:
+                if v.id in message.request_ids:
+                    self.renew(v, now)
+
+    def enqueue(self, request: Request, now: int) -> None:
+        self.seen[0] += 1
+        self.seen[1] += request.num_prompt_tokens
+        if self.must_refuse(request):
+            self.responses.append(Response(request.id, self.id, FinishReason.ERROR, 0, ERROR))
+            return
+        v = Visitor(request, self.seen[0], now)
+        self.visitors.append(v)
+        if v.type is RequestType.GENERATION_ONLY:
+            v.place, v.generated = PULLING, 1
+            self.cluster.later(now + self.config.pull_timeout, MESSAGE, self.id, self.waits_too_long, v)
+            if not self.heartbeat:
+                self.heartbeat = True
+                self.cluster.later(now + self.config.lease // 3, MESSAGE, self.id, self.beat, None)
+
+    def must_refuse(self, request: Request) -> bool:
+        scheduler = self.config.scheduler
+        kind = request.request_type
+        tokens = request.num_prompt_tokens
+        if kind is not RequestType.CONTEXT_ONLY:
+            tokens += request.max_tokens - 1
+        if self.blocks_for(tokens) > self.config.num_blocks:
+            return True
+        params = request.context_phase_params
+        if params is not None and params.executor == self.id:
+            return True
+        if scheduler.chunked_context:
+            return False
+        may_be_recomputed = self.evicts and kind is not RequestType.CONTEXT_ONLY
+        at_once = tokens if may_be_recomputed else request.num_prompt_tokens
+        return (may_be_recomputed or kind is not RequestType.GENERATION_ONLY) and at_once > scheduler.max_num_tokens
+
+    def renew(self, v: Visitor, now: int) -> None:
+        v.lease_until = now + self.config.lease
+        self.cluster.later(v.lease_until, MESSAGE, self.id, self.lease_ends, v)
+
+    def lease_ends(self, v: Visitor) -> None:
+        if v.place == HELD and v.doom is None and v.lease_until <= self.cluster.now:
+            self.give_up(v, ERROR)
+
+    def beat(self, _: Any) -> None:
+        self.heartbeat = False
+        sources: dict[int, list[int]] = {}
+        for v in self.at(PULLING):
+            sources.setdefault(v.params.executor, []).append(v.params.req_id)
+        for source, ids in sources.items():
+            self.cluster.send(self.id, source, LeaseRenewed(tuple(ids)))
+        if sources:
+            self.heartbeat = True
+            self.cluster.later(self.cluster.now + self.config.lease // 3, MESSAGE, self.id, self.beat, None)
+
+    def asked_for_kv(self, item: tuple[int, int, int]) -> None:
+        request_id, reader, reader_id = item
+        self.has_heard = True
+        self.cluster.touch(self)
+        for v in self.visitors:
+            if v.id == request_id and v.place == HELD and v.doom is None and v.reader is None:
+                v.reader = reader
+                self.cluster.transfer(self.id, reader, v.kv, (v, reader_id))
+                return
+        self.cluster.post(self.id, self.cluster.executors[reader].kv_came, (reader_id, False))
+
+    def kv_came(self, item: tuple[int, bool]) -> None:
+        request_id, ok = item
+        now = self.cluster.now
+        self.has_heard = True
+        self.cluster.touch(self)
+        for v in list(self.visitors):
+            if v.id != request_id or v.place != IN_FLIGHT:
+                continue
+            if v.doom is not None:
+                self.forget(v)
+            elif ok:
+                v.place, v.kv, v.kv_usable = READY, v.request.num_prompt_tokens, now
+                self.ready.append(v)
+            else:
+                self.fail(v, ERROR, recomputable=True)
+
+    def kv_was_read(self, v: Visitor) -> None:
+        self.has_heard = True
+        self.cluster.touch(self)
+        if v.place == HELD:
+            self.forget(v)
+
+    def waits_too_long(self, v: Visitor) -> None:
+        if v.place == PULLING:
+            self.fail(v, ERROR, recomputable=True)
+
+    def pull_takes_too_long(self, v: Visitor) -> None:
+        if v.place == IN_FLIGHT and v.doom is None:
+            v.doom = ERROR
+            self.answer_failure(v, ERROR, recomputable=True)
+
+    # ---- ends -------------------------------------------------------------------------------------------------------
+
+    def forget(self, v: Visitor) -> None:
+        v.place, v.blocks = GONE, 0
+        for group in (self.visitors, self.prefill, self.ready, self.joining, self.decodes):
+            if v in group:
+                group.remove(v)
+
+    def give_up(self, v: Visitor, why: str) -> None:
+        if v.doom is not None:
+            return
+        in_step = self.step is not None and (v in self.decodes or any(v is chunk[0] for chunk in self.step[2]))
+        if v.place == HELD:
+            if v.reader is None:
+                self.forget(v)
+            else:
+                v.doom = why
+        elif v.place == IN_FLIGHT:
+            v.doom = why
+            self.answer_failure(v, why, recomputable=False)
+        elif in_step:
+            v.doom = why
+        else:
+            self.fail(v, why, recomputable=False)
+
+    def fail(self, v: Visitor, why: str, *, recomputable: bool) -> None:
+        if v.place == PULLING:
+            self.cluster.send(self.id, v.params.executor, Cancel(v.params.req_id))
+        self.forget(v)
+        self.answer_failure(v, why, recomputable=recomputable)
+
+    def answer_failure(self, v: Visitor, why: str, *, recomputable: bool) -> None:
+        cancelled = why == "cancelled"
+        self.responses.append(
+            Response(
+                v.id,
+                self.id,
+                FinishReason.CANCELLED if cancelled else FinishReason.ERROR,
+                v.generated,
+                error=None if cancelled else ERROR,
+                recomputable=recomputable,
+                context_start=v.started_at,
+                transfer_start=v.transfer_start,
+                kv_usable=v.kv_usable,
+            )
+        )
+        self.stay(v)
+
+    def finish(self, v: Visitor) -> None:
+        self.forget(v)
+        stopped = v.generated == self.cluster.true_length(v.id)
+        self.responses.append(
+            Response(
+                v.id,
+                self.id,
+                FinishReason.STOP if stopped else FinishReason.LENGTH,
+                v.generated,
+                context_start=v.started_at,
+                transfer_start=v.transfer_start,
+                kv_usable=v.kv_usable,
+                last_token=self.cluster.now,
+            )
+        )
+        self.stay(v)
+
+    def stay(self, v: Visitor) -> None:
+        started = v.started_at if v.started_at is not None else v.kv_usable
+        tokens = v.generated - (v.type is RequestType.GENERATION_ONLY)
+        self.cluster.trace.stays.append((self.id, v.id, tokens, started, self.cluster.now, v.num_preemptions))
+
+    # ---- steps ------------------------------------------------------------------------------------------------------
+
+    def has_ended(self, v: Visitor) -> bool:
+        return v.generated >= min(v.request.max_tokens, self.cluster.true_length(v.id))
+
+    def step_ends(self, _: Any) -> None:
+        if self.step is None:
+            raise AssertionError("no step is running")
+        start, decodes, chunks = self.step
+        now = self.cluster.now
+        self.step = None
+        self.num_steps += 1
+        self.cluster.touch(self)
+        shown = tuple((v.id, first, length) for v, first, length in chunks)
+        self.cluster.trace.steps[self.id].append(Step(start, now, tuple(sorted(v.id for v in decodes)), shown))
+        for v in decodes:
+            v.kv += 1
+            v.generated += 1
+        for v in sorted(decodes, key=lambda v: v.number):
+            if self.has_ended(v):
+                self.finish(v)
+        for v, _, length in chunks:
+            v.kv += length
+            if v.left:
+                continue
+            v.generated += 1
+            self.prefill.remove(v)
+            if self.has_ended(v):
+                self.finish(v)
+            elif v.type is RequestType.CONTEXT_ONLY and v.doom is None:
+                v.place = HELD
+                self.renew(v, now)
+                params = ContextPhaseParams(v.id, self.id, v.request.num_prompt_tokens)
+                self.responses.append(
+                    Response(
+                        v.id,
+                        self.id,
+                        None,
+                        1,
+                        context_phase_params=params,
+                        context_start=v.started_at,
+                        last_token=now,
+                    )
+                )
+                self.stay(v)
+            else:
+                v.place = JOINING
+                self.joining.append(v)
+
+    def plan(self) -> None:
+        """Once an instant, if no step is running."""
+        if self.step is None:
+            for v in [v for v in self.decodes if v.doom] + [v for v in (*self.joining, *self.prefill) if v.doom]:
+                self.fail(v, v.doom or "", recomputable=False)
+            self.join()
+            while self.preempt():
+                while self.preempt():
+                    pass
+                self.join()
+            chunks, with_decodes = self.choose()
+            self.pull()
+            self.begin(chunks, self.decodes if with_decodes else [])
+        self.tell()
+
+    def join(self) -> None:
+        for v in list(self.joining):
+            self.joining.remove(v)
+            v.place = DECODE
+            self.decodes.append(v)
+        while self.ready and self.slots > 0:
+            v = self.ready.pop(0)
+            v.place = DECODE
+            self.decodes.append(v)
+
+    def preempt(self) -> bool:
+        if not self.decodes or self.wanted_by_decodes() <= self.free:
+            return False
+        youngest = max([*self.decodes, *self.prefill], key=lambda v: v.number)
+        for group in (self.decodes, self.prefill):
+            if youngest in group:
+                group.remove(youngest)
+        youngest.place, youngest.was_preempted = WAITING, True
+        youngest.num_preemptions += 1
+        youngest.blocks = youngest.kv = 0
+        youngest.to_compute = youngest.request.num_prompt_tokens + youngest.generated
+        return True
+
+    def choose(self) -> tuple[list[tuple[Visitor, int, int]], bool]:
+        """Chunks of the next step, begun prompts first, and whether the decodes run in it."""
+        scheduler = self.config.scheduler
+        alone = scheduler.batching.name == "prefill_first"
+        budget = scheduler.max_num_tokens - (0 if alone else len(self.decodes))
+        chunks = []
+        for v in self.prefill:
+            if budget > 0:
+                length = min(v.left, budget)
+                chunks.append((v, v.kv, length))
+                budget -= length
+        blocks = self.free - self.wanted_by_decodes()
+        for v in sorted(self.at(WAITING), key=lambda v: (not v.was_preempted, v.number)):
+            if budget <= 0 or self.slots <= 0 or self.to_admit(v) > blocks:
+                break
+            if not scheduler.chunked_context and v.left > budget:
+                break
+            length = min(v.left, budget)
+            chunks.append((v, v.kv, length))
+            budget -= length
+            v.blocks = self.to_admit(v)
+            blocks -= v.blocks
+            v.place = PREFILL
+            self.prefill.append(v)
+            if v.started_at is None:
+                v.started_at = self.cluster.now
+        return chunks, not (alone and chunks)
+
+    def pull(self) -> None:
+        now = self.cluster.now
+        for v in self.at(PULLING):
+            reserve = self.config.pull_reserve_blocks if self.free < self.config.num_blocks else 0
+            if self.to_admit(v) > self.free - self.wanted_by_decodes() - reserve:
+                return
+            v.blocks = self.to_admit(v)
+            v.place, v.transfer_start = IN_FLIGHT, now
+            self.cluster.later(now + self.config.transfer_timeout_base, MESSAGE, self.id, self.pull_takes_too_long, v)
+            source = self.cluster.executors[v.params.executor]
+            self.cluster.post(self.id, source.asked_for_kv, (v.params.req_id, self.id, v.id))
+
+    def begin(self, chunks: list[tuple[Visitor, int, int]], decodes: list[Visitor]) -> None:
+        now = self.cluster.now
+        runs = bool(chunks or decodes)
+        ids = [v.id for v in decodes]
+        unchanged = runs and not chunks and self.last == (ids, False)
+        if not unchanged:
+            if self.same_steps:
+                self.step_time = (self.same_until - self.same_since) // self.same_steps
+            if runs or self.last is not None:
+                self.changed = True
+                self.shown_kv = sum(v.kv for v in self.decodes)
+                self.shown_written = sum(self.blocks_for(v.kv) for v in self.decodes)
+                self.shown_steps = self.num_steps
+                self.grown = 0
+            self.same_since, self.same_steps, self.same_units = now, 0, 0
+        self.last = None
+        if not runs:
+            return
+        model_chunks = tuple((first, length, first + length == v.to_compute) for v, first, length in chunks)
+        self.same_units += self.cost.step_time(StepFeatures(len(decodes), sum(v.kv for v in decodes), model_chunks))
+        self.same_steps += 1
+        if self.evicts:
+            for v in decodes:
+                missing = self.blocks_for(v.kv + 1) - v.blocks
+                v.blocks += missing
+                self.grown += missing
+        if self.free < 0:
+            raise AssertionError(f"executor {self.id} has given out more blocks than it has")
+        self.step = (now, list(decodes), chunks)
+        self.last = (ids, bool(chunks))
+        self.same_until = self.same_since + max(self.same_units >> 20, self.same_steps)
+        self.cluster.later(self.same_until, STEP_END, self.id, self.step_ends, None)
+
+    # ---- what it tells ----------------------------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        if self.responses:
+            for response in self.responses[:-1]:
+                self.cluster.send(self.id, 0, response)
+            last = self.responses[-1]
+            fields = {name: getattr(last, name) for name in last.__struct_fields__}
+            self.cluster.send(self.id, 0, Response(**{**fields, "report": self.report()}))
+            self.responses = []
+        elif self.changed or (self.has_heard and not self.has_reported):
+            self.cluster.send(self.id, 0, self.report())
+        else:
+            return
+        self.changed = False
+        self.has_reported = True
+
+    def report(self) -> Report:
+        held = [v for v in self.visitors if v.place == HELD]
+        quarantined = sum(v.blocks for v in self.visitors if v.doom and v.place in (HELD, IN_FLIGHT))
+        held_blocks = sum(v.blocks for v in held if not v.doom)
+        free = self.free + self.grown
+        running_on = self.step is not None
+        decode_written = self.shown_written if running_on else sum(self.blocks_for(v.kv) for v in self.decodes)
+        written = decode_written + sum(self.blocks_for(v.kv) for v in (*self.prefill, *self.joining, *self.ready))
+        coming = [v for v in self.visitors if v.place in (PULLING, IN_FLIGHT, READY) and not v.doom]
+        waiting = self.at(WAITING)
+        return Report(
+            self.id,
+            self.seen[0],
+            self.seen[1],
+            len(waiting) + len(self.at(PULLING)) + len(self.at(IN_FLIGHT)) + len(self.ready),
+            len(self.prefill) + len(self.joining) + len(self.decodes),
+            sum(v.left for v in waiting),
+            sum(v.left for v in self.prefill),
+            self.shown_kv + sum(v.request.num_prompt_tokens for v in coming),
+            free,
+            self.config.num_blocks - free - held_blocks - quarantined - written,
+            written,
+            held_blocks,
+            quarantined,
+            self.shown_steps,
+            self.step_time,
+            True,
+        )
+
+
+class NaiveLink:
+    """Transfers that share a rate equally; what is left of each is written down anew at every change."""
+
+    def __init__(self, cluster: NaiveCluster, source: int, units_per_byte: float) -> None:
+        self.cluster, self.source, self.units_per_byte = cluster, source, units_per_byte
+        self.active: list[list[Any]] = []  # [units of service left, number, done]
+        self.updated_at = 0
+        self.version = 0
+
+    def start(self, item: tuple[int, int, Any]) -> None:
+        num_bytes, number, done = item
+        self.progress()
+        self.active.append([max(1, round(num_bytes * self.units_per_byte)), number, done])
+        self.next()
+
+    def progress(self) -> None:
+        now = self.cluster.now
+        each = ((now - self.updated_at) << 20) // len(self.active) if self.active else 0
+        for transfer in self.active:
+            transfer[0] -= each
+        self.updated_at = now
+
+    def next(self) -> None:
+        self.version += 1
+        if self.active:
+            left = max(0, min(transfer[0] for transfer in self.active)) * len(self.active)
+            wait = left // 2**20 + (left % 2**20 > 0)
+            self.cluster.later(self.cluster.now + wait, MESSAGE, self.source, self.end, self.version)
+
+    def end(self, version: int) -> None:
+        if version != self.version:
+            return
+        self.progress()
+        first = min(self.active, key=lambda transfer: (transfer[0], transfer[1]))
+        self.active.remove(first)
+        self.next()
+        first[2]()
+
+
+class NaiveCluster:
+    """Run it with `run()`; `trace` then says what happened."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.trace = Trace()
+        self.now = 0
+        self.calendar: list[tuple[int, int, int, int, Any, Any]] = []
+        self.number = 0
+        self.num_transfers = 0
+        self.touched: list[NaiveExecutor] = []
+        self.orchestrator = OrchestratorCore(case.config)
+        self.orchestrator_touched = False
+        self.wake_version = 0
+        self.hidden = {request.id: length for _, request, length in case.arrivals}
+        self.lengths: dict[int, int] = {}
+        self.executors = {e.id: NaiveExecutor(e, case.costs[e.id], self) for e in case.config.executors}
+        self.links: dict[tuple[int, int], NaiveLink] = {}
+        for at, request_id in case.cancels:
+            self.later(at, 0, 0, self.to_orchestrator, Cancel(request_id))
+        for at, request, _ in case.arrivals:
+            self.later(at, MESSAGE, 0, self.to_orchestrator, Arrive(request))
+
+    def later(self, at: int, kind: int, rank: int, call: Any, argument: Any) -> None:
+        if at < self.now:
+            raise AssertionError("nothing can be put into the past")
+        self.number += 1
+        self.calendar.append((at, kind, rank, self.number, call, argument))
+
+    def touch(self, executor: NaiveExecutor) -> None:
+        if executor not in self.touched:
+            self.touched.append(executor)
+
+    def post(self, sender: int, call: Any, argument: Any) -> None:
+        self.later(self.now + self.case.message_latency, MESSAGE, sender, call, argument)
+
+    def send(self, sender: int, to: int, message: Any) -> None:
+        if to == 0:
+            self.post(sender, self.to_orchestrator, message)
+        else:
+            self.post(sender, self.to_executor, (to, message))
+
+    def to_executor(self, item: tuple[int, Any]) -> None:
+        executor = self.executors[item[0]]
+        self.touch(executor)
+        executor.hear(item[1])
+
+    def to_orchestrator(self, event: Any) -> None:
+        self.trace.heard.append((self.now, event))
+        self.orchestrator_touched = True
+        self.obey(self.orchestrator.handle(event, self.now, True))
+
+    def obey(self, commands: list[Any]) -> None:
+        for command in commands:
+            if isinstance(command, Send):
+                self.send(0, command.to, command.message)
+            elif isinstance(command, Dispatched):
+                self.lengths[command.executor_request.id] = self.hidden[command.request_id]
+            elif isinstance(command, Deliver):
+                self.trace.delivered.append(command)
+            elif isinstance(command, WakeAt):
+                self.wake_version += 1
+                if command.at is not None:
+                    self.later(max(command.at, self.now + 1), MESSAGE, 0, self.wake, self.wake_version)
+
+    def wake(self, version: int) -> None:
+        if version == self.wake_version:
+            self.to_orchestrator(Wake())
+
+    def true_length(self, executor_request: int) -> int:
+        return self.lengths[executor_request]
+
+    def transfer(self, source: int, reader: int, num_bytes: int, item: tuple[Visitor, int]) -> None:
+        link = self.links.get((source, reader))
+        if link is None:
+            units_per_byte = (10**12 * 2**20) / self.case.link_bytes_per_s
+            link = self.links[source, reader] = NaiveLink(self, source, units_per_byte)
+        visitor, reader_id = item
+
+        def done() -> None:
+            self.executors[reader].kv_came((reader_id, True))
+            self.executors[source].kv_was_read(visitor)
+
+        self.num_transfers += 1
+        at = self.now + self.case.link_latency
+        self.later(at, MESSAGE, source, link.start, (num_bytes, self.num_transfers, done))
+
+    def run(self) -> Trace:
+        while self.calendar or self.touched or self.orchestrator_touched:
+            entry = min(self.calendar, key=lambda e: e[:4], default=None)
+            if entry is None or entry[0] > self.now:
+                self.end_instant()
+                entry = min(self.calendar, key=lambda e: e[:4], default=None)
+            if entry is None:
+                break
+            self.calendar.remove(entry)
+            self.now = entry[0]
+            owner = getattr(entry[4], "__self__", None)
+            if isinstance(owner, NaiveExecutor):
+                self.touch(owner)
+            entry[4](entry[5])
+        return self.trace
+
+    def end_instant(self) -> None:
+        """Nothing more happens now: the orchestrator and each executor concerned plan, once."""
+        if self.orchestrator_touched:
+            self.orchestrator_touched = False
+            self.obey(self.orchestrator.handle(None, self.now))
+        touched, self.touched = sorted(self.touched, key=lambda e: e.id), []
+        for executor in touched:
+            executor.plan()
+
+
+def run_reference(case: Case) -> Trace:
+    """The whole life of a case in the naive cluster, which knows no kills."""
+    if case.kills:
+        raise ValueError("the reference knows no kills")
+    return NaiveCluster(case).run()
