@@ -98,7 +98,7 @@ def _stop_at_random(cluster: Any, rng: Random) -> None:
 
     def stop(executor: Any) -> None:
         core = core_of(cluster, executor.id)
-        if core._running is not None:
+        if core.scheduler.running is not None:
             executor._stop()
 
     for _ in range(40):

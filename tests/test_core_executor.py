@@ -698,11 +698,11 @@ def test_blocks_are_counted_right_while_a_policy_lets_the_decodes_wait(monkeypat
     desk = ExecutorDesk(num_blocks=20, capacity="max_utilization", batching="test_stand_still")
     desk.until_decoding(1, prompt=8, max_tokens=41)
     desk.end_steps(20)
-    desk.core.prefilling.clear()
+    desk.core.scheduler.prefilling.clear()
     monkeypatch.setattr(StandStill, "plan", lambda self, batch: BatchPlan(decodes=False, ask_again_at=500))
     desk.give(both(2, prompt=40))
     desk.end_steps(24)
     assert desk.run is None
-    assert sum(desk.core._block_counts()) == 20
+    assert sum(desk.core.scheduler.block_counts()) == 20
     assert desk.report.blocks_used == 8
     assert desk.report.blocks_free == desk.free

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace as with_
 
-from disagg.core import executor as executor_module
+from disagg.core import scheduler as scheduler_module
 from disagg.core.commands import RunSteps
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
 from disagg.core.cost import ConstantCost
@@ -192,7 +192,7 @@ def test_a_youngest_victim_tie_break_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     """Preempting the oldest instead gives other commands on some log with preemptions."""
     seeds = [seed for seed in range(40) if simulate(make_case(Random(seed)), check=False).num_preemptions]
     runs = [simulate(make_case(Random(seed)), check=False).logs for seed in seeds]
-    monkeypatch.setattr(executor_module, "max", min, raising=False)
+    monkeypatch.setattr(scheduler_module, "max", min, raising=False)
     failures = 0
     for logs in runs:
         for log in logs.values():
