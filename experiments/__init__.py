@@ -1,1 +1,1 @@
-"""disagg."""
+"""Experiment files, workloads and traces, run directories, and the command line."""

@@ -1,0 +1,355 @@
+"""The leader of an executor: obeys its core. It grants steps, orders KV, keeps tokens, and decides nothing.
+
+One thread owns a session. It takes everything that has arrived, stamps it with one instant, gives it to the core in the
+order of the tie key, and lets the core plan once for the instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from ..core.commands import (
+    ORCHESTRATOR,
+    Drained,
+    ReceiveKv,
+    Record,
+    RunSteps,
+    Send,
+    ServeKv,
+    StopAfterStep,
+    WakeAt,
+)
+from ..core.event_log import LoggedCore, LogHeader
+from ..core.events import (
+    Cancel,
+    Enqueue,
+    ExecutorEvent,
+    KvReceived,
+    KvRequested,
+    LeaseRenewed,
+    PeerDown,
+    Report,
+    Response,
+    Shutdown,
+    Wake,
+)
+from ..core.executor import ExecutorCore
+from ..policies.vocabulary import FinishReason, Request
+from .clock import Clock
+from .executor_engine import EngineThread
+from .executor_inbox import MESSAGE, Arrived, Asked, RankDown, StepReport, Submitted
+from .executor_kv import ExecutorTransfers, KvOrder, RankTransfers
+from .executor_spec import Roster
+from .executor_steps import OpenSpan, merged
+from .executor_tokens import Sequences, TokenError, check_tokens
+from .model_batch import PlanFeed
+from .wire import (
+    AbortKvOrder,
+    Body,
+    HiddenStop,
+    KvAnswer,
+    KvAsk,
+    KvPart,
+    PlanGrant,
+    ReceiveKvOrder,
+    ServeKvOrder,
+    TokenChunk,
+)
+
+_WAKE: Final = Wake()
+_CORE_MESSAGES: Final = (Enqueue, Cancel, LeaseRenewed, Shutdown)
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+class ExecutorBrokenError(RuntimeError):
+    """This executor cannot go on: one of its ranks is gone, or a step failed half-way on several ranks."""
+
+
+@dataclass(slots=True)
+class ExecutorRecord:
+    """What one executor's session leaves behind."""
+
+    log: list[bytes] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    step_ends: list[tuple[int, int, int]] = field(default_factory=list)  # (epoch, step, instant)
+    parts: list[tuple[int, KvPart]] = field(default_factory=list)  # (rank, its part of a transfer)
+
+
+class LeaderSession:
+    """One core's life. `send(rank, body)` posts to an MPI rank, `to_user(body)` speaks to whoever asked for requests.
+
+    `on_record` sees each finished row. With `log` the core's event log is kept in `record`.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        executor: int,
+        clock: Clock,
+        engine: EngineThread,
+        transfers: RankTransfers,
+        send: Callable[[int, Body], object],
+        to_user: Callable[[Response | Report | TokenChunk], None],
+        *,
+        log: bool = True,
+        on_record: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.id = executor
+        self.record = ExecutorRecord()
+        self.is_drained = False
+        self._roster = roster
+        self._clock = clock
+        self._engine = engine
+        self._rank_transfers = transfers
+        self._send = send
+        self._to_user = to_user
+        self._on_record = on_record
+        placement = roster.placements[executor]
+        self._rank = placement.participant_ids[0]
+        self._followers = placement.participant_ids[1:]
+        self._steps_per_grant = placement.steps_per_grant
+        self._depth = placement.pipeline_depth
+        config, root = roster.configs[executor], roster.spec.orchestrator.policy_root
+        self._core: Any = ExecutorCore(config, root)
+        if log:
+            self._core = LoggedCore(self._core, LogHeader(1, executor=config, policy_root=root), self.record.log.append)
+        self._sequences = Sequences()
+        self._transfers = ExecutorTransfers(roster, executor, self._order)
+        self._span: OpenSpan | None = None
+        self._refused: RunSteps | None = None
+        self._wake_at: int | None = None
+        self._gone: set[int] = set()  # executors
+        self._going: dict[int, None] = {}  # executors that are gone, while transfers with them are not yet over
+        self._events: list[tuple[int, int, ExecutorEvent]] = []  # of this instant: (class, sender, event)
+        self._reports: list[StepReport] = []
+
+    # ---- one instant -------------------------------------------------------------------------------------------------
+
+    def timeout_s(self) -> float | None:
+        """How long nothing is due."""
+        if self._events:
+            return 0.0
+        return None if self._wake_at is None else self._clock.seconds_until(self._wake_at)
+
+    def wake(self, items: list[Any]) -> None:
+        """Take in everything that has arrived, as one instant. Raises ExecutorBrokenError."""
+        now = self._clock.now()
+        for item in items:
+            self._sort(item)
+        if self._wake_at is not None and now >= self._wake_at:
+            self._wake_at = None
+            self._events.append((MESSAGE, self.id, _WAKE))
+        if not self._events and not self._reports:
+            return
+        events, self._events = sorted(self._events, key=lambda event: event[:2]), []
+        reports, self._reports = self._reports, []
+        is_new = False
+        for _, _, event in events:
+            is_new = True
+            self._obey(self._core.handle(event, now, True))
+        for report in reports:
+            done = self._step_ended(report, now)
+            if done is not None:
+                is_new = True
+                self._obey(self._core.handle(done, now, True))
+        if is_new:
+            self._obey(self._core.handle(None, now))
+
+    def _sort(self, item: Any) -> None:
+        """Turn an item into an event of this instant, or into what concerns the driver alone."""
+        if isinstance(item, StepReport):
+            self._reports.append(item)
+        elif isinstance(item, Arrived):
+            self._message(item.rank, item.body)
+        elif isinstance(item, Submitted):
+            if item.output_length is not None:
+                self._sequences.script(item.request.id, item.output_length)
+            self._enqueue(item.request, ORCHESTRATOR)
+        elif isinstance(item, Asked):
+            self._events.append((MESSAGE, item.sender, item.event))
+        elif isinstance(item, RankDown):
+            self._rank_down(item)
+
+    def _message(self, rank: int, body: Body) -> None:
+        sender = self._roster.core_of(rank)
+        if sender in self._gone:
+            return
+        if isinstance(body, Enqueue):
+            self._enqueue(body.request, sender)
+        elif isinstance(body, _CORE_MESSAGES):
+            self._events.append((MESSAGE, sender, body))
+        elif isinstance(body, HiddenStop):
+            self._sequences.script(body.request_id, body.output_length)
+        elif isinstance(body, KvAsk):
+            self._events.append((MESSAGE, sender, KvRequested(body.request_id, sender, body.reader_id)))
+        elif isinstance(body, KvAnswer):
+            if not body.ok:
+                self._transfers.abort(False, body.reader_id, body.error or "the source refused")
+        elif isinstance(body, KvPart):
+            self._part_done(rank, body)
+
+    def _enqueue(self, request: Request, sender: int) -> None:
+        try:
+            if request.id in self._sequences:
+                raise TokenError(f"request id {request.id} is in use on executor {self.id}")
+            check_tokens(request, self._roster.shape.vocab_size)
+        except TokenError as error:  # the core sees no tokens: what is wrong with them is the world's to refuse
+            self._to_user(Response(request.id, self.id, FinishReason.ERROR, 0, str(error)))
+            return
+        self._sequences.enter(request)
+        self._events.append((MESSAGE, sender, Enqueue(request)))
+
+    def _part_done(self, rank: int, part: KvPart) -> None:
+        self.record.parts.append((rank, part))
+        over = self._transfers.part_done(rank, part)
+        if over is not None:
+            event, sender = over
+            self._events.append((MESSAGE, sender, event))
+            if isinstance(event, KvReceived) and event.ok:
+                self._stream([event.request_id])  # its first output came with the KV
+        self._say_goodbye()
+
+    def _rank_down(self, item: RankDown) -> None:
+        executor = self._roster.core_of(item.rank)
+        if executor == self.id or (executor == ORCHESTRATOR and not self._roster.spec.leader_mode):
+            raise ExecutorBrokenError(f"executor {self.id} ends: rank {item.rank} is down")
+        if executor in self._gone:
+            return
+        self._gone.add(executor)
+        self._going[executor] = None
+        self._transfers.abort_with(executor, f"executor {executor} is gone")
+        self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Tell the core of executors that are gone, once no transfer with them touches memory any more."""
+        for executor in [e for e in self._going if not self._transfers.any_with(e)]:
+            del self._going[executor]
+            self._events.append((MESSAGE, executor, PeerDown(executor)))
+
+    # ---- obeying -----------------------------------------------------------------------------------------------------
+
+    def _obey(self, commands: list[Any]) -> None:
+        for command in commands:
+            match command:
+                case RunSteps():
+                    self._start(command)
+                case StopAfterStep():
+                    if self._span is not None:
+                        self._span.stop()
+                case Send():
+                    self._say(command.to, command.message)
+                case Record():
+                    self.record.rows.append(command.row)
+                    if self._on_record is not None:
+                        self._on_record(command.row)
+                case WakeAt():
+                    self._wake_at = command.at
+                case ReceiveKv():
+                    self._receive_kv(command)
+                case ServeKv():
+                    self._serve_kv(command)
+                case Drained():
+                    self.is_drained = True
+
+    def _say(self, to: int, message: Any) -> None:
+        if to != ORCHESTRATOR:
+            if to not in self._gone:
+                self._send(self._roster.leader_of(to), message)
+            return
+        if isinstance(message, Response):
+            sequence = self._sequences.forget(message.request_id)
+            if sequence is not None and sequence.num_sent < len(sequence.generated) and message.error is None:
+                tokens = tuple(sequence.generated[sequence.num_sent :])
+                self._to_user(TokenChunk(message.request_id, sequence.num_sent, tokens))
+        self._to_user(message)
+
+    def _receive_kv(self, command: ReceiveKv) -> None:
+        if command.source in self._gone:
+            gone = KvReceived(command.request_id, False, f"executor {command.source}, which held the KV, is gone")
+            self._events.append((MESSAGE, command.source, gone))  # of the next instant, which is due at once
+            return
+        self._transfers.receive(command)
+        self._send(self._roster.leader_of(command.source), KvAsk(command.source_id, self.id, command.request_id))
+
+    def _serve_kv(self, command: ServeKv) -> None:
+        if command.ok:
+            self._transfers.serve(command)
+        elif command.reader not in self._gone:
+            answer = KvAnswer(command.reader_id, False, command.error)
+            self._send(self._roster.leader_of(command.reader), answer)
+
+    def _order(self, rank: int, order: KvOrder) -> None:
+        if rank != self._rank:
+            self._send(rank, order)
+        else:
+            obey_kv_order(self._rank_transfers, order)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def _start(self, run: RunSteps) -> None:
+        """Open a span. What an earlier plan should have told the engine, but did not, goes with this one."""
+        if self._refused is not None:
+            run, self._refused = merged(self._refused, run), None
+        self._span = OpenSpan(run, self._steps_per_grant, self._depth)
+        self._grant(self._span, self._sequences.feed(run))
+
+    def _grant(self, span: OpenSpan, feed: PlanFeed | None = None) -> None:
+        for first, last in span.grants():
+            run = span.run if feed is not None else None
+            grant = PlanGrant(span.run.plan, span.run.epoch, first, last, run)
+            if self._followers:
+                told = grant if feed is None else msgspec.structs.replace(grant, feed=_encoder.encode(feed))
+                for rank in self._followers:
+                    self._send(rank, told)
+            self._engine.grant(grant, feed)
+            feed = None
+
+    def _step_ended(self, report: StepReport, now: int) -> ExecutorEvent | None:
+        """Note the step's tokens; the StepsDone if the span is over with it."""
+        span = self._span
+        if span is None or report.plan != span.run.plan:
+            return None
+        if report.error is not None:
+            return self._step_failed(span, report)
+        self.record.step_ends.append((span.run.epoch, report.step, now))
+        got, ended = self._sequences.add(report.tokens)
+        self._stream(got)
+        span.report(report.step, report.tokens, ended)
+        self._grant(span)
+        if not span.is_over:
+            return None
+        self._span = None
+        return span.result()
+
+    def _step_failed(self, span: OpenSpan, report: StepReport) -> ExecutorEvent:
+        if report.applied and self._followers:
+            raise ExecutorBrokenError(f"executor {self.id}: a step failed half-way: {report.error}")
+        self._span = None
+        if not report.applied:
+            self._refused = span.run
+        return span.result(report.error)
+
+    def _stream(self, request_ids: list[int]) -> None:
+        for request_id in request_ids:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None and sequence.request.streaming:
+                tokens = tuple(sequence.generated[sequence.num_sent :])
+                self._to_user(TokenChunk(request_id, sequence.num_sent, tokens))
+                sequence.num_sent = len(sequence.generated)
+
+
+def obey_kv_order(transfers: RankTransfers, order: Body) -> bool:
+    """Carry out a leader's order about KV on this rank; False if it is none."""
+    if isinstance(order, ServeKvOrder):
+        transfers.serve(order)
+    elif isinstance(order, ReceiveKvOrder):
+        transfers.receive(order)
+    elif isinstance(order, AbortKvOrder):
+        transfers.abort(order)
+    else:
+        return False
+    return True

@@ -1,0 +1,221 @@
+"""What every rank of a run does: `python -m disagg.runtime.orchestrator_main FOLDER`, started by the launcher.
+
+FOLDER holds `job`; rank 0 leaves `result` in it, written whole or not at all, and says in `progress` how far it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from ..core.model_shapes import ModelError
+from ..policies.interfaces import PolicyError
+from ..policies.vocabulary import PS_PER_S, ContextPhaseParams, FinishReason, Request, RequestType, Role
+from .executor_inbox import Submitted
+from .executor_leader import ExecutorBrokenError
+from .executor_rank import ExecutorRank
+from .executor_spec import EXIT_CONFIGURATION, Roster, SpecError, check_spec
+from .launcher import LaunchError
+from .mpi_world import MpiWorld, WorldError
+from .orchestrator_driver import FIRST_DIRECT_ID, ClusterError, OrchestratorDriver
+from .orchestrator_job import JOB, PROGRESS, RESULT, Failure, Fault, HardwareResult, Job, decode_job, encode
+from .orchestrator_load import LoadDriver
+from .transport import TransportError
+
+_EXPECTED = (SpecError, TransportError, ModelError, PolicyError, LaunchError, WorldError, ClusterError)
+_WARM_UP_S = 120.0
+_WARM_UP_TOKENS = 4
+_PROGRESS_S = 0.25
+
+
+def exit_code_of(error: BaseException) -> int:
+    """2 for what the configuration can put right, 3 for what is missing here, else 1."""
+    if isinstance(error, (SpecError, TransportError, ModelError, PolicyError)):
+        return EXIT_CONFIGURATION
+    return error.exit_code if isinstance(error, (LaunchError, WorldError, ClusterError)) else 1
+
+
+def run_job(
+    job: Job,
+    progress: Callable[[int, int], None] | None = None,
+    failed: Callable[[BaseException], None] | None = None,
+) -> HardwareResult | None:
+    """This process's part of a run: the result on rank 0, None elsewhere. Collective over the MPI world.
+
+    `failed` hears of an error on rank 0 before the ranks are told to leave. Raises SpecError, TransportError,
+    ModelError, PolicyError, ClusterError, LaunchError or WorldError.
+    """
+    roster = check_spec(job.spec)
+    world = MpiWorld()
+    if world.size != roster.num_ranks:
+        raise LaunchError(
+            f"this run needs exactly {roster.num_ranks} ranks (the orchestrator and tensor_parallel_size · "
+            f"pipeline_parallel_size for each instance), but the MPI world it was started in has {world.size}"
+        )
+    if world.rank != 0:
+        rank = ExecutorRank(world, roster)
+        rank.serve()
+        rank.close()
+        return None
+    load = LoadDriver(job.phases)
+    driver = OrchestratorDriver(world, roster, load)
+    try:
+        return _orchestrate(job, driver, load, progress)
+    except BaseException as error:
+        if failed is not None:
+            failed(error)
+        driver.abandon()
+        raise
+
+
+def _orchestrate(
+    job: Job, driver: OrchestratorDriver, load: LoadDriver, progress: Callable[[int, int], None] | None
+) -> HardwareResult:
+    driver.start()
+    if job.warm_up:
+        warm_up(driver)
+    driver.listener, driver.on_deliver = load, load.delivered
+    driver.open_session()
+    timers = [threading.Timer(fault.after / PS_PER_S, _kill, (driver, fault)) for fault in job.faults]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    load.run(driver.clock, driver.submit, progress)
+    for timer in timers:
+        timer.cancel()
+    record = driver.close_session(job.drain)
+    rank_records = driver.end()
+    return HardwareResult(
+        record.rows,
+        record.logs,
+        record.step_ends,
+        record.parts,
+        load.rows(),
+        [driver.ranks[rank] for rank in sorted(driver.ranks)],
+        [rank_records[rank] for rank in sorted(rank_records)],
+    )
+
+
+def _kill(driver: OrchestratorDriver, fault: Fault) -> None:
+    rank = driver.roster.placements[fault.executor].participant_ids[fault.participant]
+    os.kill(driver.ranks[rank].pid, signal.SIGKILL)
+
+
+class WarmUp:
+    """A Listener that sends one request at a time past the core, and waits for it."""
+
+    def __init__(self, driver: OrchestratorDriver) -> None:
+        self._driver = driver
+        self._next_id = FIRST_DIRECT_ID
+        self._ended = threading.Event()
+        self._params: ContextPhaseParams | None = None
+        self._error: str | None = None
+        self._is_broken = False
+
+    def tokens(self, request_id: int, first_index: int, token_ids: tuple[int, ...]) -> None:
+        pass
+
+    def ended(
+        self, request_id: int, reason: FinishReason | None, error: str | None, params: ContextPhaseParams | None
+    ) -> None:
+        self._params, self._error = params, error
+        self._ended.set()
+
+    def broken(self, error: str) -> None:
+        self._error, self._is_broken = error, True
+        self._ended.set()
+
+    def ask(self, executor: int, request: Request) -> ContextPhaseParams | None:
+        """What its context phase left, if it had one. Raises ClusterError if no answer comes.
+
+        A request that is answered with an error is said so and left at that: the run will tell whether it matters.
+        """
+        self._next_id += 1
+        self._ended.clear()
+        self._params = None
+        self._driver.submit(Submitted(msgspec.structs.replace(request, id=self._next_id), executor=executor))
+        if not self._ended.wait(_WARM_UP_S) or self._is_broken:
+            raise ClusterError(f"warm-up of executor {executor}: {self._error or f'no answer in {_WARM_UP_S:g} s'}")
+        if self._error is not None:
+            print(f"disagg: warm-up of executor {executor}: {self._error}", file=sys.stderr, flush=True)
+        return self._params
+
+
+def warm_up(driver: OrchestratorDriver) -> None:
+    """One small request over every context × generation pair and on every mixed executor, in a session of its own.
+
+    The first transfer between a pair pays for their connection, and the first step for the engine's.
+    """
+    roster: Roster = driver.roster
+    by_role = {role: [c.id for c in roster.configs.values() if c.role is role] for role in Role}
+    warmer = WarmUp(driver)
+    driver.listener = warmer
+    driver.open_session(record=False)
+    size = min(_WARM_UP_TOKENS, *(c.num_blocks * c.tokens_per_block - 1 for c in roster.configs.values()))
+    prompt = tuple(token % roster.shape.vocab_size for token in range(max(1, size)))
+    request = Request(0, len(prompt), 2, input_token_ids=prompt)
+    context_only = msgspec.structs.replace(request, request_type=RequestType.CONTEXT_ONLY)
+    for executor in by_role[Role.MIXED]:
+        warmer.ask(executor, request)
+    for context in by_role[Role.CONTEXT]:
+        for generation in by_role[Role.GENERATION]:
+            params = warmer.ask(context, context_only)
+            if params is not None:
+                kind = RequestType.GENERATION_ONLY
+                warmer.ask(generation, msgspec.structs.replace(request, request_type=kind, context_phase_params=params))
+    driver.close_session()
+
+
+class ProgressFile:
+    """Says how far the run is, a few times a second, in a file that is always whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = 0.0
+
+    def __call__(self, completed: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < _PROGRESS_S:
+            return
+        self._last = now
+        _write_whole(self._path, f"{completed} {total}".encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def main() -> int:
+    """0, or the exit code of what went wrong, which is also in `result` and on stderr."""
+    folder = Path(sys.argv[1])
+
+    def failed(error: BaseException) -> None:
+        if not (folder / RESULT).exists():
+            text = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+            _write_whole(folder / RESULT, encode(Failure(text, exit_code_of(error))))
+
+    try:
+        result = run_job(decode_job((folder / JOB).read_bytes()), ProgressFile(folder / PROGRESS), failed)
+    except _EXPECTED as error:
+        print(f"disagg: {error}", file=sys.stderr, flush=True)
+        failed(error)
+        return exit_code_of(error)
+    except ExecutorBrokenError as error:  # the end of one executor, which the others may survive
+        print(f"disagg: {error}", file=sys.stderr, flush=True)
+        return 1
+    if result is not None:
+        _write_whole(folder / RESULT, encode(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Small real clusters for the tests: a spec from a few numbers, and requests from a few prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
+from disagg.policies.vocabulary import PS_PER_MS, Request, Role
+from disagg.runtime.executor_spec import HardwareSpec, ModelSource, Placement
+from disagg.runtime.orchestrator_load import LoadPhase, PlannedSubmission
+
+BLOCK = 4
+NUM_BLOCKS = 64
+
+
+class Layout:
+    """One executor: its role and its parallelism."""
+
+    def __init__(
+        self, role: Role, tp: int = 1, pp: int = 1, layers: Sequence[int] | None = None, **config: Any
+    ) -> None:
+        self.role = role
+        self.tp = tp
+        self.pp = pp
+        self.layers = None if layers is None else tuple(layers)
+        self.config = config
+
+
+def context(tp: int = 1, pp: int = 1, layers: Sequence[int] | None = None, **config: Any) -> Layout:
+    return Layout(Role.CONTEXT, tp, pp, layers, **config)
+
+
+def generation(tp: int = 1, pp: int = 1, layers: Sequence[int] | None = None, **config: Any) -> Layout:
+    return Layout(Role.GENERATION, tp, pp, layers, **config)
+
+
+def mixed(tp: int = 1, pp: int = 1, layers: Sequence[int] | None = None, **config: Any) -> Layout:
+    return Layout(Role.MIXED, tp, pp, layers, **config)
+
+
+def cluster(
+    model: ModelSource,
+    layouts: Sequence[Layout],
+    *,
+    first_rank: int = 1,
+    steps_per_grant: int = 1,
+    pipeline_depth: int | None = None,
+    on_failure: str = "recompute",
+    **spec: Any,
+) -> HardwareSpec:
+    """Ranks are dealt out in order; pipelines have as many grants outstanding as stages, unless told otherwise."""
+    executors, placements = [], []
+    rank = first_rank
+    for number, layout in enumerate(layouts, 1):
+        config: dict[str, Any] = {
+            "num_blocks": NUM_BLOCKS,
+            "tokens_per_block": BLOCK,
+            "scheduler": SchedulerConfig(max_batch_size=8, max_num_tokens=16),
+            "tensor_parallel_size": layout.tp,
+            "pipeline_parallel_size": layout.pp,
+        }
+        executors.append(ExecutorConfig(number, layout.role, **(config | layout.config)))
+        ranks = tuple(range(rank, rank + layout.tp * layout.pp))
+        depth = layout.pp if pipeline_depth is None else pipeline_depth
+        placements.append(Placement(number, ranks, (), layout.layers, steps_per_grant, depth))
+        rank += len(ranks)
+    roles = {layout.role for layout in layouts}
+    orchestrator = OrchestratorConfig(
+        tuple(executors),
+        context_router=PolicySpec("round_robin") if Role.CONTEXT in roles else None,
+        generation_router=PolicySpec("round_robin") if Role.GENERATION in roles else None,
+        mixed_router=PolicySpec("round_robin") if Role.MIXED in roles else None,
+        retry=RetryConfig(on_failure),
+    )
+    values: dict[str, Any] = {"transport": "mpi", "verify_kv": True, "record_margins": True}
+    return HardwareSpec(orchestrator, model, tuple(placements), **(values | spec))
+
+
+def submissions(
+    prompts: Sequence[Sequence[int]], num_tokens: int, every_ms: float = 5.0, **fields: Any
+) -> tuple[LoadPhase, ...]:
+    """One open phase: a request for each prompt, ids from 1."""
+    return (
+        LoadPhase(
+            tuple(
+                PlannedSubmission(
+                    Request(i + 1, len(prompt), num_tokens, input_token_ids=tuple(prompt), **fields),
+                    round(i * every_ms * PS_PER_MS),
+                )
+                for i, prompt in enumerate(prompts)
+            )
+        ),
+    )
