@@ -68,6 +68,7 @@ class LoadDriver:
         self._tokens: dict[int, list[int]] = {}
         self._num_ended = 0
         self._broken: str | None = None
+        self._filling = True  # a closed loop that has not yet waited: what it sends is due at its phase's beginning
         self.num_requests = sum(len(phase.submissions) for phase in phases)
 
     # ---- what is told ------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ class LoadDriver:
         began = clock.read()
         for number, phase in enumerate(self._phases):
             at = began
+            self._filling = True
             for submission in phase.submissions:
                 at = self._wait_for_turn(phase, submission, clock, began, progress)
                 if self._broken is not None:
@@ -157,11 +159,10 @@ class LoadDriver:
                 time.sleep(min(left, 0.5) if left > _SPIN_S else 0)
             return at
         limit = phase.concurrency or 1
-        at = began
         with self._changed:
             while len(self._rows) - self._num_ended >= limit and self._broken is None:
+                self._filling = False  # from here on a request is due when another has ended
                 self._changed.wait(0.5)
-                at = clock.read()
                 if progress is not None:
                     progress(self._num_ended, self.num_requests)
-        return at
+        return began if self._filling else clock.read()
