@@ -39,7 +39,8 @@ class RunSteps(Struct, frozen=True, tag="run_steps", array_like=True):
     """Run steps [first_step, last_step] of `epoch`, counted from 1 within the epoch.
 
     The batch is a delta: `left` leaves the decode batch before `joined` enters it; `appended` gives more block ids to
-    requests that are in it. `first_step` > 1 continues the epoch: same batch, same time origin, no chunks.
+    requests that are in it, after the last block that each has written to: blocks appended for steps of a span that was
+    cut short are no longer its own. `first_step` > 1 continues the epoch: same batch, same time origin, no chunks.
     `num_decodes` and `num_kv_tokens` describe the decode batch at the first step of the epoch; with `decodes` False the
     decode batch stands still for this (single) step.
     """

@@ -92,6 +92,9 @@ class Engine:
         EngineError, with nothing changed, if the plan contradicts the batch, the feed or the size of the pool.
         """
         feed = PlanFeed() if feed is None else feed
+        for request_id, _ in run.appended:
+            if request_id in self._batch:
+                self._batch.forget_unwritten(request_id, self._pages.tokens_per_block)
         tokens = self._check_delta(run, feed)
         self._check_chunks(run, feed)
         self._check_room(run)

@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import msgspec
 
-from ..core.commands import RunSteps
 from .clock import PS_PER_NS
 from .engine import Engine, EngineError
 from .executor_inbox import StepReport
@@ -20,22 +19,6 @@ from .model_batch import PlanFeed
 from .wire import PlanGrant
 
 _feed_decoder: Final = msgspec.msgpack.Decoder(PlanFeed)
-
-
-class SpanEngine(Engine):
-    """An engine whose spans may be cut short: what was appended for steps that were not run is no longer its own.
-
-    The core takes such blocks back at once and says so by no command: whenever it appends blocks to a request, that
-    request's table ends with the last block it has written to.
-    """
-
-    def begin(self, run: RunSteps, feed: PlanFeed | None = None) -> None:
-        size = self._pages.tokens_per_block
-        for request_id, _ in run.appended:
-            if request_id in self._batch:
-                decode = self._batch[request_id]
-                del decode.blocks[-(-decode.num_kv_tokens // size) :]
-        super().begin(run, feed)
 
 
 class EngineThread:

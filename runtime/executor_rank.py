@@ -12,7 +12,8 @@ from msgspec import Struct
 from ..core.events import Report, Response
 from .clock import Clock, monotonic_ns
 from .collectives import Collectives, MpiCollectives, SingleRank
-from .executor_engine import EngineThread, SpanEngine
+from .engine import Engine
+from .executor_engine import EngineThread
 from .executor_inbox import Arrived, Inbox, RankDown, StepReport
 from .executor_kv import ChecksumRow, RankTransfers
 from .executor_leader import ExecutorBrokenError, ExecutorRecord, LeaderSession, obey_kv_order
@@ -86,7 +87,7 @@ class ExecutorRank:
         self._collectives: Collectives = SingleRank()
         if len(self._participants) > 1:
             self._collectives = MpiCollectives(world.group(self._participants, tag=self.executor), self._place.tp)
-        self._engine: SpanEngine | None = None
+        self._engine: Engine | None = None
         self._engine_thread = EngineThread(self._on_step)
         self._transport: KvTransport | None = None
         self._transfers: RankTransfers | None = None
@@ -132,7 +133,7 @@ class ExecutorRank:
 
     def new_engine(self) -> None:
         """An engine with an empty batch, on the same weights and pages."""
-        self._engine = SpanEngine(
+        self._engine = Engine(
             self.roster.shape,
             self._weights,
             self._place,

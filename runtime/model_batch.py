@@ -85,6 +85,12 @@ class DecodeBatch:
         self._decodes[request_id].blocks.extend(blocks)
         self._tables = None
 
+    def forget_unwritten(self, request_id: int, tokens_per_block: int) -> None:
+        """Drop what was appended for steps of a span that was cut short: those blocks may be another request's by now."""
+        decode = self._decodes[request_id]
+        del decode.blocks[-(-decode.num_kv_tokens // tokens_per_block) :]
+        self._tables = None
+
     def tables(self) -> Tensor:
         """int64 [requests, width of the widest], padded with block 0, which attention masks."""
         if self._tables is None:

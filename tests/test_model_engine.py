@@ -268,3 +268,27 @@ def test_pages_of_another_rank_are_refused() -> None:
 def test_a_feed_survives_the_wire() -> None:
     feed = PlanFeed((JoinedFeed(3, None), JoinedFeed(4, 7)), (ChunkFeed(5, (1, 2), SamplingConfig(0.7, 3, 0.9, 1)),))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(feed), type=PlanFeed) == feed
+
+
+def test_blocks_appended_for_steps_that_a_cut_span_did_not_run_are_given_up() -> None:
+    shape = SHAPES["llama"]
+    (text,) = prompts(shape, [9])
+    expected = Script([make_engine(shape)]).generate(0, text, 9)
+    engine = make_engine(shape)
+    script = Script([engine])
+    script.prefill(0, text, 16, len(text))
+    size = engine._pages.tokens_per_block
+    ahead = tuple(range(2, 2 + 3 * size))  # far more than is needed, in ids that the script has not handed out
+    elsewhere = tuple(range(40, 44))
+    tokens = list(script.tokens[0])
+    run = RunSteps(
+        10, 10, 1, 40, joined=(Joined(0, len(text), script.blocks[0]),), appended=((0, ahead),), num_decodes=1
+    )
+    engine.begin(run, PlanFeed((JoinedFeed(0, tokens[-1]),)))
+    tokens += [token for _ in range(3) for _, token in engine.step()]
+    # the span ends here; the core has taken `ahead` back but for what was written to, and appends other blocks
+    engine.begin(RunSteps(11, 11, 1, 5, appended=((0, elsewhere),), num_decodes=1, num_kv_tokens=len(text) + 3))
+    written = -(-(len(text) + 3) // size)
+    assert engine._batch[0].blocks[written:] == list(elsewhere)
+    tokens += [token for _ in range(5) for _, token in engine.step()]
+    assert tokens == expected
