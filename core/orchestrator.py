@@ -203,7 +203,7 @@ class OrchestratorCore:
             self._timers.set(now + request.allotted_time, "allotted", request.id)
         first = self._first_held(Stage.CONTEXT)
         if first is not None and task.order_key >= first.order_key:
-            self._hold(task, Stage.CONTEXT, None)  # whoever came first is still waiting
+            self._hold(task, Stage.CONTEXT, None, now)  # whoever came first is still waiting
         else:
             self._start(task, now)
 
@@ -373,7 +373,7 @@ class OrchestratorCore:
             if not isinstance(admission, Admit):
                 self._decided(task, "admission", admission, None, now)
                 if isinstance(admission, Hold):
-                    self._hold(task, Stage.CONTEXT, admission.until)
+                    self._hold(task, Stage.CONTEXT, admission.until, now)
                 else:
                     self._end(task, Cause.FAIL, FinishReason.REJECTED, admission.reason, now)
                 return
@@ -398,7 +398,7 @@ class OrchestratorCore:
             case RouteMixed(executor=mixed):
                 self._dispatch(task, Stage.MIXED, self._checked(mixed, (Role.MIXED,), answer), now)
             case Hold(until=until):
-                self._hold(task, Stage.CONTEXT, until)
+                self._hold(task, Stage.CONTEXT, until, now)
             case Reject(reason=reason):
                 self._end(task, Cause.FAIL, FinishReason.REJECTED, reason, now)
             case _:
@@ -427,6 +427,8 @@ class OrchestratorCore:
         self._decided(task, "generation", answer, pool, now)
         if isinstance(answer, Route) and answer.generation is not None:
             task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
+        elif not isinstance(answer, Hold):  # holding means to decide when the context phase is done
+            raise PolicyError(f"a generation phase cannot be bound at arrival by {answer!r}; allowed: Route, Hold")
 
     def _route_generation(self, task: _Task, now: int) -> None:
         fleet = self.fleet.at(now)
@@ -445,7 +447,7 @@ class OrchestratorCore:
                 executor = self._checked(generation, (Role.GENERATION, Role.MIXED), answer)
                 self._dispatch(task, Stage.GENERATION, executor, now)
             case Hold(until=until):
-                self._hold(task, Stage.GENERATION, until)
+                self._hold(task, Stage.GENERATION, until, now)
                 self._waiting_for_generation[task.request.id] = task
                 self._arm_renewal(now)
             case Reject(reason=reason):
@@ -496,7 +498,9 @@ class OrchestratorCore:
         self._out.append(Send(executor, Enqueue(sent)))
         self._router(stage).on_dispatched(task.shown, stage, executor, self.fleet.at(now))
 
-    def _hold(self, task: _Task, stage: Stage, until: int | None) -> None:
+    def _hold(self, task: _Task, stage: Stage, until: int | None, now: int) -> None:
+        if until is not None and until <= now:
+            raise PolicyError(f"Hold(until={until}) at {now}: the instant to ask again must lie in the future")
         task.held_for = stage
         task.held_at_change = self._num_changes
         heapq.heappush(self._held[stage], (task.order_key, task.serial, task))

@@ -30,6 +30,10 @@ class PolicyError(ValueError):
     """A policy that does not exist, cannot be made, or answered something it may not."""
 
 
+def _undefined(policy: object, method: str) -> PolicyError:
+    return PolicyError(f"{type(policy).__name__} does not define {method}, and was asked for it")
+
+
 class RoutingPolicy:
     """Chooses where each phase of a request runs.
 
@@ -45,10 +49,10 @@ class RoutingPolicy:
         self.rng = rng
 
     def route_context(self, request: Request, fleet: FleetView) -> Routing:
-        raise NotImplementedError
+        raise _undefined(self, "route_context")
 
     def route_generation(self, request: Request, fleet: FleetView) -> Routing:
-        raise NotImplementedError
+        raise _undefined(self, "route_generation")
 
     def on_dispatched(self, request: Request, stage: Stage, executor: int, fleet: FleetView) -> None:
         """`request` was sent to `executor` for `stage`."""
@@ -69,7 +73,7 @@ class SelectingPolicy(RoutingPolicy):
 
     def select(self, request: Request, pool: ExecutorPool) -> ExecutorRow | Hold:
         """One healthy row of `pool`, which has at least one."""
-        raise NotImplementedError
+        raise _undefined(self, "select")
 
     def route_context(self, request: Request, fleet: FleetView) -> Routing:
         pool = fleet.context if fleet.context.num_healthy else fleet.mixed
@@ -99,7 +103,7 @@ class ScoringPolicy(SelectingPolicy):
 
     def score(self, request: Request, executors: Any) -> Any:
         """Lower is better. `executors` is an ExecutorPool of arrays or one ExecutorRow, with the same attributes."""
-        raise NotImplementedError
+        raise _undefined(self, "score")
 
     def select(self, request: Request, pool: ExecutorPool) -> ExecutorRow | Hold:
         turn = self._turn.get(pool.role, 0)
@@ -112,7 +116,11 @@ class ScoringPolicy(SelectingPolicy):
         chosen = -1
         for row in pool.healthy_rows:
             score = self.score(request, row)
-            if score != score:
+            try:
+                is_number = bool(score <= np.inf)  # false for NaN
+            except (TypeError, ValueError):
+                is_number = False
+            if not is_number:
                 raise self._not_a_number(row.executor_id)
             # among equals the first at or after `turn`, else the first of all
             if chosen < 0 or score < best or (score == best and chosen < turn <= row.index):
@@ -145,7 +153,7 @@ class AdmissionPolicy:
         self.rng = rng
 
     def admit(self, request: Request, fleet: FleetView) -> Admission:
-        raise NotImplementedError
+        raise _undefined(self, "admit")
 
 
 class QueueOrder:
@@ -156,7 +164,7 @@ class QueueOrder:
 
     def key(self, request: Request, now: int) -> Any:
         """Smallest first; taken once, when the request joins the queue."""
-        raise NotImplementedError
+        raise _undefined(self, "key")
 
 
 class WaitingPrompt(Protocol):
@@ -203,7 +211,7 @@ class BatchPolicy:
         self.rng = rng
 
     def plan(self, batch: BatchView) -> BatchPlan:
-        raise NotImplementedError
+        raise _undefined(self, "plan")
 
 
 class ClusterPolicy:

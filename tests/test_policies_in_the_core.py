@@ -14,7 +14,7 @@ from disagg.core.config import OrchestratorConfig, PolicySpec
 from disagg.core.events import Arrive, Cancel, Enqueue, LeaseRenewed, PeerDown, Report, Response, Wake
 from disagg.core.orchestrator import OrchestratorCore
 from disagg.core.tables import DecisionRow
-from disagg.policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RoutingPolicy
+from disagg.policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RoutingPolicy, ScoringPolicy
 from disagg.policies.vocabulary import (
     Admit,
     ContextPhaseParams,
@@ -484,3 +484,20 @@ def test_a_generation_phase_that_is_held_is_asked_about_once_in_that_instant(mon
     o = Orchestrator(monkeypatch, "cg", context=[Route(context=1)], generation=[Hold()])
     ((_, sent),) = enqueued(o.arrive(1, 0))
     assert [row.answer for row in decisions(o.context_done(1, sent.id, 10))] == ["hold"]
+
+
+def test_asking_again_in_the_past_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    o = Orchestrator(monkeypatch, "cg", context=[Hold(until=0)])
+    with pytest.raises(PolicyError, match="must lie in the future"):
+        o.arrive(1, 10)
+
+
+def test_a_score_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wordy(ScoringPolicy):
+        def score(self, request: Request, executors: Any) -> Any:
+            return "hello"
+
+    world = World("ccg", router=named(monkeypatch, Wordy))
+    world.submit(1, 0, 8, 2)
+    with pytest.raises(PolicyError, match="the score of executor 1 is not a number"):
+        world.run()
