@@ -85,12 +85,6 @@ class ModelShape(Struct, frozen=True):
         return self.num_parameters * self.dtype_bytes
 
     @property
-    def step_weight_bytes(self) -> int:
-        """Bytes of weights that one step reads: all but the embedding table, of which it reads a row per token."""
-        head = self.vocab_size * self.hidden_size
-        return (self.num_layers * self.num_layer_parameters + self.hidden_size + head) * self.dtype_bytes
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V of one token in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
@@ -111,11 +105,6 @@ class ModelShape(Struct, frozen=True):
     def attention_flops_per_kv_token(self) -> int:
         """Floating-point operations for one query token against one KV token, all layers: QK and PV, two each."""
         return 4 * self.num_layers * self.num_attention_heads * self.head_dim
-
-    def flops_per_token(self, num_kv_tokens: int = 0) -> int:
-        """Floating-point operations of one generated token whose attention reads `num_kv_tokens` tokens of KV."""
-        read = num_kv_tokens if self.sliding_window is None else min(num_kv_tokens, self.sliding_window)
-        return self.linear_flops_per_token + self.head_flops_per_token + read * self.attention_flops_per_kv_token
 
 
 _LLAMA31_ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)
@@ -417,12 +406,22 @@ def _rope(config: Mapping[str, Any], name: str) -> tuple[float, RopeScaling | No
 
 
 def _sliding_window(config: Mapping[str, Any], architecture: str, num_layers: int, name: str) -> int | None:
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        if not isinstance(kinds, list | tuple) or not kinds or not all(isinstance(kind, str) for kind in kinds):
+            raise ModelError(f"{name}: layer_types must be a list of words, one for each layer")
+        unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+        if unknown:
+            raise ModelError(
+                f"{name}: layer_types {', '.join(unknown)}: not supported; allowed: full_attention, sliding_attention"
+            )
+        if len(set(kinds)) > 1:
+            raise ModelError(f"{name}: the attention window differs between layers; it must be the same in each layer")
     if config.get("sliding_window") is None or architecture == "LlamaForCausalLM":
         return None
     if architecture != "MistralForCausalLM" and not config.get("use_sliding_window", False):
         return None
     window = _positive(config, "sliding_window", name)
-    kinds = config.get("layer_types")
     if kinds is None and architecture != "MistralForCausalLM":
         first = config.get("max_window_layers", 28)
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]

@@ -11,7 +11,7 @@ from itertools import count
 import numpy as np
 
 from ..policies.vocabulary import PS_PER_S
-from .config import ConcurrencyPhase, ConstantPhase, GammaPhase, PoissonPhase, TracePhase
+from .config import ConstantPhase, GammaPhase, PoissonPhase
 
 _DRAWS = 4096  # at a time; the sequence does not depend on it
 
@@ -41,11 +41,3 @@ def scaled(offset: int, speedup: float) -> int:
     """A trace's offset (picoseconds) played `speedup` times as fast; exact for whole speed-ups and their inverses."""
     numerator, denominator = speedup.as_integer_ratio()
     return offset * denominator // numerator
-
-
-def is_closed_loop(phase: object) -> bool:
-    return isinstance(phase, ConcurrencyPhase)
-
-
-def is_trace(phase: object) -> bool:
-    return isinstance(phase, TracePhase)

@@ -8,14 +8,29 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .errors import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT, ConfigError, ExperimentError
 
+
+class _Interrupted(BaseException):
+    """A KeyboardInterrupt, which typer and click would end in words and codes of their own, by version."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
 app = typer.Typer(
     name="disagg",
+    cls=_Commands,
     help="Routing and scheduling policies for disaggregated LLM serving, in simulation and on hardware.",
     no_args_is_help=True,
     add_completion=False,
@@ -48,6 +63,9 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would run, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Skip runs that are finished.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Give up a run after this long, with exit code 124.")
+    ] = None,
 ) -> None:
     """Run an experiment: every point of its sweep, every repeat, one after another."""
     from .cli_run import run_file
@@ -61,6 +79,7 @@ def run(
         dry_run=dry_run,
         overwrite=overwrite,
         resume=resume,
+        timeout_s=timeout,
     )
     raise typer.Exit(code)
 
@@ -168,7 +187,7 @@ def main() -> None:
     except TimeoutError as error:
         print(f"error: timed out: {error}", file=sys.stderr)
         raise SystemExit(EXIT_TIMEOUT) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Interrupted):
         print("interrupted", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except OSError as error:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from .cluster import cluster_of, world_size
-from .errors import EXIT_OK, ConfigError, ExperimentError, ResourceError
+from .errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, ExperimentError, ResourceError
 from .experiment_file import LoadedExperiment, load_experiment
 from .run_directory import RunDirectory, prepare_output
 from .run_point import NoProgress, Progress, RunOutcome, RunPoint, run_points
 from .workload import Workload
+
+_SILENT_S: Final = 5.0
 
 Runner = Callable[[Any, RunPoint, RunDirectory, Progress], RunOutcome]
 
@@ -30,13 +33,19 @@ def run_file(
     dry_run: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    timeout_s: float | None = None,
 ) -> int:
-    """Run an experiment file and return the exit code. Raises ExperimentError for what its user can put right."""
+    """Run an experiment file and return the exit code. Raises ExperimentError for what its user can put right.
+
+    `timeout_s` is for each run by itself.
+    """
+    if timeout_s is not None and not timeout_s > 0:
+        raise ConfigError(f"--timeout {timeout_s:g}: must be more than 0 seconds")
     loaded = load_experiment(file, overrides, backend=backend, seed=seed)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     target = output if output is not None else Path("runs") / loaded.experiment.name
-    points = run_points(loaded, target)
+    points = run_points(loaded, target, timeout_s)
     if dry_run:
         _describe(loaded, points)
         return EXIT_OK
@@ -69,6 +78,8 @@ def _in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
                     f"an existing {world.kind} world can serve one run, and this experiment has {len(points)};"
                     " allowed: no sweep and repeats: 1, or a start outside it"
                 )
+            if points[0].timeout_s is not None:
+                raise ConfigError(f"--timeout cannot end an existing {world.kind} world; give the limit to its starter")
             try:
                 check_world_size(world_size(points[0].experiment), world.size, f"{world.kind} world")
             except LaunchError as error:
@@ -83,13 +94,18 @@ def _in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
             if world.rank == 0:
                 for problem in error.problems:
                     print(f"error: {problem}", file=sys.stderr)
+            else:
+                time.sleep(_SILENT_S)  # the first rank to leave ends the others: let that be the one that speaks
             return error.exit_code
 
     return run_rank(part)
 
 
 def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint], *, overwrite: bool = False) -> int:
-    """Run `todo` in order; a run that fails is told, leaves nothing and does not stop the others. Returns the exit code."""
+    """Run `todo` in order; a run that fails is told, leaves nothing and does not stop the others. Returns the exit code.
+
+    An interrupt stops them all.
+    """
     code = EXIT_OK
     if len(todo) < len(points):
         print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
@@ -99,12 +115,17 @@ def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint]
             outcome = runner(point.experiment, point, writer, progress)
             if outcome.exit_code == EXIT_OK:
                 summary = writer.finish(outcome)
+        if outcome.exit_code == EXIT_INTERRUPTED:
+            print(f"interrupted: {label}; nothing of it was kept", file=sys.stderr)
+            return EXIT_INTERRUPTED
         if outcome.exit_code != EXIT_OK:
             print(f"error: {label}: {outcome.message or 'the run failed'}; nothing was kept", file=sys.stderr)
             code = code or outcome.exit_code
             continue
         failed = f", {outcome.num_failed} failed" if outcome.num_failed else ""
         print(f"{label}: {outcome.num_requests} requests{failed} -> {point.directory}")
+        if outcome.num_failed:
+            print(f"warning: {label}: {outcome.num_failed} of {outcome.num_requests} requests failed", file=sys.stderr)
         if outcome.message:
             print(f"{label}: {outcome.message}")
         if "error" in summary and len(summary) == 1:

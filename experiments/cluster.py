@@ -21,6 +21,7 @@ from ..core.model_shapes import PRESETS, ModelError, ModelShape, preset, shape_f
 from ..policies.vocabulary import PS_PER_MS, PS_PER_S, Role
 from .config import Cluster, ExecutorKeys, Experiment, Instance, PolicyChoice
 from .errors import ConfigError, ResourceError, did_you_mean
+from .weights_checks import check_same_shape, check_tensors
 
 SPEC_PREFIX: Final = "spec:"
 TRANSFER_TIMEOUT_FLOOR: Final = 30 * PS_PER_S
@@ -62,6 +63,22 @@ def shape_of(config: Experiment) -> ModelShape:
             f" or a folder with a config.json: there is no {path})"
         )
     return _read_shape(path, name, config.model.dtype, path.stat().st_mtime_ns)
+
+
+def check_weights(config: Experiment) -> None:
+    """ModelError for a folder of weights that does not hold the model named by `model.id`; reads headers only."""
+    if config.model.weights == "random":
+        return
+    folder = config.root / config.model.weights
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {folder}; allowed: random, or a folder with safetensors")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"there is no {path}, which says what model the weights are")
+    shape = shape_of(config)
+    found = _read_shape(path, str(folder), config.model.dtype, path.stat().st_mtime_ns)
+    check_same_shape(shape, found, config.model.id, folder)
+    check_tensors(shape, folder.resolve())
 
 
 @lru_cache(maxsize=64)
@@ -152,19 +169,28 @@ def world_size(config: Experiment) -> int:
 def num_blocks_of(keys: ExecutorKeys, shape: ModelShape, device: Device) -> int:
     """KV blocks of one executor: given by `max_tokens`, else what its tightest rank can hold beside its weights.
 
-    A rank holds its share of the layers' weights, and of the embedding and the head, split by tp. Raises
-    ResourceError when the weights do not fit or not even one block does.
+    Raises ModelError for a parallelism that does not fit the model, ResourceError when not even one block fits.
     """
     cache = keys.kv_cache
+    KvLayout.of(shape, keys.tensor_parallel_size, keys.pipeline_parallel_size, keys.layers_per_stage)
     if cache.max_tokens is not None:
         num_blocks = cache.max_tokens // cache.tokens_per_block
         if num_blocks < 1:
             raise ResourceError(f"max_tokens {cache.max_tokens} is less than one block of {cache.tokens_per_block}")
         return num_blocks
+    return blocks_beside_weights(keys, shape, device, cache.free_gpu_memory_fraction or 0.9)
+
+
+def blocks_beside_weights(keys: ExecutorKeys, shape: ModelShape, device: Device, fraction: float) -> int:
+    """KV blocks that fit into `fraction` of what the weights leave of the tightest rank's memory.
+
+    A rank holds its share of the layers' weights, and of the embedding and the head, split by tp. Raises
+    ResourceError when the weights do not fit or not even one block does.
+    """
+    cache = keys.kv_cache
     tp, pp = keys.tensor_parallel_size, keys.pipeline_parallel_size
     layout = KvLayout.of(shape, tp, pp, keys.layers_per_stage)
     table_bytes = shape.vocab_size * shape.hidden_size * shape.dtype_bytes
-    fraction = cache.free_gpu_memory_fraction or 0.9
     least: int | None = None
     for stage, num_layers in enumerate(layout.layers_per_stage):
         tables = int(stage == 0) + int(stage == pp - 1 and not (shape.tie_word_embeddings and pp == 1))

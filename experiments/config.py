@@ -36,7 +36,7 @@ SLO_PRESETS: Final[dict[str, tuple[float, float]]] = {
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]*$")]
 Count = Annotated[int, Field(ge=1, le=1 << 31)]
 Milliseconds = Annotated[float, Field(gt=0, le=1e9)]
-Rate = Annotated[float, Field(gt=0, le=1e9)]  # per second
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]  # per second
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -291,7 +291,7 @@ class GammaPhase(PhaseKeys):
 
     type: Literal["gamma"]
     rate: Rate
-    burstiness: Annotated[float, Field(gt=0, le=1e6)]
+    burstiness: Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class ConstantPhase(PhaseKeys):
@@ -311,7 +311,7 @@ class TracePhase(PhaseKeys):
 
     type: Literal["trace"]
     requests: Annotated[int, Field(ge=1, le=10**9)] | None = None  # type: ignore[assignment]
-    speedup: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    speedup: Annotated[float, Field(ge=1e-6, le=1e9)] = 1.0
 
 
 Phase = Annotated[

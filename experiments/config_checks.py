@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
-from ..core.model_shapes import ModelError
+from ..core.devices import Device
+from ..core.model_shapes import ModelError, ModelShape
 from ..policies.interfaces import PolicyError
 from ..policies.registry import create, load
-from .cluster import Placement, device_of, executor_groups, num_blocks_of, placements_of, shape_of
+from .cluster import (
+    Placement,
+    blocks_beside_weights,
+    check_weights,
+    device_of,
+    executor_groups,
+    num_blocks_of,
+    placements_of,
+    shape_of,
+)
 from .config import (
     SLO_PRESETS,
+    ConcurrencyPhase,
+    ExecutorKeys,
     Experiment,
     PolicyChoice,
     SyntheticDataset,
@@ -21,6 +33,8 @@ from .errors import ConfigError, ResourceError, did_you_mean
 from .workload import declared_max_tokens, phase_counts
 
 NOT_ENABLED = "Disaggregated serving is not enabled, please check the configuration"
+MOST_REQUESTS_ON_HARDWARE: Final = 200_000
+LONGEST_PHASE_S: Final = 30 * 86_400  # tables count picoseconds in 64 bits, which is 106 days
 
 
 class Problem(NamedTuple):
@@ -129,13 +143,10 @@ def _cluster(config: Experiment) -> list[Problem]:
         shape = shape_of(config)
     except ModelError as error:
         return [*problems, Problem(("model", "id"), str(error))]
-    if config.model.weights != "random" and not (config.root / config.model.weights).is_dir():
-        problems.append(
-            Problem(
-                ("model", "weights"),
-                f"there is no folder {config.root / config.model.weights}; allowed: random, or a folder with safetensors",
-            )
-        )
+    try:
+        check_weights(config)
+    except ModelError as error:
+        problems.append(Problem(("model", "weights"), str(error)))
     seen: set[tuple[str | int, ...]] = set()
     for _, keys, path in executor_groups(config.cluster):
         if path in seen:
@@ -162,7 +173,8 @@ def _cluster(config: Experiment) -> list[Problem]:
         if device is None:
             continue
         try:
-            num_blocks_of(keys, shape, device)
+            num_blocks = num_blocks_of(keys, shape, device)
+            problems += _kv_beside_weights(keys, shape, device, num_blocks, path)
         except ModelError as error:
             key = "layers_per_stage" if "layers_per_stage" in str(error).split(" ")[0] else _parallel_key(str(error))
             problems.append(Problem((*path, key), str(error)))
@@ -177,6 +189,27 @@ def _cluster(config: Experiment) -> list[Problem]:
             problems.append(Problem(("cluster",), str(error)))
         return problems
     return [*problems, *_participants(config, placements)]
+
+
+def _kv_beside_weights(
+    keys: ExecutorKeys, shape: ModelShape, device: Device, num_blocks: int, path: tuple[str | int, ...]
+) -> Iterator[Problem]:
+    """A warning for a `max_tokens` that the device cannot hold: a simulation may ask what more memory would bring."""
+    if keys.kv_cache.max_tokens is None:
+        return
+    where = (*path, "kv_cache", "max_tokens")
+    try:
+        fitting = blocks_beside_weights(keys, shape, device, 1.0)
+    except ResourceError as error:
+        yield Problem(where, str(error), "warning")
+        return
+    if num_blocks > fitting:
+        yield Problem(
+            where,
+            f"{keys.kv_cache.max_tokens} KV tokens are more than {device.name} has memory for beside the weights"
+            f" ({fitting * keys.kv_cache.tokens_per_block})",
+            "warning",
+        )
 
 
 def _parallel_key(message: str) -> str:
@@ -280,7 +313,7 @@ def _policy(choice: PolicyChoice, kind: str, path: tuple[str | int, ...], config
     elif all(name in allowed for name in choice.params):
         try:
             create(choice.name, kind, choice.params, seed="check", root=str(config.root))
-        except Exception as error:  # a user's class may raise anything
+        except (Exception, SystemExit) as error:  # a user's class may raise anything
             yield Problem(path, f"'{choice.name}' refuses its parameters: {type(error).__name__}: {error}")
 
 
@@ -310,13 +343,27 @@ def _workload(config: Experiment) -> Iterator[Problem]:
                     ("workload", "phases", number, "type"),
                     "a trace's arrivals need a trace; allowed: dataset type azure or mooncake, or another phase type",
                 )
-        return
-    path: tuple[str | int, ...] = ("workload", "dataset", "path")
     try:
-        phase_counts(config)
-        declared_max_tokens(config)
+        counts = phase_counts(config)
+        if not isinstance(dataset, SyntheticDataset):
+            declared_max_tokens(config)
     except ConfigError as error:
-        yield Problem(path, str(error))
+        yield Problem(("workload", "dataset", "path"), str(error))
+        return
+    if config.backend == "hardware" and sum(counts) > MOST_REQUESTS_ON_HARDWARE:
+        yield Problem(
+            ("workload", "phases"),
+            f"{sum(counts)} requests, whose tokens are all kept in memory; allowed with backend hardware: at most"
+            f" {MOST_REQUESTS_ON_HARDWARE}",
+            "resource",
+        )
+    for number, (phase, count) in enumerate(zip(workload.phases, counts, strict=True)):
+        if not isinstance(phase, ConcurrencyPhase | TracePhase) and count / phase.rate > LONGEST_PHASE_S:
+            yield Problem(
+                ("workload", "phases", number, "rate"),
+                f"{count} requests at {phase.rate:g} a second take {count / phase.rate / 86_400:.3g} days; allowed: at"
+                f" most {LONGEST_PHASE_S // 86_400}",
+            )
 
 
 def _length(length: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:

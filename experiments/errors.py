@@ -36,12 +36,6 @@ class ResourceError(ExperimentError):
     exit_code = EXIT_RESOURCES
 
 
-class RunTimeout(ExperimentError):
-    """The run did not end in the time it was given."""
-
-    exit_code = EXIT_TIMEOUT
-
-
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when one of `allowed` is close to `word`, otherwise the empty string."""
     matches = get_close_matches(word, list(allowed), n=1, cutoff=0.6)

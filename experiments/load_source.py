@@ -1,4 +1,5 @@
-"""The user of a cluster, without a clock: says what is due, the same in both worlds.
+"""The user of a simulated cluster, without a clock: says what is due. The load of real executors
+(`runtime/orchestrator_load.py`) sends the same requests by the same rules, on a clock and a thread of its own.
 
 A phase begins when the last request of the one before it was sent, without draining. In a closed loop the requests of
 earlier phases that are still out count as sent, so that a hand-over makes no burst.

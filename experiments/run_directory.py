@@ -136,8 +136,9 @@ def prepare_output(
     """
     if overwrite and resume:
         raise ConfigError("--overwrite and --resume exclude each other")
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output}: is not a folder")
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--output {output}: {'' if path == output else f'{path} '}is not a folder")
     single = len(points) == 1 and points[0].directory == output
     if output.exists() and any(output.iterdir()):
         if not (overwrite or resume):

@@ -9,6 +9,7 @@ import msgspec
 
 from ..core.model_shapes import ModelError
 from ..core.tables import RequestRow
+from ..policies.interfaces import PolicyError
 from ..runtime.hardware_run import (
     HardwareResult,
     HardwareRunError,
@@ -24,9 +25,10 @@ from ..runtime.launcher import LaunchError
 from ..runtime.transport import TransportError
 from .cluster import cluster_of, placements_of, shape_of
 from .config import Experiment
-from .errors import EXIT_RESOURCES, ConfigError, ResourceError
+from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT, ConfigError, ResourceError
 from .event_files import STEP_ENDS, encode_step_ends, log_name
 from .planned import request_of, true_length
+from .policy_failure import policy_failure
 from .run_directory import RunDirectory
 from .run_point import Progress, RunOutcome, RunPoint
 from .workload import PlannedRequest, Workload
@@ -85,13 +87,20 @@ def run_hardware(config: Experiment, point: RunPoint, writer: RunDirectory, prog
     """Run one point of an experiment on real executors to its end; in an existing MPI world this is rank 0's part."""
     load = _Load(config)
     try:
-        result = run_cluster(hardware_spec(config), load.phases, progress=progress.update)
+        result = run_cluster(hardware_spec(config), load.phases, progress=progress.update, timeout_s=point.timeout_s)
     except (SpecError, TransportError, ModelError) as error:
         raise ConfigError(str(error)) from error
     except LaunchError as error:
         raise ResourceError(str(error)) from error
     except HardwareRunError as error:
-        return RunOutcome(0, exit_code=error.exit_code, message=str(error))
+        timed_out = error.exit_code == EXIT_TIMEOUT and point.timeout_s is not None
+        message = f"timed out after {point.timeout_s:g} s" if timed_out else str(error)
+        return RunOutcome(0, exit_code=error.exit_code, message=message)
+    except (Exception, SystemExit) as error:  # in an existing MPI world the policies run in this process
+        failure = None if isinstance(error, PolicyError) else policy_failure(error)
+        if failure is None:
+            raise
+        return RunOutcome(0, exit_code=EXIT_RUN_FAILED, message=failure)
     if result is None:
         raise RuntimeError("only rank 0 of an MPI world writes a run; the others serve_hardware")
     return _written(result, load, writer)

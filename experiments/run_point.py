@@ -24,6 +24,7 @@ class RunPoint:
     directory: Path
     experiment: Experiment
     experiment_file: Path
+    timeout_s: float | None = None  # of wall time
 
     @property
     def seed(self) -> int:
@@ -64,7 +65,7 @@ class NoProgress:
         pass
 
 
-def run_points(loaded: LoadedExperiment, output: Path) -> list[RunPoint]:
+def run_points(loaded: LoadedExperiment, output: Path, timeout_s: float | None = None) -> list[RunPoint]:
     """All runs of an experiment, in the order in which they run: repeats of one point follow each other.
 
     A single run, without sweep and repeats, goes straight into `output`; otherwise each into `output/<point>/<repeat>`,
@@ -79,5 +80,5 @@ def run_points(loaded: LoadedExperiment, output: Path) -> list[RunPoint]:
                 update={"seed": repeat_seed(point.experiment.seed, repeat), "sweep": {}, "repeats": 1}
             )
             directory = output if single else output / (point.name or "all") / str(repeat)
-            found.append(RunPoint(point.name, repeat, point.values, directory, experiment, loaded.file))
+            found.append(RunPoint(point.name, repeat, point.values, directory, experiment, loaded.file, timeout_s))
     return found

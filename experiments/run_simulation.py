@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import Any, Final
 
@@ -16,10 +17,11 @@ from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
 from .cluster import cluster_of, device_of, placements_of, shape_of
 from .config import Experiment
-from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED
+from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT
 from .event_files import log_name
 from .load_source import LoadSource
 from .planned import request_of, true_length
+from .policy_failure import policy_failure
 from .run_directory import RunDirectory
 from .run_point import Progress, RunOutcome, RunPoint
 from .workload import PlannedRequest, Workload
@@ -28,10 +30,16 @@ _PROGRESS_EVERY: Final = 500
 EVENT_LOG_UP_TO: Final = 5_000  # requests; longer simulations keep an event log only when asked to
 
 
+class _TimeIsUpError(Exception):
+    """The run took longer than it was given."""
+
+
 class _Load:
     """The users: sends what the load source says is due, and counts what comes back."""
 
-    def __init__(self, source: LoadSource, config: Experiment, progress: Progress) -> None:
+    def __init__(
+        self, source: LoadSource, config: Experiment, progress: Progress, timeout_s: float | None = None
+    ) -> None:
         self.source = source
         self.planned: dict[int, PlannedRequest] = {}
         self.num_failed = 0
@@ -40,6 +48,7 @@ class _Load:
         self._progress = progress
         self._cluster: SimulatedCluster | None = None
         self._sending_at = -1
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def start(self, cluster: SimulatedCluster) -> None:
         self._cluster = cluster
@@ -60,6 +69,8 @@ class _Load:
             call_at(cluster.env, following, MESSAGE, self._send, None)
 
     def delivered(self, deliver: Deliver) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise _TimeIsUpError
         if deliver.finish_reason is None:
             return
         self.source.ended()
@@ -103,7 +114,7 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
     device = device_of(config.cluster)
     workload = Workload(config)
     source = LoadSource(workload)
-    load = _Load(source, config, progress)
+    load = _Load(source, config, progress, point.timeout_s)
 
     def record(row: Any) -> None:
         if type(row) is RequestRow:
@@ -131,13 +142,23 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
             delivered=load.delivered,
             log_sink=log_sink,
         )
-        load.start(cluster)
         try:
+            load.start(cluster)
             cluster.run()
+        except _TimeIsUpError:
+            message = (
+                f"timed out after {point.timeout_s:g} s, {source.num_ended} of {source.num_requests} requests ended"
+            )
+            return RunOutcome(source.num_sent, exit_code=EXIT_TIMEOUT, message=message)
         except PolicyError as error:
             return RunOutcome(
                 source.num_sent, exit_code=EXIT_RUN_FAILED, message=f"a policy broke its contract: {error}"
             )
+        except (Exception, SystemExit) as error:
+            failure = policy_failure(error)
+            if failure is None:
+                raise
+            return RunOutcome(source.num_sent, exit_code=EXIT_RUN_FAILED, message=failure)
     if not source.finished:
         missing = source.num_sent - source.num_ended
         return RunOutcome(

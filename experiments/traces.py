@@ -61,6 +61,8 @@ def trace_path(dataset: TraceDataset, root: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+        if candidate.is_dir():
+            raise ConfigError(f"{candidate} is a folder; allowed: a trace file, e.g. from {SOURCES[dataset.type]}")
     searched = " and ".join(str(candidate) for candidate in candidates)
     hint = "" if folder else f", and {TRACES_VARIABLE} is not set to a folder of traces"
     raise ConfigError(f"there is no trace file {searched}{hint}; its public source: {SOURCES[dataset.type]}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, islice
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
@@ -169,6 +168,8 @@ def phase_counts(config: Experiment) -> tuple[int, ...]:
     path = trace_path(dataset, config.root)
     needed = None if None in asked or isinstance(config.workload.max_tokens, Quantile) else sum(n or 0 for n in asked)
     num_rows = summarise_trace(dataset.type, path, needed).num_rows
+    if num_rows == 0:
+        raise ConfigError(f"{path}: holds no rows")
     left = num_rows
     counts: list[int] = []
     for phase, number in zip(config.workload.phases, asked, strict=True):
@@ -200,8 +201,3 @@ def declared_max_tokens(config: Experiment) -> int:
         if seen >= wanted:
             return length
     return max(counts)
-
-
-def with_offset(request: PlannedRequest, offset: int) -> PlannedRequest:
-    """A copy with another intended send."""
-    return msgspec.structs.replace(request, offset=offset)

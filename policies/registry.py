@@ -131,7 +131,7 @@ def _load_file(name: str, kind: str, root: str) -> type:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[module_name]
             raise PolicyError(f"{name!r}: {path} could not be imported: {type(error).__name__}: {error}") from error
     policy = getattr(module, class_name, None)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,65 @@ def test_a_full_output_folder_is_refused_before_anything_runs(
     assert disagg("run", file, "--output", tmp_path / "out", "--resume") == 0
     assert "1 of 1 runs are finished already" in capsys.readouterr().out
     assert disagg("run", file, "--output", tmp_path / "out", "--overwrite") == 0
+
+
+def test_an_output_below_a_file_is_refused(
+    file: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert disagg("run", file, "--output", file / "x" / "y") == 2
+    assert f"--output {file / 'x' / 'y'}: {file} is not a folder" in capsys.readouterr().err
+
+
+def test_requests_that_failed_are_counted_in_a_warning(
+    file: Path,
+    tmp_path: Path,
+    disagg: Callable[..., int],
+    world: Callable[[Any], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def some_fail(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:
+        return replace(finish_all(config, point, writer, progress), num_failed=3)
+
+    world(some_fail)
+    assert disagg("run", file, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().err == "warning: [1/1] run repeat 0: 3 of 10 requests failed\n"
+
+
+def test_a_load_whose_tokens_fill_the_memory_is_refused_on_hardware_only(
+    file: Path, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(TEXT.replace("requests: 10", "requests: 200001"))
+    assert disagg("validate", file) == 0
+    assert disagg("run", file, "--output", tmp_path / "out", "--backend", "hardware") == 3
+    assert "workload.phases: 200001 requests" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_more_kv_than_the_device_holds_is_a_warning(
+    file: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for max_tokens, told in ((1 << 31, "mixed_servers.kv_cache.max_tokens: 2147483648 KV tokens are more"), (8192, "")):
+        file.write_text(TEXT.replace("mixed_servers: {}", f"mixed_servers: {{kv_cache: {{max_tokens: {max_tokens}}}}}"))
+        assert disagg("validate", file) == 0
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == bool(told)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("folder", "t.csv is a folder"), ("empty", "t.csv: holds no rows")])
+def test_a_trace_that_holds_nothing_is_named(
+    kind: str, told: str, file: Path, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "t.csv"
+    if kind == "folder":
+        trace.mkdir()
+    else:
+        trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    file.write_text(TEXT.replace("{type: synthetic, isl: 100, osl: 10}", "{type: azure, path: t.csv}"))
+    assert disagg("validate", file) == 2
+    error = capsys.readouterr().err
+    assert "workload.dataset.path: " in error
+    assert told in error
 
 
 def test_a_sweep_goes_on_after_a_run_that_failed_and_says_so_in_its_exit_code(

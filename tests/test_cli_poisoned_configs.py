@@ -84,7 +84,18 @@ POISON = {
     ),
     "an infinite rate": ("rate: 8.0", "rate: .inf", ["{f}:22:40: workload.phases.profiling.rate"]),
     "a rate that is not a number": ("rate: 8.0", "rate: .nan", ["workload.phases.profiling.rate"]),
-    "a zero rate": ("rate: 8.0", "rate: 0", ["workload.phases.profiling.rate: must be greater than 0"]),
+    "a zero rate": ("rate: 8.0", "rate: 0", ["workload.phases.profiling.rate: must be at least 1e-06"]),
+    "a rate that is almost zero": (
+        "rate: 8.0",
+        "rate: 1e-300",
+        ["{f}:22:40: workload.phases.profiling.rate: must be at least 1e-06"],
+    ),
+    "a load that takes years": ("rate: 8.0", "rate: 1e-6", ["workload.phases.profiling.rate: 10 requests at 1e-06"]),
+    "tp that does not divide heads, with a KV size": (
+        "tensor_parallel_size: 1",
+        "tensor_parallel_size: 3\n    kv_cache: {max_tokens: 4096}",
+        ["{f}:10:5: cluster.context_servers.tensor_parallel_size", "32 attention heads"],
+    ),
     "rate and concurrency": (
         "rate: 8.0",
         "rate: 8.0, concurrency: 4",

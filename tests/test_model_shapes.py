@@ -44,17 +44,15 @@ def test_costs_of_llama_8b_are_the_known_ones() -> None:
     shape = PRESETS["llama-3.1-8b"]
     assert shape.kv_bytes_per_token == 131_072  # 128 KiB
     assert shape.weight_bytes == 2 * 8_030_261_248
-    assert round(shape.step_weight_bytes / 1e9, 1) == 15.0
     matrices = shape.linear_flops_per_token + shape.head_flops_per_token
     norms_and_table = (2 * 32 + 1) * 4096 + 128_256 * 4096
     assert matrices == 2 * (shape.num_parameters - norms_and_table)
-    assert shape.flops_per_token(1000) - shape.flops_per_token(0) == 1000 * 4 * 32 * 4096
+    assert shape.attention_flops_per_kv_token == 4 * 32 * 4096
 
 
-def test_a_sliding_window_bounds_what_attention_reads() -> None:
+def test_a_sliding_window_is_read() -> None:
     shape = shape_from_hf_config(hf_config(PRESETS["mistral-7b"]) | {"sliding_window": 4096})
     assert shape.sliding_window == 4096
-    assert shape.flops_per_token(8192) == shape.flops_per_token(4096) > shape.flops_per_token(4095)
 
 
 def test_both_forms_of_rope_and_dtype_are_read() -> None:
@@ -88,6 +86,9 @@ def test_both_forms_of_rope_and_dtype_are_read() -> None:
         ({"hidden_act": "gelu"}, "allowed: silu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"head_dim": 127}, "odd"),
+        ({"layer_types": ["full_attention"] * 31 + ["sliding_attention"]}, "window differs between layers"),
+        ({"layer_types": ["linear_attention"] * 32}, "allowed: full_attention"),
+        ({"layer_types": [["full_attention"]] * 32}, "list of words"),
         (
             {
                 "architectures": ["Qwen3ForCausalLM"],
