@@ -44,6 +44,14 @@ class Post:
             except ProgressError:
                 return False
 
+    def give_up(self, patience_s: float) -> None:
+        """As `close`, but wait for nobody longer than that: a rank that is busy will find the others gone."""
+        try:
+            self.progress.stop(timeout_s=patience_s, goodbye_wait_s=patience_s)
+        finally:
+            lost = bool(self.progress.down_ranks or self.progress.unheard_ranks)
+            self._world.finalize(lost_ranks=lost)
+
     def close(self) -> None:
         """End progress and leave MPI, after everybody has said what they had to say.
 

@@ -12,6 +12,7 @@ from msgspec import Struct
 from ..core.events import Report, Response
 from .clock import Clock, monotonic_ns
 from .collectives import Collectives, MpiCollectives, SingleRank
+from .devices import check_device, take_pages
 from .engine import Engine
 from .executor_engine import EngineThread
 from .executor_inbox import Arrived, Inbox, RankDown, StepReport
@@ -19,7 +20,6 @@ from .executor_kv import ChecksumRow, RankTransfers
 from .executor_leader import ExecutorBrokenError, ExecutorRecord, LeaderSession, obey_kv_order
 from .executor_post import Post
 from .executor_spec import Roster
-from .kv_pages import KvPages
 from .model_place import Place
 from .mpi_world import MpiWorld
 from .transport import KvTransport, make_transport
@@ -107,7 +107,8 @@ class ExecutorRank:
         """Take memory for the KV, start MPI progress, load the weights."""
         spec, config = self.roster.spec, self.roster.configs[self.executor]
         device = self.roster.device_of(self.rank)
-        self._pages = KvPages(self._place.layout, self._place.rank, config.num_blocks, config.tokens_per_block, device)
+        check_device(device)
+        self._pages = take_pages(self._place, config, device)
         if spec.transport is not None:
             self._transport = make_transport(
                 spec.transport, self.post.progress, self._pages, verify=spec.verify_kv, survives_peer_loss=True
@@ -265,7 +266,11 @@ class ExecutorRank:
                 body = item.body if isinstance(item, Arrived) else None
                 if isinstance(body, Hello):
                     config = msgspec.msgpack.decode(body.config, type=SessionConfig)
-                    session, shipped = self.open_session(config, self._to_orchestrator), False
+                    try:
+                        session, shipped = self.open_session(config, self._to_orchestrator), False
+                    except (Exception, SystemExit) as error:
+                        self._fault(error)
+                        raise
                     self.post.send(ORCHESTRATOR_RANK, Ready(self.executor))
                 elif isinstance(body, Goodbye) and item.rank == ORCHESTRATOR_RANK:
                     return
@@ -279,15 +284,19 @@ class ExecutorRank:
                 continue
             try:
                 session.wake(rest)
-            except Exception as error:
-                if not isinstance(error, ExecutorBrokenError):
-                    self.post.send(ORCHESTRATOR_RANK, Fault(_text(error)))
-                    self._await_goodbye()  # so that the fault gets there: this process is about to kill itself
+            except ExecutorBrokenError:
+                raise
+            except (Exception, SystemExit) as error:
+                self._fault(error)
                 raise
             if session.is_drained and not shipped:
                 shipped = True
                 self._ship_record(session.record)
                 self.post.send(ORCHESTRATOR_RANK, Goodbye(DRAINED))
+
+    def _fault(self, error: BaseException) -> None:
+        self.post.send(ORCHESTRATOR_RANK, Fault(_text(error)))
+        self._await_goodbye()  # so that the fault gets there: this process is about to kill itself
 
     def _to_orchestrator(self, body: Response | Report | TokenChunk) -> None:
         self.post.send(ORCHESTRATOR_RANK, body)

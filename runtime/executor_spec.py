@@ -13,6 +13,7 @@ from ..core.config import ExecutorConfig, OrchestratorConfig
 from ..core.kv_layout import KvLayout
 from ..core.model_shapes import ModelShape
 from ..policies.vocabulary import Role
+from .launcher import LaunchError
 from .transport import NOT_ENABLED, TransportError, check_backend
 
 EXIT_CONFIGURATION: Final = 2
@@ -22,6 +23,10 @@ class SpecError(ValueError):
     """A cluster that cannot be built as described; the text says what is allowed."""
 
     exit_code: Final = EXIT_CONFIGURATION
+
+
+class DeviceError(LaunchError):
+    """A device that is not here, or memory that it does not have."""
 
 
 class ModelSource(Struct, frozen=True):

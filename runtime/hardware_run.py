@@ -10,11 +10,13 @@ from typing import Final
 
 import msgspec
 
+from .devices import check_machine
 from .executor_spec import HardwareSpec, ModelSource, Placement, SpecError, check_spec
-from .launcher import check_world_size, inside_mpi, launch
+from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, check_world_size, inside_mpi, launch
 from .orchestrator_job import (
     JOB,
     PROGRESS,
+    QUIET,
     RESULT,
     Failure,
     Fault,
@@ -40,6 +42,8 @@ __all__ = [
 ]
 
 _PROGRESS_S: Final = 0.5
+_START_LIMIT_S: Final = 180.0
+_INTERRUPT_GRACE_S: Final = 2.0
 
 
 class HardwareRunError(RuntimeError):
@@ -64,7 +68,8 @@ def run_cluster(
 
     Inside an MPI world every rank calls this: rank 0 gets the result, the others None. Elsewhere a world is started for
     the run. `progress(requests ended, requests in all)`. Raises SpecError, TransportError or ModelError for a cluster
-    that cannot be, LaunchError for a world that cannot, HardwareRunError for a run that failed.
+    that cannot be, LaunchError for a world that cannot, HardwareRunError for a run that failed (`timeout_s`, for a world
+    started here: exit_code 124), KeyboardInterrupt for one that was interrupted.
     """
     roster = check_spec(spec)
     if spec.leader_mode:
@@ -76,11 +81,30 @@ def run_cluster(
         from .orchestrator_main import run_job
 
         return run_job(job, progress)
+    check_machine(roster)
     with tempfile.TemporaryDirectory(prefix="disagg-run-") as name:
         folder = Path(name)
         (folder / JOB).write_bytes(encode(job))
         with _Watcher(folder / PROGRESS, progress):
-            code = launch(f"{__package__}.orchestrator_main", [name], roster.num_ranks, timeout_s=timeout_s)
+            try:
+                code = launch(
+                    f"{__package__}.orchestrator_main",
+                    [name, QUIET],
+                    roster.num_ranks,
+                    timeout_s=timeout_s,
+                    interrupt_grace_s=_INTERRUPT_GRACE_S,
+                    start_limit_s=_START_LIMIT_S,
+                )
+            except StartError as error:
+                if error.rank is None:
+                    raise HardwareRunError(str(error)) from None
+                who = "the orchestrator" if error.rank == 0 else f"executor {roster.core_of(error.rank)}"
+                text = f"rank {error.rank} of {who} died while the cluster was starting"
+                raise HardwareRunError(text) from None
+        if code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        if code == EXIT_TIMEOUT:
+            raise HardwareRunError(f"the run did not end within {timeout_s:g} s", EXIT_TIMEOUT)
         try:
             outcome = decode_outcome((folder / RESULT).read_bytes())
         except OSError:

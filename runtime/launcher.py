@@ -31,8 +31,12 @@ EXIT_RESOURCES: Final = 3
 EXIT_TIMEOUT: Final = 124
 EXIT_INTERRUPTED: Final = 130
 STATUS_DIR: Final = "DISAGG_STATUS_DIR"  # where rank 0 leaves its process id and exit status for the launcher
+JOINED: Final = "joined"  # there once every rank has reached MpiWorld
+LEFT: Final = "left-"  # with the number of a rank that ended by itself, not by a signal
 FAULT_TOLERANT: Final = "DISAGG_FAULT_TOLERANT"  # "1" in the ranks of a world that was started with ULFM
 _POLL_S: Final = 0.05
+_LOOK_S: Final = 0.25
+_MISSING_S: Final = 4.0  # mpiexec starts all ranks of a host at about the same time
 _PR_SET_PDEATHSIG: Final = 1
 _OWN_KEYS: Final = ("OMP_NUM_THREADS", STATUS_DIR, FAULT_TOLERANT)
 
@@ -41,6 +45,14 @@ class LaunchError(RuntimeError):
     """An MPI world that cannot be had: no `mpiexec`, or too few ranks."""
 
     exit_code: Final = EXIT_RESOURCES
+
+
+class StartError(RuntimeError):
+    """An MPI world whose ranks never came together: `rank` died, or (None) the time was up."""
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class MpiEnvironment(Struct, frozen=True):
@@ -129,6 +141,7 @@ def launch(
     mca: Mapping[str, str] | None = None,
     interrupt_grace_s: float = 10.0,
     linger_s: float = 30.0,
+    start_limit_s: float | None = None,
     stdout: int | IO[Any] | None = None,
     stderr: int | IO[Any] | None = None,
 ) -> int:
@@ -139,6 +152,8 @@ def launch(
     Returns 124 after `timeout_s`, 130 when interrupted (SIGINT goes to rank 0 first, which has `interrupt_grace_s` to
     end in order; a second signal cuts that short), and 1 if rank 0 died without an exit status. Ranks that are still
     there `linger_s` after rank 0 ended are killed. No process is left behind, whatever happens to this one.
+    Until all ranks have made their MpiWorld a death would hang the others in it: it ends the world with StartError (on
+    one Linux host), and so does `start_limit_s`, which only ranks that make one should be given.
     Raises LaunchError if there is no mpiexec, or for fault tolerance over a `pml` that does not survive a failure.
     """
     if num_ranks < 1:
@@ -172,10 +187,12 @@ def launch(
             command,
             rank_env,
             scratch,
+            num_ranks=num_ranks,
             has_status=hosts is None,
             timeout_s=timeout_s,
             interrupt_grace_s=interrupt_grace_s,
             linger_s=linger_s,
+            start_limit_s=start_limit_s,
             stdout=stdout,
             stderr=stderr,
         )
@@ -221,10 +238,12 @@ def _supervise(
     env: Mapping[str, str],
     scratch: Path,
     *,
+    num_ranks: int,
     has_status: bool,
     timeout_s: float | None,
     interrupt_grace_s: float,
     linger_s: float,
+    start_limit_s: float | None,
     stdout: int | IO[Any] | None,
     stderr: int | IO[Any] | None,
 ) -> int:
@@ -233,6 +252,7 @@ def _supervise(
     rank0_ended: float | None = None
     signalled: float | None = None
     lingering = False
+    start = _Start(scratch, num_ranks, start_limit_s) if has_status else None
     with _Signals() as signals:
         # A session of its own: all ranks are in it, so that what is left of it can be found and killed.
         process = subprocess.Popen(
@@ -263,6 +283,8 @@ def _supervise(
                             break
                     elif signals.received > 1 or now - signalled > interrupt_grace_s:
                         break
+                if start is not None and not signals.received and start.is_over(process.pid, now):
+                    start = None
                 if rank0_ended is None and (scratch / "exit").exists():
                     rank0_ended = now
                 if rank0_ended is not None and now - rank0_ended > linger_s:
@@ -282,6 +304,73 @@ def _supervise(
         print("disagg: rank 0 ended without an exit status: it was killed", file=sys.stderr)
         return 1
     return returned if returned >= 0 else 128 - returned
+
+
+class _Start:
+    """Watches ranks on this host until all have joined their world; before that MPI reports no death."""
+
+    def __init__(self, scratch: Path, num_ranks: int, limit_s: float | None) -> None:
+        self._scratch = scratch
+        self._num_ranks = num_ranks
+        self._limit_s = limit_s
+        self._began = self._last_look = self._last_new = time.monotonic()
+        self._seen: dict[int, int] = {}  # process id: rank
+
+    def is_over(self, session: int, now: float) -> bool:
+        """Whether there is nothing to watch any more. Raises StartError."""
+        if now - self._last_look < _LOOK_S:
+            return False
+        self._last_look = now
+        alive = set(session_members(session))
+        gone = sorted(rank for pid, rank in self._seen.items() if pid not in alive)
+        # looked at after the processes: who left in order, or joined and then died, has left its mark by now
+        if (self._scratch / JOINED).exists() or (self._scratch / "exit").exists():
+            return True
+        for rank in gone:
+            if not (self._scratch / f"{LEFT}{rank}").exists():
+                raise StartError(f"rank {rank} died while the MPI world was starting", rank)
+        for pid in alive - self._seen.keys():
+            rank_of = _rank_of(pid)
+            if rank_of is not None:
+                self._seen[pid] = rank_of
+                self._last_new = now
+        if self._seen and now - self._last_new > _MISSING_S:
+            for rank in range(self._num_ranks):  # one that was killed before anybody looked
+                if rank not in self._seen.values() and not (self._scratch / f"{LEFT}{rank}").exists():
+                    raise StartError(f"rank {rank} died while the MPI world was starting", rank)
+        if self._limit_s is not None and now - self._began > self._limit_s:
+            raise StartError(f"the ranks did not come together as an MPI world within {self._limit_s:g} s")
+        return False
+
+
+def _rank_of(pid: int) -> int | None:
+    """The rank that a process is, if it was started by mpiexec itself."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        launched_by = Path(f"/proc/{parent}/comm").read_text().strip()
+    except OSError:
+        return None
+    if not launched_by.startswith(("mpiexec", "prte", "mpirun")):
+        return None  # a child of a rank may come and go
+    for entry in entries:
+        key, _, value = entry.partition(b"=")
+        if key == b"OMPI_COMM_WORLD_RANK" and value.isdigit():
+            return int(value)
+    return None
+
+
+def leave_status(name: str, value: int) -> None:
+    """In a rank: leave a number for the launcher, whole or not at all."""
+    folder = os.environ.get(STATUS_DIR)
+    if folder is None:
+        return
+    try:
+        partial = Path(folder) / f".{name}"
+        partial.write_text(str(value))
+        partial.replace(Path(folder) / name)
+    except OSError:  # the launcher is gone, and its folder with it
+        pass
 
 
 def _interrupt_rank0(scratch: Path) -> bool:

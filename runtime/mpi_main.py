@@ -14,10 +14,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
-from .launcher import EXIT_INTERRUPTED, STATUS_DIR, die_with_parent_setter, inside_mpi
+from .launcher import EXIT_INTERRUPTED, LEFT, die_with_parent_setter, inside_mpi, leave_status
 
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:
@@ -47,7 +46,9 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_rank0:
-        _leave_status("exit", code)
+        leave_status("exit", code)
+    elif world is not None:
+        leave_status(f"{LEFT}{world.rank}", code)
     if mpi_is_active():
         if code == 0:
             finalize_mpi()
@@ -58,18 +59,6 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     # Not sys.exit: a thread that still waits for a dead peer would keep the process alive.
     os._exit(code)
-
-
-def _leave_status(name: str, value: int) -> None:
-    folder = os.environ.get(STATUS_DIR)
-    if folder is None:
-        return
-    try:
-        partial = Path(folder) / f".{name}"
-        partial.write_text(str(value))
-        partial.replace(Path(folder) / name)
-    except OSError:  # the launcher is gone, and its folder with it
-        pass
 
 
 def _run_module(module: str) -> None:
@@ -88,7 +77,7 @@ def main() -> NoReturn:
         die_with_parent()  # mpiexec killed outright would leave its ranks behind
     world = inside_mpi()
     if world is None or world.rank == 0:
-        _leave_status("pid", os.getpid())
+        leave_status("pid", os.getpid())
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` leaves it ignored in all descendants
     module = sys.argv[1]
     sys.argv = sys.argv[1:]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from .launcher import EXIT_RESOURCES, FAULT_TOLERANT
+from .launcher import EXIT_RESOURCES, FAULT_TOLERANT, JOINED, leave_status
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -74,6 +74,8 @@ class MpiWorld:
             communicator.Set_errhandler(mpi.ERRORS_RETURN)
         self.hostnames: Final[tuple[str, ...]] = self._gather_hostnames(mpi)
         self.hostname: Final[str] = self.hostnames[self.rank]
+        if self.rank == 0:
+            leave_status(JOINED, self.size)
         self.max_tag: Final[int] = int(world.Get_attr(mpi.TAG_UB) or 32767)  # 32767: what the standard promises
         self.fault_tolerant: Final[bool] = os.environ.get(FAULT_TOLERANT) == "1"
         self._finalized = False

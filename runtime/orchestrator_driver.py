@@ -19,6 +19,7 @@ from ..core.event_log import LoggedCore, LogHeader
 from ..core.events import Arrive, Cancel, Enqueue, OrchestratorEvent, PeerDown, Report, Response, Shutdown, Wake
 from ..core.orchestrator import OrchestratorCore
 from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
+from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import FinishReason, RequestType
 from .clock import Clock
 from .executor_answers import Listener
@@ -26,6 +27,7 @@ from .executor_inbox import MESSAGE, Arrived, Asked, Inbox, RankDown, Submitted
 from .executor_post import Post
 from .executor_rank import DRAINED, RankInfo, RankRecord, session_config
 from .executor_spec import EXIT_CONFIGURATION, Roster
+from .launcher import EXIT_RESOURCES
 from .mpi_world import MpiWorld
 from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, HiddenStop, KvPart, Ready, RecordsChunk, TokenChunk
 
@@ -33,9 +35,13 @@ FIRST_DIRECT_ID: Final = 1 << 40  # ids of requests that go past the core
 _DRAIN_S: Final = 5.0  # held KV that nobody will read is given up after so long
 _MAX_TOLD: Final = 4
 _END_S: Final = 20.0
+_GIVE_UP_S: Final = 1.0
+_STALL_S: Final = 1.0
 _WAKE: Final = Wake()
 Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
 _USER_ERRORS: Final = ("SpecError", "TransportError", "ModelError", "PolicyError")
+_RESOURCE_ERRORS: Final = ("DeviceError", "LaunchError", "WorldError")
+_BROKE_CONTRACT: Final = "a policy broke its contract: "
 _encoder: Final = msgspec.msgpack.Encoder()
 _info_decoder: Final = msgspec.json.Decoder(RankInfo)
 
@@ -49,8 +55,19 @@ class ClusterError(RuntimeError):
 
 
 def _rank_error(text: str, said: str) -> ClusterError:
-    """`said` begins with the name of the rank's exception: some of them are the configuration's fault."""
-    return ClusterError(text + said, EXIT_CONFIGURATION if said.partition(":")[0] in _USER_ERRORS else 1)
+    """`said` begins with the name of the rank's exception: some of them are the configuration's fault, or resources."""
+    name, _, words = said.partition(": ")
+    if name in _RESOURCE_ERRORS:
+        return ClusterError(text + words, EXIT_RESOURCES)
+    return ClusterError(text + said, EXIT_CONFIGURATION if name in _USER_ERRORS else 1)
+
+
+def _session_error(executor: int, said: str) -> ClusterError:
+    """What a running executor failed with: by now its policies are loaded, and theirs is the run's failure."""
+    name, _, words = said.partition(": ")
+    if name == "PolicyError":
+        return ClusterError(f"{_BROKE_CONTRACT}executor {executor}: {words}")
+    return ClusterError(f"executor {executor}: {said}")
 
 
 @dataclass
@@ -96,6 +113,10 @@ class OrchestratorDriver:
         self._said: set[int] = set()  # executors that have drained
         self._drain_until = 0.0
         self._num_told = 0
+        self._visits: dict[int, int] = {}  # executor-level ids that an executor owes an answer for: it
+        self._live: set[int] = set()  # users' requests that have not ended
+        self._quiet_since = 0.0  # the core had no event from then on
+        self.is_starting = False  # while nobody may die: warm-up
         self._thread: threading.Thread | None = None
         self.failure: BaseException | None = None
 
@@ -124,6 +145,7 @@ class OrchestratorDriver:
             self._core = LoggedCore(self._core, LogHeader(1, orchestrator=orchestrator), self._log.append)
         self._events, self._wake_at = [], None
         self._owner, self._attempt, self._output_lengths, self._direct, self._held = {}, {}, {}, {}, {}
+        self._visits, self._live, self._quiet_since = {}, set(), time.monotonic()
         waiting = set()
         for executor in self._living():
             self._post.send(self._leader(executor), Hello(PROTOCOL_VERSION, executor, _encoder.encode(config)))
@@ -183,7 +205,7 @@ class OrchestratorDriver:
         for rank, executor in self.roster.executor_of.items():
             if executor not in self._gone:
                 self._post.send(rank, Goodbye("the run was given up"))
-        self._post.close()
+        self._post.give_up(_GIVE_UP_S)
 
     # ---- any thread --------------------------------------------------------------------------------------------------
 
@@ -193,6 +215,15 @@ class OrchestratorDriver:
 
     def cancel(self, request_id: int) -> None:
         self._inbox.put(Asked(Cancel(request_id)))
+
+    def num_stalled(self) -> int:
+        """Users' requests that will never end by themselves: no executor has work, no timer runs, nothing has happened
+        for a while. All of them are held by a policy.
+        """
+        is_busy = self._visits or self._direct or self._events or self._wake_at is not None or self._state != "open"
+        if is_busy or time.monotonic() - self._quiet_since < _STALL_S:
+            return 0
+        return len(self._live)
 
     def _bodies(
         self, timeout_s: float | None, waiting: set[int], deaths_matter: bool = True
@@ -205,7 +236,7 @@ class OrchestratorDriver:
                 for rank in self.roster.placements[executor].participant_ids:
                     waiting.discard(rank)
                 if deaths_matter:
-                    raise ClusterError(f"rank {item.rank} of executor {executor} died while the cluster was starting")
+                    raise self._died(item.rank)
             elif isinstance(item, Arrived):
                 if isinstance(item.body, RecordsChunk):
                     self._keep(item.rank, item.body)
@@ -214,15 +245,26 @@ class OrchestratorDriver:
                 else:
                     yield item.rank, item.body
 
+    def _died(self, rank: int) -> ClusterError:
+        executor = self.roster.core_of(rank)
+        return ClusterError(f"rank {rank} of executor {executor} died while the cluster was starting")
+
     # ---- the session's thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while self._state != "closed":
                 self._wake(self._inbox.take(self._timeout_s()))
+        except PolicyError as error:
+            self._broken(ClusterError(f"{_BROKE_CONTRACT}{error}"))
+        except SystemExit as error:  # must not end the process as if the run had wanted it
+            self._broken(ClusterError(f"a policy raised SystemExit: {error.code}"))
         except BaseException as error:
-            self.failure = error
-            self.listener.broken(f"{type(error).__name__}: {error}")
+            self._broken(error)
+
+    def _broken(self, error: BaseException) -> None:
+        self.failure = error
+        self.listener.broken(str(error) if isinstance(error, ClusterError) else f"{type(error).__name__}: {error}")
 
     def _timeout_s(self) -> float | None:
         if self._events:
@@ -248,6 +290,7 @@ class OrchestratorDriver:
             self._wake_at = None
             self._events.append((MESSAGE, ORCHESTRATOR, _WAKE))
         if self._events:
+            self._quiet_since = time.monotonic()
             events, self._events = sorted(self._events, key=lambda event: event[:2]), []
             for _, _, event in events:
                 self._obey(self._core.handle(event, now, True), now)
@@ -266,6 +309,7 @@ class OrchestratorDriver:
         elif isinstance(body, Response):
             if body.report is not None:
                 self.reports[executor] = body.report
+            self._visits.pop(body.request_id, None)
             if body.request_id >= FIRST_DIRECT_ID:
                 self._answered_directly(body)
             else:
@@ -276,7 +320,7 @@ class OrchestratorDriver:
         elif isinstance(body, RecordsChunk):
             self._keep(rank, body)
         elif isinstance(body, Fault):
-            raise _rank_error(f"executor {executor}: ", body.error)
+            raise _session_error(executor, body.error)
         elif isinstance(body, Goodbye):
             self._said.add(executor)
 
@@ -302,8 +346,11 @@ class OrchestratorDriver:
         executor = self.roster.core_of(rank)
         if executor in self._gone:
             return
+        if self.is_starting:
+            raise self._died(rank)
         self._gone.add(executor)
         self._events.append((MESSAGE, executor, PeerDown(executor)))
+        self._visits = {r: e for r, e in self._visits.items() if e != executor}
         for request_id in [r for r, e in self._direct.items() if e == executor]:
             del self._direct[request_id]
             self.listener.ended(request_id, FinishReason.ERROR, f"executor {executor} is gone", None)
@@ -313,6 +360,7 @@ class OrchestratorDriver:
         if item.executor is None:
             if item.output_length is not None:
                 self._output_lengths[request.id] = item.output_length
+            self._live.add(request.id)
             self._events.append((MESSAGE, ORCHESTRATOR, Arrive(request)))
             return
         if self._state != "open":
@@ -359,6 +407,8 @@ class OrchestratorDriver:
 
     def _dispatched(self, command: Dispatched) -> None:
         request = command.executor_request
+        if command.executor not in self._gone:
+            self._visits[request.id] = command.executor
         attempt = self._attempt.setdefault(command.request_id, [])
         params = request.context_phase_params
         if request.request_type is not RequestType.GENERATION_ONLY or params is None or params.req_id not in attempt:
@@ -377,6 +427,7 @@ class OrchestratorDriver:
             self.on_deliver(deliver, now)
         if deliver.finish_reason is None:
             return  # the token itself came before
+        self._live.discard(deliver.request_id)
         for executor_request in self._attempt.pop(deliver.request_id, ()):
             self._owner.pop(executor_request, None)
         self._output_lengths.pop(deliver.request_id, None)

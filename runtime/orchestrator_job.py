@@ -17,6 +17,7 @@ Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
 JOB: Final = "job"
 RESULT: Final = "result"
 PROGRESS: Final = "progress"
+QUIET: Final = "--quiet"  # argument of orchestrator_main: whoever started it will tell of failures
 
 
 class Fault(Struct, frozen=True):

@@ -57,6 +57,10 @@ class SendRow(Struct, frozen=True, array_like=True):
     token_ids: tuple[int, ...] = ()
 
 
+class StalledError(RuntimeError):
+    """Everything was sent, nothing is under way, and requests are left."""
+
+
 class LoadDriver:
     """Sends the phases and waits for the last answer. It is the Listener of the orchestrator's driver."""
 
@@ -69,6 +73,7 @@ class LoadDriver:
         self._num_ended = 0
         self._broken: str | None = None
         self._filling = True  # a closed loop that has not yet waited: what it sends is due at its phase's beginning
+        self._num_stalled: Callable[[], int] | None = None
         self.num_requests = sum(len(phase.submissions) for phase in phases)
 
     # ---- what is told ------------------------------------------------------------------------------------------------
@@ -109,8 +114,13 @@ class LoadDriver:
         clock: Clock,
         submit: Callable[[Submitted], None],
         progress: Callable[[int, int], None] | None = None,
+        num_stalled: Callable[[], int] | None = None,
     ) -> list[SendRow]:
-        """Send everything and wait for every end; the rows in order of sending. Returns early if the cluster breaks."""
+        """Send everything and wait for every end; the rows in order of sending. Returns early if the cluster breaks.
+
+        `num_stalled`: requests that can never end, asked where the load itself can only wait: StalledError if any.
+        """
+        self._num_stalled = num_stalled
         began = clock.read()
         for number, phase in enumerate(self._phases):
             at = began
@@ -131,6 +141,7 @@ class LoadDriver:
         with self._changed:
             while self._num_ended < len(self._rows) and self._broken is None:
                 self._changed.wait(0.5)
+                self._check_stalled()
                 if progress is not None:
                     progress(self._num_ended, self.num_requests)
         return self.rows()
@@ -141,6 +152,12 @@ class LoadDriver:
                 replace(row, token_ids=tuple(self._tokens.get(request_id, ())))
                 for request_id, row in self._rows.items()
             ]
+
+    def _check_stalled(self) -> None:
+        held = 0 if self._num_stalled is None else self._num_stalled()
+        if held and self._num_ended < len(self._rows) and self._broken is None:
+            what = "1 request is" if held == 1 else f"{held} requests are"
+            raise StalledError(f"{what} held by a policy that never lets {'it' if held == 1 else 'them'} go")
 
     def _wait_for_turn(
         self,
@@ -163,6 +180,7 @@ class LoadDriver:
             while len(self._rows) - self._num_ended >= limit and self._broken is None:
                 self._filling = False  # from here on a request is due when another has ended
                 self._changed.wait(0.5)
+                self._check_stalled()
                 if progress is not None:
                     progress(self._num_ended, self.num_requests)
         return began if self._filling else clock.read()

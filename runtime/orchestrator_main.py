@@ -22,23 +22,25 @@ from .executor_inbox import Submitted
 from .executor_leader import ExecutorBrokenError
 from .executor_rank import ExecutorRank
 from .executor_spec import EXIT_CONFIGURATION, Roster, SpecError, check_spec
-from .launcher import LaunchError
+from .launcher import EXIT_INTERRUPTED, LaunchError
 from .mpi_world import MpiWorld, WorldError
 from .orchestrator_driver import FIRST_DIRECT_ID, ClusterError, OrchestratorDriver
-from .orchestrator_job import JOB, PROGRESS, RESULT, Failure, Fault, HardwareResult, Job, decode_job, encode
-from .orchestrator_load import LoadDriver
+from .orchestrator_job import JOB, PROGRESS, QUIET, RESULT, Failure, Fault, HardwareResult, Job, decode_job, encode
+from .orchestrator_load import LoadDriver, StalledError
 from .transport import TransportError
 
-_EXPECTED = (SpecError, TransportError, ModelError, PolicyError, LaunchError, WorldError, ClusterError)
+_EXPECTED = (SpecError, TransportError, ModelError, PolicyError, LaunchError, WorldError, ClusterError, StalledError)
 _WARM_UP_S = 120.0
 _WARM_UP_TOKENS = 4
 _PROGRESS_S = 0.25
 
 
 def exit_code_of(error: BaseException) -> int:
-    """2 for what the configuration can put right, 3 for what is missing here, else 1."""
+    """2 for what the configuration can put right, 3 for what is missing here, 130 for an interrupt, else 1."""
     if isinstance(error, (SpecError, TransportError, ModelError, PolicyError)):
         return EXIT_CONFIGURATION
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
     return error.exit_code if isinstance(error, (LaunchError, WorldError, ClusterError)) else 1
 
 
@@ -68,6 +70,12 @@ def run_job(
     driver = OrchestratorDriver(world, roster, load)
     try:
         return _orchestrate(job, driver, load, progress)
+    except SystemExit as ending:  # only a policy's: it must not end the process as if the run had wanted it
+        error = ClusterError(f"a policy raised SystemExit: {ending.code}")
+        if failed is not None:
+            failed(error)
+        driver.abandon()
+        raise error from ending
     except BaseException as error:
         if failed is not None:
             failed(error)
@@ -79,15 +87,17 @@ def _orchestrate(
     job: Job, driver: OrchestratorDriver, load: LoadDriver, progress: Callable[[int, int], None] | None
 ) -> HardwareResult:
     driver.start()
+    driver.is_starting = True
     if job.warm_up:
         warm_up(driver)
     driver.listener, driver.on_deliver = load, load.delivered
     driver.open_session()
+    driver.is_starting = False
     timers = [threading.Timer(fault.after / PS_PER_S, _kill, (driver, fault)) for fault in job.faults]
     for timer in timers:
         timer.daemon = True
         timer.start()
-    load.run(driver.clock, driver.submit, progress)
+    load.run(driver.clock, driver.submit, progress, driver.num_stalled)
     for timer in timers:
         timer.cancel()
     record = driver.close_session(job.drain)
@@ -133,18 +143,17 @@ class WarmUp:
         self._ended.set()
 
     def ask(self, executor: int, request: Request) -> ContextPhaseParams | None:
-        """What its context phase left, if it had one. Raises ClusterError if no answer comes.
-
-        A request that is answered with an error is said so and left at that: the run will tell whether it matters.
-        """
+        """What its context phase left, if it had one. Raises ClusterError if no answer comes, or an error."""
         self._next_id += 1
         self._ended.clear()
         self._params = None
         self._driver.submit(Submitted(msgspec.structs.replace(request, id=self._next_id), executor=executor))
-        if not self._ended.wait(_WARM_UP_S) or self._is_broken:
-            raise ClusterError(f"warm-up of executor {executor}: {self._error or f'no answer in {_WARM_UP_S:g} s'}")
+        if not self._ended.wait(_WARM_UP_S):
+            raise ClusterError(f"warm-up of executor {executor} failed: no answer in {_WARM_UP_S:g} s")
+        if self._is_broken:
+            raise self._driver.failure or ClusterError(f"warm-up of executor {executor} failed: {self._error}")
         if self._error is not None:
-            print(f"disagg: warm-up of executor {executor}: {self._error}", file=sys.stderr, flush=True)
+            raise ClusterError(f"warm-up of executor {executor} failed: {self._error}")
         return self._params
 
 
@@ -195,18 +204,22 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def main() -> int:
-    """0, or the exit code of what went wrong, which is also in `result` and on stderr."""
+    """0, or the exit code of what went wrong, which is also in `result` and, unless QUIET is given, on stderr."""
+    is_quiet = QUIET in sys.argv[2:]
     folder = Path(sys.argv[1])
 
     def failed(error: BaseException) -> None:
         if not (folder / RESULT).exists():
             text = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+            if isinstance(error, KeyboardInterrupt):
+                text = "interrupted"
             _write_whole(folder / RESULT, encode(Failure(text, exit_code_of(error))))
 
     try:
         result = run_job(decode_job((folder / JOB).read_bytes()), ProgressFile(folder / PROGRESS), failed)
     except _EXPECTED as error:
-        print(f"disagg: {error}", file=sys.stderr, flush=True)
+        if not is_quiet:
+            print(f"disagg: {error}", file=sys.stderr, flush=True)
         failed(error)
         return exit_code_of(error)
     except ExecutorBrokenError as error:  # the end of one executor, which the others may survive

@@ -158,6 +158,11 @@ class Progress:
         return frozenset(self._down)
 
     @property
+    def unheard_ranks(self) -> frozenset[int]:
+        """Ranks that neither died nor said goodbye: after `stop`, those that MPI_Finalize may wait for."""
+        return frozenset(self._peers) - self._down - self._departed.keys()
+
+    @property
     def silent_ranks(self) -> frozenset[int]:
         """Ranks taken for dead whose death MPI has not confirmed: MPI_Finalize would wait for them."""
         return frozenset(self._silent)

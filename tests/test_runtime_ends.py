@@ -1,0 +1,210 @@
+"""Hardware runs that cannot come to their end: each stops soon, says why, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from disagg.core.config import PolicySpec
+from disagg.runtime.executor_spec import DeviceError, HardwareSpec, ModelSource
+from disagg.runtime.hardware_run import HardwareRunError, run_cluster
+from disagg.runtime.launcher import EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT
+from tests.runtime_programs.clusters import cluster, context, generation, mixed, submissions
+from tests.tiny_models import SHAPES, prompts
+
+SHAPE = SHAPES["llama"]
+MODEL = ModelSource(SHAPE, seed=3)
+PHASES = submissions(prompts(SHAPE, [5, 7]), 4)
+
+EXPERIMENT = """
+schema_version: 1
+name: ends
+seed: 1
+model: {id: tiny-llama, dtype: float32}
+backend: hardware
+device: cpu
+cluster:
+  profile: spec:cpu-2core
+  context_servers: {num_instances: 1, kv_cache: {max_tokens: 8192}}
+  generation_servers: {num_instances: 1, kv_cache: {max_tokens: 8192}}
+  cache_transceiver: {backend: mpi}
+policy:
+  router: round_robin
+workload:
+  dataset: {type: synthetic, isl: {mean: 64, stddev: 16}, osl: 12}
+  max_tokens: 16
+  phases:
+    - {name: profiling, type: poisson, rate: 1, requests: 100}
+"""
+
+
+class Run:
+    """`disagg run`, from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "e.yaml").write_text(EXPERIMENT)
+        disagg = Path(sys.executable).parent / "disagg"
+        self.output = folder / "out"
+        self.process = subprocess.Popen(
+            [str(disagg), "run", str(folder / "e.yaml"), "--output", str(self.output)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of the ranks that run now."""
+        found = {}
+        ours = {self.process.pid}
+        entries = sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+        for _ in range(3):  # disagg, mpiexec, ranks
+            for pid in entries:
+                try:
+                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                    if int(fields[1]) not in ours or fields[0] == "Z":
+                        continue
+                    ours.add(pid)
+                    environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                for entry in environ:
+                    if entry.startswith(b"OMPI_COMM_WORLD_RANK="):
+                        found.setdefault(int(entry.partition(b"=")[2]), pid)
+        return found
+
+    def await_ranks(self, num: int) -> dict[int, int]:
+        deadline = time.monotonic() + 60
+        while len(ranks := self.ranks()) < num:
+            assert self.process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return ranks
+
+    def end(self, within_s: float) -> str:
+        try:
+            return self.process.communicate(timeout=within_s)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
+
+
+def no_longer(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if not any(Path(f"/proc/{pid}").exists() for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("after_s", [0.0, 0.7, 1.4])
+def test_a_rank_killed_while_the_cluster_starts_ends_the_run_by_name(tmp_path: Path, after_s: float) -> None:
+    run = Run(tmp_path)
+    ranks = run.await_ranks(3 if after_s else 1)
+    time.sleep(after_s)
+    while 1 not in (ranks := ranks if 1 in ranks else run.ranks()):
+        time.sleep(0.005)
+    os.kill(ranks[1], signal.SIGKILL)
+    said = run.end(within_s=20)
+    assert run.process.returncode == 1
+    assert "rank 1 of executor 1 died while the cluster was starting" in said
+    assert no_longer(list(ranks.values()))
+    assert not run.output.exists()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("after_s", [1.0, 8.0])
+def test_an_interrupted_run_ends_at_once_with_130(tmp_path: Path, after_s: float) -> None:
+    run = Run(tmp_path)
+    ranks = run.await_ranks(3)
+    time.sleep(after_s)
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    said = run.end(within_s=20)
+    assert time.monotonic() - began < 7
+    assert run.process.returncode == EXIT_INTERRUPTED
+    assert "interrupted" in said
+    assert "nothing was kept" not in said
+    assert no_longer(list(ranks.values()))
+
+
+def routed_by(folder: Path, body: str) -> HardwareSpec:
+    """A cluster of one mixed executor; `body` is the body of its router's `select`."""
+    (folder / "router.py").write_text(
+        "from disagg.policies.interfaces import SelectingPolicy\n"
+        "from disagg.policies.vocabulary import Hold, RouteMixed\n"
+        "class Router(SelectingPolicy):\n"
+        "    def route_context(self, request, fleet):\n"
+        f"        {body}\n"
+        "    def select(self, request, pool):\n"
+        "        return 1\n"
+    )
+    spec = cluster(MODEL, [mixed()])
+    router = PolicySpec(f"{folder / 'router.py'}:Router")
+    return replace(spec, orchestrator=replace(spec.orchestrator, mixed_router=router))
+
+
+@pytest.mark.mpi
+def test_a_policy_that_holds_for_ever_ends_the_run_by_the_number_of_its_requests(tmp_path: Path) -> None:
+    spec = routed_by(tmp_path, "return Hold()")
+    with pytest.raises(HardwareRunError, match=r"^2 requests are held by a policy that never lets them go$") as why:
+        run_cluster(spec, PHASES, timeout_s=60)
+    assert why.value.exit_code == 1
+
+
+@pytest.mark.mpi
+def test_requests_held_until_an_instant_are_no_stall(tmp_path: Path) -> None:
+    body = "return RouteMixed(1) if request.arrival < fleet.now - 3 * 10**12 else Hold(until=fleet.now + 4 * 10**12)"
+    result = run_cluster(routed_by(tmp_path, body), PHASES, timeout_s=60)
+    assert result is not None
+    assert [send.error for send in result.sends] == [None, None]
+
+
+@pytest.mark.mpi
+def test_a_run_that_takes_too_long_is_ended_with_124(tmp_path: Path) -> None:
+    spec = routed_by(tmp_path, "return Hold(until=fleet.now + 10**12)")
+    with pytest.raises(HardwareRunError, match=r"^the run did not end within 12 s$") as why:
+        run_cluster(spec, PHASES, timeout_s=12)
+    assert why.value.exit_code == EXIT_TIMEOUT
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("return RouteMixed(7)", r"^a policy broke its contract: .* names executor 7"),
+        ("raise SystemExit(0)", r"^a policy raised SystemExit: 0$"),
+    ],
+)
+def test_a_router_that_breaks_its_contract_fails_the_run_and_is_told_once(
+    tmp_path: Path, body: str, why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(HardwareRunError, match=why) as error:
+        run_cluster(routed_by(tmp_path, body), PHASES, timeout_s=60)
+    assert error.value.exit_code == 1
+    assert "disagg:" not in capfd.readouterr().err  # the caller tells it
+
+
+def test_a_kv_cache_larger_than_the_memory_is_refused_before_anything_starts() -> None:
+    spec = cluster(MODEL, [context(), generation(num_blocks=10**12)])
+    with pytest.raises(DeviceError, match=r"executor 2's, \d+ bytes for kv_cache.max_tokens 4000000000000") as why:
+        run_cluster(spec, ())
+    assert why.value.exit_code == EXIT_RESOURCES
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_is_refused_before_anything_starts_where_there_is_none() -> None:
+    with pytest.raises(DeviceError, match=r"device: cuda cannot be had: .*device: cpu") as why:
+        run_cluster(replace(cluster(MODEL, [mixed()]), device="cuda"), ())
+    assert why.value.exit_code == EXIT_RESOURCES
