@@ -92,9 +92,6 @@ class Engine:
         EngineError, with nothing changed, if the plan contradicts the batch, the feed or the size of the pool.
         """
         feed = PlanFeed() if feed is None else feed
-        for request_id, _ in run.appended:
-            if request_id in self._batch:
-                self._batch.forget_unwritten(request_id, self._pages.tokens_per_block)
         tokens = self._check_delta(run, feed)
         self._check_chunks(run, feed)
         self._check_room(run)
@@ -102,6 +99,8 @@ class Engine:
             self._batch.leave(request_id)
         for joined, fed, token in zip(run.joined, feed.joined, tokens, strict=True):
             self._batch.join(joined, token, fed.sampling)
+        for request_id in dict.fromkeys(request_id for request_id, _ in run.appended):
+            self._batch.forget_unwritten(request_id, self._pages.tokens_per_block)
         for request_id, blocks in run.appended:
             self._batch.append(request_id, blocks)
         self._run = run
@@ -179,6 +178,8 @@ class Engine:
         for request_id, blocks in run.appended:
             more[request_id] = more.get(request_id, 0) + len(blocks)
         for request_id, num_kv_tokens, num_blocks in held:
+            if request_id in more:  # what was appended for steps that were not run goes first
+                num_blocks = min(num_blocks, -(-num_kv_tokens // self._pages.tokens_per_block))
             room = (num_blocks + more.get(request_id, 0)) * self._pages.tokens_per_block - num_kv_tokens
             if room < num_steps:
                 raise EngineError(

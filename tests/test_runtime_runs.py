@@ -38,7 +38,9 @@ def expected(prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
 
 def run(layouts: Sequence[Layout], phases: tuple[LoadPhase, ...], faults: Sequence[Fault] = (), **spec: Any) -> Any:
     values: dict[str, Any] = {"verify_kv": False, "record_margins": False}
-    result = run_cluster(cluster(MODEL, layouts, **(values | spec)), phases, faults=faults, timeout_s=120)
+    warm_up = spec.pop("warm_up", True)
+    made = cluster(MODEL, layouts, **(values | spec))
+    result = run_cluster(made, phases, faults=faults, timeout_s=120, warm_up=warm_up)
     assert isinstance(result, HardwareResult)
     return result
 
@@ -212,7 +214,8 @@ def test_without_any_executor_left_requests_fail_and_the_run_ends() -> None:
 @pytest.mark.parametrize(("on_failure", "attempts"), [("recompute", 3), ("fail", 1)])
 def test_a_reader_that_comes_after_the_lease_is_refused(on_failure: str, attempts: int) -> None:
     lease = 1000  # picoseconds: over before any reader can ask
-    result = run([context(lease=lease), generation()], submissions(PROMPTS[:2], 8), on_failure=on_failure)
+    layouts = [context(lease=lease), generation()]  # over which no warm-up could go either
+    result = run(layouts, submissions(PROMPTS[:2], 8), on_failure=on_failure, warm_up=False)
     for row in requests(result).values():
         assert "lease ran out" in (row.error or "")
         assert row.num_attempts == attempts
