@@ -198,7 +198,8 @@ class ProgressFile:
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    # Its own name per process: a world of a wrong size is refused by all its ranks, each of which writes the result.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(data)
     os.replace(partial, path)
 
