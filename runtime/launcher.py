@@ -285,7 +285,7 @@ def _supervise(
                         break
                 if start is not None and not signals.received and start.is_over(process.pid, now):
                     start = None
-                if rank0_ended is None and (scratch / "exit").exists():
+                if rank0_ended is None and ((scratch / "exit").exists() or (has_status and _rank0_is_gone(scratch))):
                     rank0_ended = now
                 if rank0_ended is not None and now - rank0_ended > linger_s:
                     print(f"disagg: ranks still there {linger_s:g} s after rank 0 ended were killed", file=sys.stderr)
@@ -299,8 +299,8 @@ def _supervise(
     status = _read_int(scratch / "exit") if has_status else None
     if status is not None:
         return status or (returned if returned >= 0 else 128 - returned)
-    if has_status and returned == 0:
-        # Under ULFM mpiexec returns 0 when a signal killed a rank, even rank 0.
+    if has_status and (returned == 0 or _rank0_is_gone(scratch)):
+        # Under ULFM mpiexec returns 0 when a signal killed a rank, even rank 0, unless a survivor's exit is not 0.
         print("disagg: rank 0 ended without an exit status: it was killed", file=sys.stderr)
         return 1
     return returned if returned >= 0 else 128 - returned
@@ -383,6 +383,17 @@ def _interrupt_rank0(scratch: Path) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _rank0_is_gone(scratch: Path) -> bool:
+    """Whether rank 0 began and is there no more: the survivors' MPI_Finalize may then wait for ever."""
+    pid = _read_int(scratch / "pid")
+    if pid is None:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return Path("/proc/self/stat").exists()
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float = 2.0) -> None:
