@@ -74,8 +74,22 @@ class ReceiveKv(Struct, frozen=True, tag="receive_kv", array_like=True):
     blocks: tuple[int, ...]
 
 
+class PrepareReceive(Struct, frozen=True, tag="prepare_receive", array_like=True):
+    """As ReceiveKv, for a context phase that is not done yet: the source answers when it has blocks to send from."""
+
+    request_id: int
+    source: int
+    source_id: int
+    num_tokens: int
+    blocks: tuple[int, ...]
+
+
 class ServeKv(Struct, frozen=True, tag="serve_kv", array_like=True):
-    """Answer a reader. `ok` pins the blocks until KvTaken or PeerDown; otherwise `error` tells the reader why not."""
+    """Answer a reader. `ok` pins the blocks until KvTaken or PeerDown; otherwise `error` tells the reader why not.
+
+    `num_written`: the context phase still runs, and so many of the tokens are written; the driver sends the others, layer
+    by layer, as the steps that follow write them. None: all are written.
+    """
 
     request_id: int
     reader: int
@@ -84,6 +98,18 @@ class ServeKv(Struct, frozen=True, tag="serve_kv", array_like=True):
     blocks: tuple[int, ...]
     ok: bool
     error: str | None = None
+    num_written: int | None = None
+
+    @property
+    def is_early(self) -> bool:
+        return self.num_written is not None
+
+
+class AbortKv(Struct, frozen=True, tag="abort_kv", array_like=True):
+    """End the early sending of `request_id`: the rest of its KV will never be written. KvTaken says when it is over."""
+
+    request_id: int
+    reason: str
 
 
 class Send(Struct, frozen=True, tag="send", array_like=True):
@@ -134,6 +160,21 @@ class Record(Struct, frozen=True, tag="record", array_like=True):
     row: RequestRow | StayRow | StepRow | TransferRow | DecisionRow
 
 
-ExecutorCommand = RunSteps | StopAfterStep | ReceiveKv | ServeKv | Send | WakeAt | Drained | Record
+ExecutorCommand = (
+    RunSteps | StopAfterStep | ReceiveKv | PrepareReceive | ServeKv | AbortKv | Send | WakeAt | Drained | Record
+)
 OrchestratorCommand = Send | Deliver | Dispatched | WakeAt | Drained | Record
-Command = RunSteps | StopAfterStep | ReceiveKv | ServeKv | Send | WakeAt | Deliver | Dispatched | Drained | Record
+Command = (
+    RunSteps
+    | StopAfterStep
+    | ReceiveKv
+    | PrepareReceive
+    | ServeKv
+    | AbortKv
+    | Send
+    | WakeAt
+    | Deliver
+    | Dispatched
+    | Drained
+    | Record
+)

@@ -17,9 +17,13 @@ from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request
 
 
 class Enqueue(Struct, frozen=True, tag="enqueue", array_like=True):
-    """Serve `request`, whose id is unique per attempt and phase."""
+    """Serve `request`, whose id is unique per attempt and phase.
+
+    `announces_start`: the orchestrator wants a ContextStarted when its first chunk is planned.
+    """
 
     request: Request
+    announces_start: bool = False
 
 
 class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
@@ -32,6 +36,21 @@ class LeaseRenewed(Struct, frozen=True, tag="lease_renewed", array_like=True):
     """Someone still means to read the KV of these requests: their leases start anew."""
 
     request_ids: tuple[int, ...]
+
+
+class FirstTokens(Struct, frozen=True, tag="first_tokens", array_like=True):
+    """The context phase that the generation phase `request_id` was promised is done; empty in simulation."""
+
+    request_id: int
+    tokens: tuple[int, ...] = ()
+
+
+class KvWithdrawn(Struct, frozen=True, tag="kv_withdrawn", array_like=True):
+    """`reader` takes its early question for the KV of `request_id` back: it needs the blocks. Void once it is served."""
+
+    request_id: int
+    reader: int
+    reader_id: int
 
 
 class Shutdown(Struct, frozen=True, tag="shutdown", array_like=True):
@@ -69,6 +88,12 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     cache_events: tuple[int, ...] = ()  # filled once prefix caching exists
 
 
+class ContextStarted(Struct, frozen=True, tag="context_started", array_like=True):
+    """The first chunk of a context phase whose `Enqueue` asked for this is planned: its blocks are its own."""
+
+    request_id: int
+
+
 class Response(Struct, frozen=True, tag="response", array_like=True):
     """The one final answer of an executor to one `Enqueue`. A context phase answers at the end of its compute."""
 
@@ -84,6 +109,7 @@ class Response(Struct, frozen=True, tag="response", array_like=True):
     kv_usable: int | None = None
     last_token: int | None = None
     report: Report | None = None
+    kv_overlap: int | None = None  # picoseconds of this context phase during which its KV was already being sent
 
 
 # ---- what the driver of an executor saw -----------------------------------------------------------------------------
@@ -118,7 +144,10 @@ def stops_in_order(stops: Iterable[Stopped]) -> tuple[Stopped, ...]:
 
 
 class KvRequested(Struct, frozen=True, tag="kv_requested", array_like=True):
-    """`reader` asks to read the KV of `request_id` into its own request `reader_id`."""
+    """`reader` asks to read the KV of `request_id` into its own request `reader_id`.
+
+    With early binding it may ask before the context phase is done, or has begun.
+    """
 
     request_id: int
     reader: int
@@ -166,17 +195,31 @@ class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
     role: str
 
 
-MessageToExecutor = Enqueue | Cancel | LeaseRenewed | Shutdown
-MessageToOrchestrator = Response | Report
-Message = Enqueue | Cancel | LeaseRenewed | Shutdown | Response | Report
+MessageToExecutor = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown
+MessageToOrchestrator = Response | Report | ContextStarted
+Message = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown | Response | Report | ContextStarted
 ExecutorEvent = (
-    Enqueue | Cancel | LeaseRenewed | Shutdown | StepsDone | KvRequested | KvReceived | KvTaken | PeerDown | Wake
+    Enqueue
+    | Cancel
+    | LeaseRenewed
+    | FirstTokens
+    | KvWithdrawn
+    | Shutdown
+    | StepsDone
+    | KvRequested
+    | KvReceived
+    | KvTaken
+    | PeerDown
+    | Wake
 )
-OrchestratorEvent = Arrive | Response | Report | Cancel | PeerDown | RoleChanged | Shutdown | Wake
+OrchestratorEvent = Arrive | Response | Report | ContextStarted | Cancel | PeerDown | RoleChanged | Shutdown | Wake
 Event = (
     Enqueue
     | Cancel
     | LeaseRenewed
+    | FirstTokens
+    | KvWithdrawn
+    | ContextStarted
     | Shutdown
     | Response
     | Report

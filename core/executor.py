@@ -23,23 +23,27 @@ from ..policies.vocabulary import (
 )
 from .commands import (
     ORCHESTRATOR,
+    Chunk,
     Drained,
     ExecutorCommand,
+    PrepareReceive,
     ReceiveKv,
     Record,
     RunSteps,
     Send,
-    ServeKv,
     WakeAt,
 )
 from .config import ExecutorConfig
 from .events import (
     Cancel,
+    ContextStarted,
     Enqueue,
     ExecutorEvent,
+    FirstTokens,
     KvReceived,
     KvRequested,
     KvTaken,
+    KvWithdrawn,
     LeaseRenewed,
     PeerDown,
     Report,
@@ -48,14 +52,16 @@ from .events import (
     StepsDone,
     Wake,
 )
-from .life_cycle import Cause, LifeCycleError, State
+from .kv_source import KvSource
+from .life_cycle import FINAL, Cause, LifeCycleError, State
+from .refusal import refusal
 from .scheduler import Scheduler
 from .tables import StayRow, TransferRow
 from .timers import Timers
 from .visit import Visit
 
 CANCELLED: Final = "cancelled"
-_BEFORE_DECODE: Final = (State.GENERATION_QUEUED, State.KV_IN_FLIGHT, State.KV_READY)
+_BEFORE_DECODE: Final = (State.GENERATION_QUEUED, State.KV_IN_FLIGHT, State.KV_EARLY, State.KV_READY)
 _NO_BATCH: Final = BatchPlan()
 
 
@@ -81,11 +87,13 @@ class ExecutorCore:
         self.blocks = self.scheduler.blocks
         self.batch = self.scheduler.batch
         self.visits: dict[int, Visit] = {}
-        self._pulls: list[tuple[Any, int, Visit]] = []  # heap: generation phases whose KV is not yet asked for
+        # heap of generation phases whose KV is not yet asked for: those whose context phase is done go first
+        self._pulls: list[tuple[bool, Any, int, Visit]] = []
         self._num_pulls = 0
         self._has_canned = False  # a generation phase whose context phase was skipped has been seen
         self._in_flight: dict[int, Visit] = {}  # transfers that may still write
         self._gone: set[int] = set()  # executors that will never answer again
+        self._source = KvSource(self.blocks, self._gone, self._emit, config.layerwise)
         self._pending_kv = 0  # KV tokens of generation phases not yet in the decode batch
         self._serial = 0
         self._seen_requests = 0
@@ -121,9 +129,9 @@ class ExecutorCore:
             case StepsDone():
                 self._steps_done(event, now)
             case Enqueue():
-                self._enqueue(event.request, now)
+                self._enqueue(event, now)
             case KvRequested():
-                self._kv_requested(event)
+                self._source.requested(event, self.visits.get(event.request_id), now)
             case KvReceived():
                 self._kv_received(event, now)
             case KvTaken():
@@ -133,6 +141,10 @@ class ExecutorCore:
                     visit = self.visits.get(request_id)
                     if visit is not None:
                         visit.lease_until = now + self.config.lease
+            case FirstTokens():
+                self._first_token(self.visits.get(event.request_id), now)
+            case KvWithdrawn():
+                self._source.withdrawn(event, self.visits.get(event.request_id))
             case Cancel():
                 self._give_up(self.visits.get(event.request_id), CANCELLED, now)
             case PeerDown():
@@ -147,7 +159,8 @@ class ExecutorCore:
                 for what, subject in self._timers.due(now):
                     self._fire(what, subject, now)
 
-    def _enqueue(self, request: Request, now: int) -> None:
+    def _enqueue(self, event: Enqueue, now: int) -> None:
+        request = event.request
         self._dirty = True
         self._seen_requests += 1
         generation_only = request.request_type is RequestType.GENERATION_ONLY
@@ -174,57 +187,34 @@ class ExecutorCore:
             visit.num_generated = 1
             visit.num_blocks = self.scheduler.blocks_to_admit(visit)
             self._has_canned = self._has_canned or params_of(request).executor == ORCHESTRATOR
-            heapq.heappush(self._pulls, (visit.order_key, visit.serial, visit))
+            visit.awaits_token = params_of(request).is_promised
+            self._queue_pull(visit, now)
             self._num_pulls += 1
             self._pending_kv += request.num_prompt_tokens
-            self._timers.set(now + self.config.pull_timeout, "pull", visit.id)
             if not self._heartbeat_armed:
                 self._heartbeat_armed = True
                 self._timers.set(now + self.config.lease // 3, "heartbeat")
-            if visit.num_blocks <= self.scheduler.num_free_blocks:
-                self.scheduler.ask_to_stop()
         else:
+            visit.announces_start = event.announces_start
             self.scheduler.queue(visit)
             if self.scheduler.num_free_slots > 0 and visit.num_blocks <= self.scheduler.num_free_blocks:
                 self.scheduler.ask_to_stop()
 
+    def _queue_pull(self, visit: Visit, now: int) -> None:
+        """It waits for blocks to receive its KV into; no longer than it may, once its context phase is done."""
+        heapq.heappush(self._pulls, (visit.awaits_token, visit.order_key, visit.serial, visit))
+        if not visit.awaits_token:
+            self._timers.set(now + self.config.pull_timeout, "pull", visit.id)
+        if visit.num_blocks <= self.scheduler.num_free_blocks:
+            self.scheduler.ask_to_stop()
+
     def _refusal(self, request: Request) -> str | None:
         """Why the request can never be served here, or None."""
-        scheduler = self.config.scheduler
         if self._closing:
             return "the executor is shutting down"
-        params = request.context_phase_params
-        if params is not None and params.executor == self.id:
-            return "the KV is held by this executor itself; a request cannot be handed over to where it is"
         if request.id in self.visits:
             return f"request id {request.id} is in use here"
-        if request.num_prompt_tokens < 1 or request.max_tokens < 1:
-            return f"{request.num_prompt_tokens} prompt tokens and max_tokens {request.max_tokens}: both must be at least 1"
-        if request.sampling is not None and request.sampling.beam_width != 1:
-            return f"beam width {request.sampling.beam_width} is not supported: only 1 is"
-        if request.request_type is RequestType.GENERATION_ONLY and params is None:
-            return "a generation-only request needs context_phase_params"
-        if request.request_type is RequestType.GENERATION_ONLY and request.max_tokens == 1:
-            return "max_tokens 1 was reached by the context phase: there is no generation phase"
-        generates = request.request_type is not RequestType.CONTEXT_ONLY
-        num_tokens = request.total_kv_tokens if generates else request.num_prompt_tokens
-        if self.scheduler.blocks_for(num_tokens) > self.config.num_blocks:
-            capacity = self.config.num_blocks * self.config.tokens_per_block
-            return f"the request needs KV for {num_tokens} tokens, this executor can hold {capacity} in all"
-        if scheduler.chunked_context:
-            return None
-        prefills = request.request_type is not RequestType.GENERATION_ONLY
-        if prefills and request.num_prompt_tokens > scheduler.max_num_tokens:
-            return (
-                f"a prompt of {request.num_prompt_tokens} tokens is over max_num_tokens {scheduler.max_num_tokens}"
-                " and chunked context is off"
-            )
-        if generates and self.scheduler.evicts and num_tokens > scheduler.max_num_tokens:
-            return (
-                f"the request may be preempted and then needs {num_tokens} tokens recomputed at once: max_num_tokens is"
-                f" {scheduler.max_num_tokens} and chunked context is off"
-            )
-        return None
+        return refusal(request, self.config)
 
     def _steps_done(self, event: StepsDone, now: int) -> None:
         run = self.scheduler.running
@@ -249,42 +239,36 @@ class ExecutorCore:
                 self.scheduler.joining.append(visit)
 
     def _context_done(self, visit: Visit, token: int | None, now: int) -> None:
-        """Answer with the first token, and hold the KV under a lease."""
+        """Answer with the first token, and hold the KV under a lease, unless it has all been read already."""
         visit.advance(Cause.CONTEXT_ENDS)
-        self.blocks.hold(visit.id)
-        visit.lease_until = now + self.config.lease
-        self._timers.set(visit.lease_until, "lease", visit.id)
+        if visit.is_read:
+            visit.advance(Cause.FINISH)
+            self.blocks.free(visit.id)
+            del self.visits[visit.id]
+        else:
+            self.blocks.hold(visit.id)
+            visit.lease_until = now + self.config.lease
+            self._timers.set(visit.lease_until, "lease", visit.id)
+            self._source.serve(visit)
+        overlap = None if visit.served_at is None else now - visit.served_at
         first_tokens = () if token is None else (token,)
         params = ContextPhaseParams(visit.id, self.id, visit.request.num_prompt_tokens, first_tokens)
-        self._respond(visit, None, 1, context_phase_params=params, last_token=now)
+        self._respond(visit, None, 1, context_phase_params=params, last_token=now, kv_overlap=overlap)
         self._record_stay(visit, now, self.scheduler.num_steps)
-
-    def _kv_requested(self, event: KvRequested) -> None:
-        visit = self.visits.get(event.request_id)
-        error = None
-        if visit is None or visit.state is not State.CONTEXT_DONE or visit.doom is not None:
-            error = (
-                f"the KV of request {event.request_id} is not held here: its lease ran out, or it was cancelled or read"
-            )
-        elif visit.pinned_by is not None:
-            error = f"the KV of request {event.request_id} is being read by executor {visit.pinned_by[0]}"
-        elif event.reader in self._gone:
-            error = f"executor {event.reader} is gone"
-        if visit is None or error is not None:
-            self._out.append(ServeKv(event.request_id, event.reader, event.reader_id, 0, (), False, error))
-            return
-        visit.pinned_by = (event.reader, event.reader_id)
-        blocks = self.blocks.blocks_of(visit.id)
-        self._out.append(ServeKv(visit.id, event.reader, event.reader_id, visit.num_kv_tokens, blocks, True))
 
     def _kv_taken(self, event: KvTaken, now: int) -> None:
         visit = self.visits.get(event.request_id)
         if visit is None or visit.pinned_by is None:
             return
+        self._dirty = True
+        if visit.state not in FINAL and visit.state is not State.CONTEXT_DONE:  # read, or given up, before its end
+            visit.pinned_by = None
+            visit.is_read = event.ok
+            visit.served_at = visit.served_at if event.ok else None
+            return
         self.blocks.free(visit.id)
         del self.visits[visit.id]
-        self._dirty = True
-        if visit.doom is None:
+        if visit.state is State.CONTEXT_DONE:
             visit.advance(Cause.FINISH if event.ok else Cause.FAIL)
         self._blocks_came_free()
 
@@ -306,16 +290,46 @@ class ExecutorCore:
             self._fail(visit, event.error or "the KV transfer failed", now, recomputable=True)
 
     def _arrived(self, visit: Visit, now: int) -> None:
-        visit.advance(Cause.KV_ARRIVES)
-        visit.kv_usable_at = now
         visit.num_kv_tokens = visit.request.num_prompt_tokens
-        self.scheduler.ready[visit.id] = visit
+        if visit.awaits_token:
+            visit.advance(Cause.KV_COMES_FIRST)
+            self.scheduler.early[visit.id] = visit
+        else:
+            visit.advance(Cause.KV_ARRIVES)
+            visit.kv_usable_at = now
+            self.scheduler.ready[visit.id] = visit
+
+    def _first_token(self, visit: Visit | None, now: int) -> None:
+        """The context phase of one that was bound early is done: from now on it may only take so long."""
+        if visit is None or not visit.awaits_token:
+            return
+        self._dirty = True
+        visit.awaits_token = False
+        visit.first_token_at = now
+        if visit.state is State.GENERATION_QUEUED:
+            self._queue_pull(visit, now)
+        elif visit.state is State.KV_IN_FLIGHT:
+            self._limit_transfer(visit, now)
+        elif visit.state is State.KV_EARLY:
+            del self.scheduler.early[visit.id]
+            visit.advance(Cause.FIRST_TOKEN)
+            visit.kv_usable_at = now
+            self.scheduler.ready[visit.id] = visit
+            if self.scheduler.num_free_slots > 0:
+                self.scheduler.ask_to_stop()
+
+    def _limit_transfer(self, visit: Visit, now: int) -> None:
+        config, tokens = self.config, visit.request.num_prompt_tokens
+        limit = config.transfer_timeout_base + config.transfer_timeout_per_token * tokens
+        self._timers.set(now + limit, "transfer", visit.id)
 
     def _peer_down(self, executor: int, now: int) -> None:
         self._dirty = True
         self._gone.add(executor)  # what it sent before may still come, and would wait for it for ever
         for visit in list(self.visits.values()):
             params = visit.request.context_phase_params
+            if visit.reader is not None and visit.reader[0] == executor:
+                visit.reader = None
             if visit.pinned_by is not None and visit.pinned_by[0] == executor:
                 self._kv_taken(KvTaken(visit.id, ok=False), now)
             elif visit.id in self._in_flight and params is not None and params.executor == executor:
@@ -334,10 +348,10 @@ class ExecutorCore:
                 self._give_up(visit, "its lease ran out", now)
         elif what == "transfer":
             if visit is not None and visit.id in self._in_flight and visit.doom is None:
-                limit = (now - (visit.transfer_start_at or now)) // 10**9
+                limit = (now - (visit.first_token_at or visit.transfer_start_at or now)) // 10**9
                 self._give_up(visit, f"the KV transfer took over {limit} ms", now, recomputable=True)
         elif what == "pull":
-            if visit is not None and visit.state is State.GENERATION_QUEUED:
+            if visit is not None and visit.state is State.GENERATION_QUEUED:  # its context phase is done by now
                 limit = self.config.pull_timeout // 10**9
                 self._give_up(visit, f"no blocks came free for its KV in {limit} ms", now, recomputable=True)
         elif what == "heartbeat":
@@ -351,9 +365,11 @@ class ExecutorCore:
         """One renewal per executor whose KV this one still means to read."""
         self._heartbeat_armed = False
         wanted: dict[int, list[int]] = {}
-        for _, _, visit in sorted(self._pulls, key=lambda entry: entry[1]):
+        for is_promise, _, _, visit in sorted(self._pulls, key=lambda entry: entry[2]):
             params = visit.request.context_phase_params
-            if visit.state is State.GENERATION_QUEUED and params is not None and params.executor != ORCHESTRATOR:
+            if visit.state is not State.GENERATION_QUEUED or is_promise != visit.awaits_token:
+                continue  # a stale entry
+            if params is not None and params.executor != ORCHESTRATOR:
                 wanted.setdefault(params.executor, []).append(params.req_id)
         for executor, ids in wanted.items():
             self._out.append(Send(executor, LeaseRenewed(tuple(ids))))
@@ -365,7 +381,7 @@ class ExecutorCore:
 
     def _give_up(self, visit: Visit | None, why: str, now: int, recomputable: bool = False) -> None:
         """Cancel or fail a visit in any state: at once where nothing touches its blocks, else marked until then."""
-        if visit is None or visit.doom is not None:
+        if visit is None or visit.doom is not None or visit.state in FINAL:
             return
         self._dirty = True
         match visit.state:
@@ -400,12 +416,20 @@ class ExecutorCore:
         if state is State.GENERATION_QUEUED:
             self._num_pulls -= 1
             params = params_of(visit.request)
-            if params.executor != ORCHESTRATOR:  # whoever holds the KV need not wait for its lease to run out
+            if params.executor != ORCHESTRATOR and not visit.awaits_token:
+                # whoever holds the KV need not wait for its lease to run out
                 self._out.append(Send(params.executor, Cancel(params.req_id)))
         visit.advance(Cause.CANCEL if why is CANCELLED else Cause.FAIL)
-        del self.visits[visit.id]
-        if self.blocks.free(visit.id) or state in (State.QUEUED, State.GENERATION_QUEUED):
-            self._blocks_came_free()  # or it was at the head of a line, and whoever is next needs fewer
+        self._source.turn_away(visit, f"the context phase of request {visit.id} was given up: {why}")
+        if visit.pinned_by is not None:  # an early reader is at its blocks
+            visit.doom = why
+            self.blocks.quarantine(visit.id)
+            self._source.abort(visit, f"the context phase of request {visit.id} was given up: {why}")
+            self._blocks_came_free()  # not they, but its place in the batch
+        else:
+            del self.visits[visit.id]
+            if self.blocks.free(visit.id) or state in (State.QUEUED, State.GENERATION_QUEUED):
+                self._blocks_came_free()  # or it was at the head of a line, and whoever is next needs fewer
         self._answer_failure(visit, why, now, recomputable)
 
     def _answer_failure(self, visit: Visit, why: str, now: int, recomputable: bool) -> None:
@@ -416,11 +440,15 @@ class ExecutorCore:
         self._record_stay(visit, now, self.scheduler.num_steps)
 
     def _finish(self, visit: Visit, reason: FinishReason, now: int, last_step: int) -> None:
-        """A visit's last token is out; it is out of the batch, and its blocks are quiet."""
+        """A visit's last token is out; it is out of the batch, and its blocks are quiet unless an early reader is there."""
         self._dirty = True
         visit.advance(Cause.FINISH)
-        self.blocks.free(visit.id)
-        del self.visits[visit.id]
+        self._source.turn_away(visit, f"request {visit.id} ended with its first token")
+        if visit.pinned_by is not None:
+            self.blocks.quarantine(visit.id)
+        else:
+            self.blocks.free(visit.id)
+            del self.visits[visit.id]
         self._respond(visit, reason, visit.num_generated, last_token=now)
         self._record_stay(visit, now, last_step)
 
@@ -470,6 +498,8 @@ class ExecutorCore:
     def _record_transfer(self, visit: Visit, now: int, ok: bool, error: str | None) -> None:
         params = visit.request.context_phase_params
         tokens = visit.request.num_prompt_tokens
+        start = visit.transfer_start_at or 0
+        known = now if visit.awaits_token else visit.first_token_at
         self._out.append(
             Record(
                 TransferRow(
@@ -478,11 +508,12 @@ class ExecutorCore:
                     self.id,
                     tokens,
                     self.scheduler.blocks_for(tokens),
-                    visit.transfer_start_at or 0,
+                    start,
                     now,
                     ok,
                     error,
                     visit.request.client_id,
+                    0 if known is None else max(0, known - start),
                 )
             )
         )
@@ -498,10 +529,37 @@ class ExecutorCore:
         while scheduler.preempt():
             self._fill_places(now)  # those that came free: a later plan, at a boundary of chance, would do it otherwise
         plan, chunks = scheduler.choose(now)
+        self._begin(chunks, now)
         self._pull(now)
         scheduler.run(plan, chunks, now)
+        if scheduler.running is None:
+            self._withdraw()
         if plan.ask_again_at is not None:
             self._timers.set(max(plan.ask_again_at, now + 1), "batch")
+
+    def _begin(self, chunks: tuple[Chunk, ...], now: int) -> None:
+        """Context phases whose blocks have just become their own: tell whoever waits for that."""
+        for chunk in chunks:
+            visit = self.visits[chunk.request_id]
+            if visit.announces_start:
+                visit.announces_start = False
+                self._out.append(Send(ORCHESTRATOR, ContextStarted(visit.id)))
+            self._source.begun(visit, now)
+
+    def _withdraw(self) -> None:
+        """Nothing runs, and something that could lacks blocks: take early reservations back.
+
+        An early reservation waits for a context phase that may wait, elsewhere, for blocks that what is stuck here holds:
+        without this the two might wait for each other.
+        """
+        is_stuck = self.scheduler.num_waiting or (self._pulls and not self._pulls[0][0])
+        if not is_stuck:
+            return
+        for visit in self._in_flight.values():
+            if visit.awaits_token and not visit.is_withdrawn and visit.doom is None:
+                visit.is_withdrawn = True
+                params = params_of(visit.request)
+                self._out.append(Send(params.executor, KvWithdrawn(params.req_id, self.id, visit.id)))
 
     def _fill_places(self, now: int) -> None:
         if self._has_canned:  # where no KV travels, what is pulled can join at once; nothing would wake us for it later
@@ -512,8 +570,8 @@ class ExecutorCore:
     def _pull(self, now: int) -> None:
         """Reserve blocks for generation phases, in order, and ask for their KV."""
         while self._pulls:
-            visit = self._pulls[0][2]
-            if visit.state is not State.GENERATION_QUEUED:
+            is_promise, _, _, visit = self._pulls[0]
+            if visit.state is not State.GENERATION_QUEUED or is_promise != visit.awaits_token:
                 heapq.heappop(self._pulls)
                 continue
             # an executor that holds nothing has nothing to reserve for, and a large request must fit at last
@@ -533,12 +591,11 @@ class ExecutorCore:
                 del self._in_flight[visit.id]
                 self._arrived(visit, now)
                 continue
-            tokens = params.num_kv_tokens
-            config = self.config
-            limit = config.transfer_timeout_base + config.transfer_timeout_per_token * tokens
-            self._timers.set(now + limit, "transfer", visit.id)
-            used = blocks[: self.scheduler.blocks_for(tokens)]
-            self._out.append(ReceiveKv(visit.id, params.executor, params.req_id, tokens, used))
+            used = blocks[: self.scheduler.blocks_for(params.num_kv_tokens)]
+            ask = PrepareReceive if visit.awaits_token else ReceiveKv
+            self._out.append(ask(visit.id, params.executor, params.req_id, params.num_kv_tokens, used))
+            if not visit.awaits_token:
+                self._limit_transfer(visit, now)
 
     def _blocks_came_free(self) -> None:
         if self._num_pulls or (self.scheduler.num_waiting and self.scheduler.num_free_slots > 0):
@@ -553,7 +610,7 @@ class ExecutorCore:
             self.id,
             self._seen_requests,
             self._seen_tokens,
-            self.scheduler.num_waiting + self._num_pulls + len(self._in_flight) + len(self.scheduler.ready),
+            self._num_coming() + self.scheduler.num_waiting,
             len(self.scheduler.prefilling) + len(self.scheduler.joining) + len(self.batch),
             self.scheduler.num_queued_tokens,
             sum(visit.num_tokens_left for visit in self.scheduler.prefilling.values()),
@@ -567,6 +624,11 @@ class ExecutorCore:
             self.scheduler.step_time,
             limit is None or quarantined <= limit,
         )
+
+    def _num_coming(self) -> int:
+        """Generation phases that are not in the decode batch yet."""
+        scheduler = self.scheduler
+        return self._num_pulls + len(self._in_flight) + len(scheduler.early) + len(scheduler.ready)
 
     def _flush(self, now: int) -> None:
         """The end of an instant: answers, the report that rides on the last of them, and the next wake-up."""
@@ -618,9 +680,10 @@ class ExecutorCore:
                 visit.id in self.scheduler.prefilling,
                 visit in self.scheduler.joining,
                 visit.id in self.scheduler.ready,
+                visit.id in self.scheduler.early,
                 visit.id in self._in_flight,
                 visit.id in self.batch.members,
-                visit.state is State.CONTEXT_DONE or (visit.doom is not None and visit.pinned_by is not None),
+                visit.state is State.CONTEXT_DONE or (visit.state in FINAL and visit.pinned_by is not None),
             )
             if sum(places) != 1:
                 raise RuntimeError(f"executor {self.id}: request {visit.id} ({visit.state.value}) is in {places}")

@@ -16,6 +16,7 @@ class State(Enum):
     CONTEXT_DONE = "context done"  # first token out, KV held
     GENERATION_QUEUED = "generation queued"
     KV_IN_FLIGHT = "KV in flight"
+    KV_EARLY = "KV early"  # all of it here, but the first token of a context phase that was bound early is not
     KV_READY = "KV ready"  # all of it here, waiting for a place in the decode batch
     GENERATION_RUNNING = "generation running"
     DONE = "done"
@@ -32,6 +33,8 @@ class Cause(Enum):
     ROUTE_GENERATION = "a generation executor is chosen"
     PULL = "its blocks are reserved and its KV is asked for"
     KV_ARRIVES = "every rank has its part of the KV"
+    KV_COMES_FIRST = "every rank has its part of the KV, and the first token is still to come"
+    FIRST_TOKEN = "its context phase is done, and the first token is here"
     JOIN = "it enters the decode batch"
     PREEMPT = "its blocks are taken away; it will be recomputed"
     RETRY = "executor or KV were lost; it is run again from its prompt"
@@ -49,6 +52,7 @@ LIVE: Final = (
     _S.CONTEXT_DONE,
     _S.GENERATION_QUEUED,
     _S.KV_IN_FLIGHT,
+    _S.KV_EARLY,
     _S.KV_READY,
     _S.GENERATION_RUNNING,
 )
@@ -65,6 +69,8 @@ TRANSITIONS: Final[dict[tuple[State, Cause], State]] = {
     (_S.GENERATION_QUEUED, _C.PULL): _S.KV_IN_FLIGHT,
     (_S.GENERATION_QUEUED, _C.FINISH): _S.DONE,  # as the orchestrator sees it
     (_S.KV_IN_FLIGHT, _C.KV_ARRIVES): _S.KV_READY,
+    (_S.KV_IN_FLIGHT, _C.KV_COMES_FIRST): _S.KV_EARLY,
+    (_S.KV_EARLY, _C.FIRST_TOKEN): _S.KV_READY,
     (_S.KV_READY, _C.JOIN): _S.GENERATION_RUNNING,
     (_S.GENERATION_RUNNING, _C.FINISH): _S.DONE,
     (_S.GENERATION_RUNNING, _C.PREEMPT): _S.QUEUED,

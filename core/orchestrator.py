@@ -34,7 +34,9 @@ from .config import OrchestratorConfig, PolicySpec
 from .events import (
     Arrive,
     Cancel,
+    ContextStarted,
     Enqueue,
+    FirstTokens,
     LeaseRenewed,
     OrchestratorEvent,
     PeerDown,
@@ -49,6 +51,8 @@ from .life_cycle import Cause, State, advance
 from .tables import DecisionRow, RequestRow
 from .timers import Timers
 
+AT_ARRIVAL: Final = "at_arrival"
+AT_CONTEXT_START: Final = "at_context_start"
 _MAX_LISTED: Final = 16  # candidates whose report versions a decision lists one by one
 
 
@@ -68,6 +72,7 @@ class _Task:
         "generation_id",
         "held_at_change",
         "held_for",
+        "kv_overlap",
         "kv_usable",
         "num_tokens",
         "order_key",
@@ -104,6 +109,7 @@ class _Task:
         self.context_start: int | None = None
         self.transfer_start: int | None = None
         self.kv_usable: int | None = None
+        self.kv_overlap: int | None = None
 
 
 class OrchestratorCore:
@@ -173,6 +179,8 @@ class OrchestratorCore:
                 self._reported(event, now)
             case Response():
                 self._answered(event, now)
+            case ContextStarted():
+                self._context_started(event, now)
             case Arrive():
                 self._arrive(event.request, now)
             case Cancel():
@@ -221,6 +229,9 @@ class OrchestratorCore:
         if known is None:
             return  # from before a retry
         task, stage, executor = known
+        if stage is Stage.GENERATION and response.recomputable and self._is_promise(task):
+            self._unbind(response.request_id, task, executor, now)
+            return
         ok = response.error is None and response.finish_reason is not FinishReason.CANCELLED
         self._visit_over(response.request_id, task, stage, executor, ok, now)
         if response.context_start is not None:
@@ -229,6 +240,7 @@ class OrchestratorCore:
             task.transfer_start = response.transfer_start
             task.kv_usable = response.kv_usable
         if response.finish_reason is None:
+            task.kv_overlap = response.kv_overlap
             self._context_done(task, response, now)
         elif response.finish_reason is FinishReason.CANCELLED:
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
@@ -236,6 +248,8 @@ class OrchestratorCore:
             self._failed(task, response.error, response.recomputable, now)
         else:
             task.num_tokens = response.num_output_tokens
+            if task.generation_id in self._visits:  # the first token was the last: the promise will not be kept
+                self._release(task)
             if task.first_token_at is None:
                 self._first_token(task, executor, response, now)
             self._end(task, Cause.FINISH, response.finish_reason, None, now, executor, response.request_id)
@@ -256,6 +270,8 @@ class OrchestratorCore:
         self._first_token(task, response.executor, response, now)
         if task.cancelled:  # the executor got the cancel after it had answered, and has freed the KV
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
+        elif task.generation_id in self._visits:
+            self._keep_promise(task)
         elif task.generation_executor is not None and self.fleet.is_healthy(task.generation_executor):
             self._dispatch(task, Stage.GENERATION, task.generation_executor, now)
         else:
@@ -281,6 +297,7 @@ class OrchestratorCore:
         if task.state is State.CONTEXT_DONE:
             task.state = advance(task.state, Cause.ROUTE_GENERATION)
         self._release(task)
+        self._forget_visits(task, now)
         task.held_for = None
         self._waiting_for_generation.pop(task.request.id, None)
         task.state = advance(task.state, Cause.RETRY)
@@ -320,6 +337,9 @@ class OrchestratorCore:
             if known is None:
                 continue
             task, stage, _ = known
+            if stage is Stage.GENERATION and self._is_promise(task):
+                self._unbind(request_id, task, executor, now)
+                continue
             self._visit_over(request_id, task, stage, executor, False, now)
             self._failed(task, f"executor {executor} is gone", True, now)
         for task in list(self._waiting_for_generation.values()):
@@ -340,11 +360,14 @@ class OrchestratorCore:
     def _abandon(self, task: _Task, error: str, now: int) -> None:
         """Fail a task at once, without waiting for the answers of executors that work on it."""
         self._release(task)
+        self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
+
+    def _forget_visits(self, task: _Task, now: int) -> None:
+        """Answers that executors still owe for this task are not waited for."""
         for request_id in (task.context_id, task.generation_id):
             known = self._visits.pop(request_id, None) if request_id is not None else None
             if known is not None and request_id is not None:
                 self._visit_over(request_id, *known, ok=False, now=now)
-        self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
 
     def _renew(self, now: int) -> None:
         """While no generation executor is bound, the lease of the held KV is ours to renew."""
@@ -390,11 +413,14 @@ class OrchestratorCore:
         match answer:
             case Route(context=context, generation=generation) if context is not None:
                 executor = self._checked(context, (Role.CONTEXT, Role.MIXED), answer)
+                binds = self.config.generation_binding == AT_ARRIVAL and task.request.max_tokens > 1
                 if generation is not None:
                     task.generation_executor = self._checked(generation, (Role.GENERATION, Role.MIXED), answer)
-                elif self.config.generation_binding == "at_arrival":
+                elif binds:
                     self._bind_early(task, now)
                 self._dispatch(task, Stage.CONTEXT, executor, now)
+                if binds:
+                    self._promise(task, now)
             case RouteMixed(executor=mixed):
                 self._dispatch(task, Stage.MIXED, self._checked(mixed, (Role.MIXED,), answer), now)
             case Hold(until=until):
@@ -428,7 +454,53 @@ class OrchestratorCore:
         if isinstance(answer, Route) and answer.generation is not None:
             task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
         elif not isinstance(answer, Hold):  # holding means to decide when the context phase is done
-            raise PolicyError(f"a generation phase cannot be bound at arrival by {answer!r}; allowed: Route, Hold")
+            raise PolicyError(f"a generation phase cannot be bound early by {answer!r}; allowed: Route, Hold")
+
+    def _context_started(self, event: ContextStarted, now: int) -> None:
+        task, _, _ = self._visits.get(event.request_id, (None, None, None))
+        if task is None or task.cancelled or task.generation_id is not None:
+            return
+        if task.generation_executor is None:
+            self._bind_early(task, now)
+        self._promise(task, now)
+
+    # ---- promises: generation phases that are sent to their executor before their context phase is done --------------
+
+    def _promise(self, task: _Task, now: int) -> None:
+        """Have the executor that the generation phase is bound to reserve blocks and get ready for its KV."""
+        executor = task.generation_executor
+        if executor is None or task.context_id is None or task.context_executor is None:
+            return
+        if not self.fleet.is_healthy(executor):
+            return
+        request = task.request
+        self._next_id += 1
+        request_id = task.generation_id = self._next_id
+        sent = replace(
+            request,
+            id=request_id,
+            client_id=request.id,
+            request_type=RequestType.GENERATION_ONLY,
+            context_phase_params=ContextPhaseParams(
+                task.context_id, task.context_executor, request.num_prompt_tokens, is_promised=True
+            ),
+        )
+        self._send_off(task, Stage.GENERATION, executor, Enqueue(sent), now)
+
+    def _is_promise(self, task: _Task) -> bool:
+        """Whether its generation phase was sent off before its context phase, which is still owed, is done."""
+        return not task.cancelled and task.context_id in self._visits and task.generation_id is not None
+
+    def _keep_promise(self, task: _Task) -> None:
+        if task.generation_id is None or task.generation_executor is None or task.params is None:
+            return
+        task.state = advance(task.state, Cause.ROUTE_GENERATION)
+        self._out.append(Send(task.generation_executor, FirstTokens(task.generation_id, task.params.first_gen_tokens)))
+
+    def _unbind(self, request_id: int, task: _Task, executor: int, now: int) -> None:
+        """An early binding came to nothing and nothing is lost: the generation phase is routed when it is due."""
+        self._visit_over(request_id, task, Stage.GENERATION, executor, False, now)
+        task.generation_executor = task.generation_id = None
 
     def _route_generation(self, task: _Task, now: int) -> None:
         fleet = self.fleet.at(now)
@@ -472,6 +544,7 @@ class OrchestratorCore:
         self._next_id += 1
         request_id = self._next_id
         request = task.request
+        announces = False
         if stage is Stage.GENERATION:
             self._waiting_for_generation.pop(request.id, None)
             task.state = advance(task.state, Cause.ROUTE_GENERATION)
@@ -490,12 +563,18 @@ class OrchestratorCore:
             kind = RequestType.CONTEXT_ONLY if stage is Stage.CONTEXT else RequestType.CONTEXT_AND_GENERATION
             if stage is Stage.MIXED:
                 task.generation_executor = executor
+            elif self.config.generation_binding == AT_CONTEXT_START:
+                announces = request.max_tokens > 1
             sent = replace(request, id=request_id, client_id=request.id, request_type=kind)
+        self._send_off(task, stage, executor, Enqueue(sent, announces), now)
+
+    def _send_off(self, task: _Task, stage: Stage, executor: int, message: Enqueue, now: int) -> None:
+        request_id, num_tokens = message.request.id, message.request.num_prompt_tokens
         self._visits[request_id] = (task, stage, executor)
         self._by_executor[executor][request_id] = None
-        self.fleet.dispatched(executor, request.num_prompt_tokens)
-        self._out.append(Dispatched(request.id, executor, sent))
-        self._out.append(Send(executor, Enqueue(sent)))
+        self.fleet.dispatched(executor, num_tokens)
+        self._out.append(Dispatched(task.request.id, executor, message.request))
+        self._out.append(Send(executor, message))
         self._router(stage).on_dispatched(task.shown, stage, executor, self.fleet.at(now))
 
     def _hold(self, task: _Task, stage: Stage, until: int | None, now: int) -> None:
@@ -578,6 +657,7 @@ class OrchestratorCore:
         executor_request: int | None = None,
     ) -> None:
         request = task.request
+        self._forget_visits(task, now)
         task.state = advance(task.state, cause)
         task.held_for = None
         del self.tasks[request.id]
@@ -605,6 +685,7 @@ class OrchestratorCore:
                     task.transfer_start,
                     task.kv_usable,
                     now,
+                    task.kv_overlap,
                 )
             )
         )

@@ -122,6 +122,7 @@ class Scheduler:
         self.prefilling: dict[int, Visit] = {}  # begun, in order of beginning
         self.joining: list[Visit] = []  # prompts finished here, in the decode batch from the next plan on
         self.ready: dict[int, Visit] = {}  # KV is here, waiting for a place in the decode batch
+        self.early: dict[int, Visit] = {}  # KV is here, and the context phase that it is of is not known to be done
         self.num_waiting = 0
         self.num_queued_tokens = 0
         self.num_steps = 0
@@ -201,6 +202,7 @@ class Scheduler:
             self.joining.remove(visit)
         self.prefilling.pop(visit.id, None)
         self.ready.pop(visit.id, None)
+        self.early.pop(visit.id, None)
 
     def ask_to_stop(self) -> None:
         """Something could change the batch: end the span at the next boundary."""
@@ -285,13 +287,16 @@ class Scheduler:
             self._left.append(visit.id)
 
     def preempt(self) -> bool:
-        """Take blocks from the youngest until every decode can write its next token; whether any were taken."""
+        """Take blocks from the youngest until every decode can write its next token; whether any were taken.
+
+        Never from a context phase whose blocks an early reader is at.
+        """
         preempted = False
         if not self.evicts:
             return False
         while self.batch.members and self.batch.blocks_for(1) > self.blocks.num_free:
-            victims = (*self.batch.members.values(), *self.prefilling.values())
-            victim = max(victims, key=lambda v: v.serial)
+            prompts = (visit for visit in self.prefilling.values() if visit.pinned_by is None and not visit.is_read)
+            victim = max((*self.batch.members.values(), *prompts), key=lambda v: v.serial)
             if victim.id in self.batch.members:
                 self._leave_batch(victim)
             else:
@@ -469,7 +474,7 @@ class Scheduler:
         """free, reserved, used, held, quarantined, as of the last change of batch."""
         size = self.config.tokens_per_block
         written = self._shown_written if self._epoch is not None else self.batch.num_blocks_written
-        for group in (self.prefilling.values(), self.joining, self.ready.values()):
+        for group in (self.prefilling.values(), self.joining, self.ready.values(), self.early.values()):
             written += sum(-(-visit.num_kv_tokens // size) for visit in group)
         blocks = self.blocks
         free = blocks.num_free + self._grown

@@ -28,9 +28,11 @@ class RequestRow(Struct, frozen=True, tag="request", array_like=True):
     dispatch_ps: int  # actual send: the instant at which the orchestrator was given the request
     context_start_ps: int | None  # first step that computes its prompt begins
     first_token_ps: int | None  # first token reached rank 0
-    transfer_start_ps: int | None  # generation executor asked for the KV
-    kv_usable_ps: int | None  # every rank has it
+    transfer_start_ps: int | None  # generation executor asked for the KV; with early binding long before it was sent
+    kv_usable_ps: int | None  # every rank has it, and the executor has the first token
     end_ps: int  # last token, or the error, reached rank 0
+    # how long before the end of its context phase the KV began to be sent; None where no KV was sent early
+    kv_transfer_overlap_ps: int | None = None
 
 
 class StayRow(Struct, frozen=True, tag="stay", array_like=True):
@@ -88,6 +90,9 @@ class TransferRow(Struct, frozen=True, tag="transfer", array_like=True):
     ok: bool
     error: str | None
     request_id: int | None  # the user's, where an orchestrator knows it
+    overlap_ps: int = (
+        0  # of start to end, what lies before the reader knew the context phase to be done (early binding)
+    )
 
 
 class DecisionRow(Struct, frozen=True, tag="decision", array_like=True):

@@ -12,10 +12,15 @@ class Visit:
     """`num_kv_tokens` and `num_generated` are true outside the decode batch and as of the join inside it."""
 
     __slots__ = (
+        "announces_start",
+        "awaits_token",
         "doom",
         "enqueued_at",
         "first_step",
+        "first_token_at",
         "id",
+        "is_read",
+        "is_withdrawn",
         "joined_step",
         "kv_usable_at",
         "lease_until",
@@ -26,8 +31,10 @@ class Visit:
         "num_to_compute",
         "order_key",
         "pinned_by",
+        "reader",
         "request",
         "serial",
+        "served_at",
         "started_at",
         "state",
         "transfer_start_at",
@@ -52,6 +59,15 @@ class Visit:
         self.first_step: int | None = None
         self.num_preemptions = 0
         self.pinned_by: tuple[int, int] | None = None  # (executor, its request id)
+        # a context phase that is bound early
+        self.announces_start = False  # the orchestrator wants to hear of its first chunk
+        self.reader: tuple[int, int] | None = None  # has asked, and is served once there is something to send
+        self.served_at: int | None = None  # its KV has been on its way since then, before all of it was computed
+        self.is_read = False  # all of it was taken before the phase itself ended
+        # a generation phase that is bound early
+        self.awaits_token = False  # its context phase is not known to be done
+        self.first_token_at: int | None = None
+        self.is_withdrawn = False  # has asked the source to forget its question
         self.lease_until = 0
         self.num_blocks = 0  # what admitting it would take; 0 once it has begun
         self.doom: str | None = None  # given up while something still touches its blocks: cancelled, or the error

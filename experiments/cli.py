@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .cli_bench import bench_app
 from .errors import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT, ConfigError, ExperimentError
 
 
@@ -37,6 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(bench_app)
 
 File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 Sets = Annotated[
@@ -174,6 +177,18 @@ def conform(
     from .cli_report import conform_run
 
     conform_run(run_dir, as_json=_wants_json(format, json))
+
+
+@app.command()
+def doctor(
+    quick: Annotated[bool, typer.Option("--quick", help="Look only, measure nothing.")] = False,
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Say what MPI, UCX, torch and the devices here can do, what cannot work and why, and how fast each path is."""
+    from .cli_doctor import examine
+
+    raise typer.Exit(examine(quick=quick, as_json=_wants_json(format, json)))
 
 
 def main() -> None:

@@ -52,16 +52,16 @@ def run_file(
 
     def run() -> int:
         try:
-            runner = _runner(loaded.experiment.backend)
+            runner = runner_of(loaded.experiment.backend)
             todo = prepare_output(points, target, overwrite=overwrite, resume=resume)
             return run_all(runner, points, todo, overwrite=overwrite)
         except (ModelError, PolicyError) as error:
             raise ConfigError(str(error)) from error
 
-    return run() if loaded.experiment.backend != "hardware" else _in_world(run, points)
+    return run() if loaded.experiment.backend != "hardware" else in_world(run, points)
 
 
-def _in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
+def in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
     """`run`, as rank 0 does; in an MPI world that somebody else started the other ranks serve their executors."""
     from ..runtime.launcher import LaunchError, check_world_size, inside_mpi
 
@@ -133,7 +133,7 @@ def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint]
     return code
 
 
-def _runner(backend: str) -> Runner:
+def runner_of(backend: str) -> Runner:
     if backend == "hardware":
         try:
             from .run_hardware import run_hardware

@@ -119,6 +119,7 @@ def placements_of(config: Experiment) -> tuple[Placement, ...]:
     shape = shape_of(config)
     placements: list[Placement] = []
     next_rank = 1
+    least_depth = 2 if config.device_type == "cuda" else 1  # a GPU finds its next step launched when it ends one
     for role, keys, path in executor_groups(config.cluster):
         tp, pp = keys.tensor_parallel_size, keys.pipeline_parallel_size
         ranks = tuple(range(next_rank, next_rank + tp * pp))
@@ -137,7 +138,7 @@ def placements_of(config: Experiment) -> tuple[Placement, ...]:
                 tensor_parallel_size=tp,
                 pipeline_parallel_size=pp,
                 layers_per_stage=layout.layers_per_stage,
-                pipeline_depth=keys.pipeline_depth or max(1, pp),
+                pipeline_depth=keys.pipeline_depth or max(least_depth, pp),
                 steps_per_grant=keys.steps_per_grant,
                 keys=keys,
                 path=path,
@@ -243,6 +244,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
             transfer_timeout_base=base,
             transfer_timeout_per_token=per_token,
             pull_timeout=picoseconds(transceiver.pull_timeout_ms) if transceiver else 300 * PS_PER_S,
+            layerwise=transceiver.layerwise if transceiver else True,
             quarantine_max_blocks=transceiver.quarantine_max_blocks if transceiver else None,
             report_interval=picoseconds(cluster.report_interval_ms),
             report_on_batch_change=cluster.report_on_batch_change,

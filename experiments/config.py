@@ -116,7 +116,7 @@ class ExecutorKeys(Keys):
     scheduler: Scheduler = Field(default_factory=lambda: Scheduler.model_validate({}))
     kv_cache: KvCache = Field(default_factory=lambda: KvCache.model_validate({}))
     pipeline_depth: Annotated[int, Field(ge=1, le=64)] | None = Field(
-        None, description="plans that may be outstanding; default: the pipeline_parallel_size, at least 1"
+        None, description="grants that may be outstanding; default: pipeline_parallel_size, at least 1, on a GPU 2"
     )
     steps_per_grant: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         1, description="decode steps that a leader may grant its ranks at once"
@@ -142,16 +142,19 @@ class Instance(ExecutorKeys):
 
 
 class CacheTransceiver(Keys):
-    backend: Literal["mpi", "cuda_ipc", "host"] | None = None
+    backend: Literal["mpi", "cuda_ipc", "host", "auto"] | None = None
     kv_transfer_timeout_ms: Milliseconds | None = Field(None, description="default: 30 s + 4 x bytes / link rate")
     pull_timeout_ms: Milliseconds = Field(
         300_000.0, description="wait of a generation phase for blocks to receive into"
     )
     on_failure: Literal["recompute", "fail"] = "recompute"
     generation_binding: Literal["at_arrival", "at_context_start", "at_context_done"] = "at_context_done"
+    layerwise: bool = Field(True, description="with early binding: send KV while the context phase computes it")
     lease_ms: Milliseconds = 60_000.0
     quarantine_max_blocks: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
-    throttle_gb_per_s: Rate | None = Field(None, description="cap on the rate of one transfer, 1e9 bytes a second")
+    throttle_gb_per_s: Rate | None = Field(
+        None, description="cap on the rate between two executors, 1e9 bytes a second"
+    )
 
 
 class Cluster(Keys):
@@ -260,9 +263,12 @@ class SyntheticDataset(Keys):
 
 
 class TraceDataset(Keys):
-    """A public trace: `path` from the experiment file's folder, else from $DISAGG_TRACES."""
+    """A public trace, or a data set of TensorRT-LLM's benchmarks, which has tokens and no times.
 
-    type: Literal["azure", "mooncake"]
+    `path` from the experiment file's folder, else from $DISAGG_TRACES.
+    """
+
+    type: Literal["azure", "mooncake", "tensorrt_llm"]
     path: str = Field(min_length=1, max_length=4096)
 
 
@@ -328,6 +334,8 @@ MaxTokens = Annotated[
 class Workload(Keys):
     dataset: Dataset
     max_tokens: MaxTokens = Field(description="the declared bound that policies see; longer outputs are cut")
+    max_prompt_tokens: Tokens | None = Field(None, description="longer prompts are cut at their end")
+    streaming: bool = Field(True, description="off: the tokens of a phase reach the orchestrator with its end")
     phases: Annotated[list[Phase], Field(min_length=1, max_length=1000)]
 
 
@@ -358,6 +366,9 @@ class Sampling(Keys):
     top_k: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     beam_width: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+    end_id: Annotated[int, Field(ge=0, lt=1 << 31)] | None = Field(
+        None, description="token that ends an output on hardware; default: none, only lengths do"
+    )
 
 
 class ReportKeys(Keys):

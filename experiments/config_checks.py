@@ -61,15 +61,10 @@ def _unavailable(config: Experiment) -> Iterator[Problem]:
             ("sampling", "beam_width"), f"beam width {config.sampling.beam_width} is not supported; allowed: 1"
         )
     transceiver = config.cluster.cache_transceiver
-    if transceiver is not None and transceiver.generation_binding == "at_context_start":
-        yield Problem(
-            ("cluster", "cache_transceiver", "generation_binding"),
-            "at_context_start is not available yet; allowed: at_arrival, at_context_done",
-        )
     if transceiver is not None and transceiver.backend == "cuda_ipc" and config.device_type != "cuda":
         yield Problem(
             ("cluster", "cache_transceiver", "backend"),
-            f"cuda_ipc needs device: cuda, not {config.device_type}; allowed here: mpi, host",
+            f"cuda_ipc needs device: cuda, not {config.device_type}; allowed here: mpi, host, auto",
         )
     slo = config.slo
     if slo is not None:
@@ -109,7 +104,7 @@ def _roles(config: Experiment) -> Iterator[Problem]:
         yield Problem(
             ("cluster", "cache_transceiver", "backend"),
             f"{NOT_ENABLED}: no cache transceiver backend is given and KV must travel between executors"
-            " (allowed: cluster.cache_transceiver: {backend: mpi | cuda_ipc | host})",
+            " (allowed: cluster.cache_transceiver: {backend: mpi | cuda_ipc | host | auto})",
         )
     yield from _routers(config, roles)
 
@@ -337,6 +332,7 @@ def _workload(config: Experiment) -> Iterator[Problem]:
     if isinstance(dataset, SyntheticDataset):
         for key in ("isl", "osl"):
             yield from _length(getattr(dataset, key), ("workload", "dataset", key))
+    if isinstance(dataset, SyntheticDataset) or dataset.type == "tensorrt_llm":  # neither has times
         for number, phase in enumerate(workload.phases):
             if isinstance(phase, TracePhase):
                 yield Problem(

@@ -7,7 +7,7 @@ names the key.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import product
@@ -44,9 +44,14 @@ class LoadedExperiment:
 
 
 def load_experiment(
-    file: Path, overrides: Sequence[str] = (), *, backend: str | None = None, seed: int | None = None
+    file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    backend: str | None = None,
+    seed: int | None = None,
+    edit: Callable[[Document], None] | None = None,
 ) -> LoadedExperiment:
-    """Read, override and check `file`; `overrides` have the form `key.path=value`, later ones win.
+    """Read, override and check `file`; `overrides` have the form `key.path=value`, later ones win. `edit` comes last.
 
     Raises `ConfigError` with a line per problem, `ResourceError` when only memory is the trouble.
     """
@@ -58,6 +63,8 @@ def load_experiment(
         document.set("backend", backend, f"--backend {backend}")
     if seed is not None:
         document.set("seed", seed, f"--seed {seed}")
+    if edit is not None:
+        edit(document)
     root = file.resolve().parent
     warnings: list[str] = []
     experiment = _check(document, root, warnings)

@@ -17,6 +17,8 @@ def request_of(planned: PlannedRequest, config: Experiment) -> Request:
         priority=planned.priority,
         input_token_ids=planned.input_token_ids,
         sampling=_sampling(config),
+        end_id=config.sampling.end_id,
+        streaming=config.workload.streaming,
         ttft_objective=_objective(config, "ttft_ms"),
         tpot_objective=_objective(config, "tpot_ms"),
         session=planned.session,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -10,6 +11,7 @@ import msgspec
 from ..core.model_shapes import ModelError
 from ..core.tables import RequestRow
 from ..policies.interfaces import PolicyError
+from ..runtime.clock_offsets import ClockOffset
 from ..runtime.hardware_run import (
     HardwareResult,
     HardwareRunError,
@@ -21,9 +23,11 @@ from ..runtime.hardware_run import (
     SpecError,
     run_cluster,
 )
+from ..runtime.hosts import Placing
 from ..runtime.launcher import LaunchError
 from ..runtime.transport import TransportError
-from .cluster import cluster_of, placements_of, shape_of
+from .cluster import Placement as ClusterPlacement
+from .cluster import cluster_of, placements_of, shape_of, world_size
 from .config import Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT, ConfigError, ResourceError
 from .event_files import STEP_ENDS, encode_step_ends, log_name
@@ -36,14 +40,36 @@ from .workload import PlannedRequest, Workload
 _STEP_ENDS_NAME: Final = STEP_ENDS.removeprefix("events.")
 
 
-def hardware_spec(config: Experiment) -> HardwareSpec:
-    """The real cluster of an experiment. Raises ConfigError, ResourceError or ModelError."""
+@dataclass(frozen=True)
+class HardwareOptions:
+    """What a run on hardware may be told beside its experiment.
+
+    `placing`: hosts other than this one. `warm_up`: requests over every pair of executors before the run. `on_placed`
+    hears who runs where.
+    """
+
+    placing: Placing | None = None
+    warm_up: int = 1
+    on_placed: Callable[[str], None] | None = None
+
+
+def hardware_spec(config: Experiment, placing: Placing | None = None) -> HardwareSpec:
+    """The real cluster of an experiment. Raises ConfigError, ResourceError or ModelError.
+
+    Devices that the file does not name are counted on each host of `placing` by itself.
+    """
     transceiver = config.cluster.cache_transceiver
     shape = shape_of(config)
     if config.model.weights == "random":
         model = ModelSource(shape=shape, dtype=shape.dtype, seed=config.model.seed)
     else:
         model = ModelSource(folder=str((config.root / config.model.weights).resolve()), dtype=config.model.dtype)
+    places: list[tuple[str, int | None]] = []
+    if placing is not None:
+        try:
+            places = placing.rank_hosts(world_size(config))
+        except LaunchError as error:
+            raise ResourceError(str(error)) from error
     return HardwareSpec(
         orchestrator=cluster_of(config),
         model=model,
@@ -51,16 +77,30 @@ def hardware_spec(config: Experiment) -> HardwareSpec:
             Placement(
                 executor=placement.id,
                 participant_ids=placement.participant_ids,
-                device_ids=placement.device_ids if config.device_type == "cuda" else (),
+                device_ids=_device_ids(placement, places) if config.device_type == "cuda" else (),
                 layers_per_stage=placement.layers_per_stage,
                 steps_per_grant=placement.steps_per_grant,
                 pipeline_depth=placement.pipeline_depth,
+                free_gpu_memory_fraction=_fraction(placement) if config.device_type == "cuda" else None,
             )
             for placement in placements_of(config)
         ),
         transport=None if transceiver is None else transceiver.backend,
         device=config.device_type,
+        throttle_gb_per_s=None if transceiver is None else transceiver.throttle_gb_per_s,
     )
+
+
+def _fraction(placement: ClusterPlacement) -> float | None:
+    """Of a GPU's free memory for the KV; None where the file fixes the KV's size."""
+    cache = placement.keys.kv_cache
+    return None if cache.max_tokens is not None else cache.free_gpu_memory_fraction or 0.9
+
+
+def _device_ids(placement: ClusterPlacement, places: list[tuple[str, int | None]]) -> tuple[int, ...]:
+    if not places or getattr(placement.keys, "device_ids", None) is not None:
+        return placement.device_ids
+    return tuple(places[rank][1] or 0 for rank in placement.participant_ids)
 
 
 class _Load:
@@ -83,11 +123,26 @@ class _Load:
         return PlannedSubmission(request_of(planned, self._config), planned.offset, true_length(planned))
 
 
-def run_hardware(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:
+def run_hardware(
+    config: Experiment,
+    point: RunPoint,
+    writer: RunDirectory,
+    progress: Progress,
+    options: HardwareOptions = HardwareOptions(),
+) -> RunOutcome:
     """Run one point of an experiment on real executors to its end; in an existing MPI world this is rank 0's part."""
     load = _Load(config)
     try:
-        result = run_cluster(hardware_spec(config), load.phases, progress=progress.update, timeout_s=point.timeout_s)
+        result = run_cluster(
+            hardware_spec(config, options.placing),
+            load.phases,
+            warm_up=options.warm_up,
+            progress=progress.update,
+            on_placed=options.on_placed,
+            timeout_s=point.timeout_s,
+            placing=options.placing,
+            scratch=None if options.placing is None else writer.path,  # on a cluster usually on a shared file system
+        )
     except (SpecError, TransportError, ModelError) as error:
         raise ConfigError(str(error)) from error
     except LaunchError as error:
@@ -103,7 +158,7 @@ def run_hardware(config: Experiment, point: RunPoint, writer: RunDirectory, prog
         return RunOutcome(0, exit_code=EXIT_RUN_FAILED, message=failure)
     if result is None:
         raise RuntimeError("only rank 0 of an MPI world writes a run; the others serve_hardware")
-    return _written(result, load, writer)
+    return _written(config, result, load, writer)
 
 
 def serve_hardware(config: Experiment) -> None:
@@ -111,7 +166,7 @@ def serve_hardware(config: Experiment) -> None:
     run_cluster(hardware_spec(config), ())
 
 
-def _written(result: HardwareResult, load: _Load, writer: RunDirectory) -> RunOutcome:
+def _written(config: Experiment, result: HardwareResult, load: _Load, writer: RunDirectory) -> RunOutcome:
     bursts = {row.request_id for row in result.sends if row.in_burst}
     num_failed = num_requests = 0
     for row in result.rows:
@@ -129,7 +184,8 @@ def _written(result: HardwareResult, load: _Load, writer: RunDirectory) -> RunOu
         step_ends.setdefault((executor, epoch), []).append(at)
     writer.add_events(_STEP_ENDS_NAME, encode_step_ends(step_ends))
     none_served = num_requests > 0 and num_failed == num_requests
-    hosts = sorted({rank.hostname for rank in result.ranks})
+    hosts = sorted({result.orchestrator_host, *(rank.hostname for rank in result.ranks)})
+    roles = {placement.id: placement.role.value for placement in placements_of(config)}
     return RunOutcome(
         num_requests,
         num_failed,
@@ -139,7 +195,8 @@ def _written(result: HardwareResult, load: _Load, writer: RunDirectory) -> RunOu
         device=", ".join(sorted({rank.device for rank in result.ranks})),
         manifest={
             "num_hosts": len(hosts),
-            "ranks": [_rank(rank) for rank in result.ranks],
+            "ranks": [_orchestrator(result), *(_rank(rank, roles) for rank in result.ranks)],
+            "clock_offsets": [_clock(offset) for offset in result.clock_offsets],
             "transferred_bytes": sum(
                 part.num_bytes for parts in result.parts.values() for _, part in parts if part.is_sender
             ),
@@ -154,7 +211,19 @@ def _step_ends(result: HardwareResult) -> Iterator[tuple[int, int, int]]:
             yield executor, epoch, at
 
 
-def _rank(rank: Any) -> dict[str, Any]:
-    """A rank for the manifest, without what names this machine."""
+def _orchestrator(result: HardwareResult) -> dict[str, Any]:
+    """Rank 0 for the manifest; it holds no device."""
+    where = {"host": result.orchestrator_host, "role": "orchestrator", "rank": 0, "executor": None}
+    return {**where, "pid": result.orchestrator_pid, "device": None}
+
+
+def _rank(rank: Any, roles: dict[int, str]) -> dict[str, Any]:
+    """A rank for the manifest: where it ran, as what, and what it held."""
     values: dict[str, Any] = msgspec.to_builtins(rank)
-    return {key: value for key, value in values.items() if key not in ("hostname", "pid")}
+    return {"host": values.pop("hostname"), "role": roles[rank.executor], **values}
+
+
+def _clock(offset: ClockOffset) -> dict[str, Any]:
+    """A rank's clock beside rank 0's for the manifest. `applied`: stamps of the tables were moved by the drift."""
+    values: dict[str, Any] = msgspec.to_builtins(offset)
+    return {**values, "drift_ppm": offset.drift_ppm, "applied": offset.is_applied}

@@ -1,7 +1,8 @@
 """Reading public production traces, one row at a time.
 
 Azure LLM inference traces (CSV, 2023 and 2024) and Mooncake traces (JSONL). Both hold arrival, prompt length and output
-length; Mooncake adds ids of 512-token prefix blocks. Rows must stand in order of time.
+length; Mooncake adds ids of 512-token prefix blocks. Rows must stand in order of time. The data set of TensorRT-LLM's
+benchmarks has tokens instead of times.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import numpy as np
 from ..policies.vocabulary import PS_PER_MS
 from .config import TraceDataset
 from .errors import ConfigError
+from .samples import read_samples
 
 TRACES_VARIABLE: Final = "DISAGG_TRACES"
 SOURCES: Final = {
     "azure": "https://github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_*.csv (CC-BY 4.0)",
+    "tensorrt_llm": "benchmarks/cpp/prepare_dataset.py of https://github.com/NVIDIA/TensorRT-LLM",
     "mooncake": "https://github.com/kvcache-ai/Mooncake, FAST25-release/traces/*.jsonl (Apache-2.0)",
 }
 HASH_ID_TOKENS: Final = 512  # tokens that one hash id of a Mooncake trace stands for
@@ -44,6 +47,7 @@ class TraceRow(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
     num_output_tokens: int
     hash_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()  # of the prompt, where the data set has them
 
 
 class _MooncakeLine(msgspec.Struct, frozen=True):
@@ -70,7 +74,7 @@ def trace_path(dataset: TraceDataset, root: Path) -> Path:
 
 def read_trace(kind: str, path: Path) -> Iterator[TraceRow]:
     """Rows of `path` in order. Raises ConfigError with file, line and cause at the first malformed line."""
-    reader = _azure_rows if kind == "azure" else _mooncake_rows
+    reader = {"azure": _azure_rows, "mooncake": _mooncake_rows, "tensorrt_llm": _sample_rows}[kind]
     before: int | None = None
     for number, row in reader(path):
         for name, value in (("input", row.num_prompt_tokens), ("output", row.num_output_tokens)):
@@ -162,6 +166,11 @@ def _mooncake_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
             else round(line.timestamp * PS_PER_MS)
         )
         yield number, TraceRow(at, line.input_length, line.output_length, tuple(line.hash_ids))
+
+
+def _sample_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
+    for number, sample in read_samples(path):
+        yield number, TraceRow(0, len(sample.input_ids), sample.output_len, token_ids=sample.input_ids)
 
 
 # ---- prefix blocks --------------------------------------------------------------------------------------------------

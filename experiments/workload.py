@@ -11,6 +11,7 @@ from itertools import chain, islice
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .arrivals import arrival_offsets, scaled
 from .config import ConcurrencyPhase, Experiment, Phase, Quantile, SyntheticDataset, TracePhase
@@ -97,7 +98,10 @@ class Workload:
             offsets = arrival_offsets(keys, stream(self._seed, "arrivals", keys.name))
         origin: int | None = None
         tokens_per_block = self.tokens_per_block
+        longest = self._config.workload.max_prompt_tokens
         for number, row in enumerate(islice(rows, num_requests)):
+            if longest is not None and row.num_prompt_tokens > longest:
+                row = replace(row, num_prompt_tokens=longest)
             offset: int | None = None
             if offsets is not None:
                 offset = next(offsets)
@@ -145,6 +149,12 @@ class Workload:
     def _token_ids(self, request_id: int, row: TraceRow) -> tuple[int, ...]:
         """Ids uniform over the vocabulary: equal hash ids give equal tokens, the rest is the request's own."""
         vocab_size = self._vocab_size or 1
+        if row.token_ids:
+            if max(row.token_ids) >= vocab_size:
+                raise ConfigError(
+                    f"the data set has token id {max(row.token_ids)}; allowed with this model: 0 to {vocab_size - 1}"
+                )
+            return row.token_ids[: row.num_prompt_tokens]
         ids: list[int] = []
         for hash_id in row.hash_ids[: row.num_prompt_tokens // HASH_ID_TOKENS]:
             known = self._id_tokens.get(hash_id)

@@ -61,7 +61,8 @@ class ContextPhaseParams(Struct, frozen=True, array_like=True):
     """What a finished context phase hands to the generation phase.
 
     `first_gen_tokens` is empty in simulation, where no token ids exist. `state` is opaque to everyone but the two
-    executors: who holds the KV (`executor`, `req_id`) and how many tokens of it there are.
+    executors: who holds the KV (`executor`, `req_id`) and how many tokens of it there are. `is_promised`: the context
+    phase is not done yet (early binding); its first token follows by itself.
     """
 
     req_id: int
@@ -69,6 +70,7 @@ class ContextPhaseParams(Struct, frozen=True, array_like=True):
     num_kv_tokens: int
     first_gen_tokens: tuple[int, ...] = ()
     state: bytes = b""
+    is_promised: bool = False
 
 
 class Request(Struct, frozen=True, array_like=True):

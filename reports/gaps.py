@@ -36,7 +36,7 @@ class Gaps(Struct, frozen=True):
         return float((self.seconds * self.weights).sum()) / total if total else None
 
 
-class _Epochs:
+class Epochs:
     """Step times of one executor. Arrays (epochs,), by `first_step`, the running count from 1."""
 
     def __init__(self, steps: pd.DataFrame) -> None:
@@ -111,7 +111,7 @@ def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
     weights: list[Floats] = []
     used = 0
     for executor, group in rows.groupby("executor"):
-        epochs = _Epochs(run.steps[run.steps["executor"] == executor])
+        epochs = Epochs(run.steps[run.steps["executor"] == executor])
         if not len(epochs.first):
             continue
         first, last = group["first_step"].to_numpy(np.int64), group["last_step"].to_numpy(np.int64)

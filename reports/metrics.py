@@ -98,13 +98,14 @@ METRICS: Final[tuple[Metric, ...]] = (
         "queue_time_gen_s",
         "Generation queue",
         "s",
-        "the generation executor asks for the KV − first token; 0 on a mixed executor",
+        "the generation executor asks for the KV − first token; 0 on a mixed executor, and where it asked before",
     ),
     Metric(
         "kv_transfer_time_s",
         "KV transfer",
         "s",
-        "every rank has the KV − the generation executor asks for it; 0 on a mixed executor",
+        "every rank has the KV − the generation executor asks for it, or first token where it asked before (early binding);"
+        " 0 on a mixed executor",
     ),
     Metric(
         "decode_time_s",
@@ -115,9 +116,9 @@ METRICS: Final[tuple[Metric, ...]] = (
     ),
     Metric(
         "kv_transfer_overlap_s",
-        "KV transfer before the first token",
+        "KV transfer during the context phase",
         "s",
-        "first token − transfer start where the transfer began first (early binding); not part of any stage",
+        "end of the context phase − the source began to send its KV, 0 where it began later; not part of any stage",
         "neither",
     ),
     Metric(
@@ -207,7 +208,7 @@ METRICS: Final[tuple[Metric, ...]] = (
         "transfer_rate_bytes_per_s",
         "Transfer rate",
         "bytes/s",
-        "KV bytes moved / time in transfer, over all successful transfers",
+        "KV bytes moved / time in transfer, over successful transfers asked for after their context phase",
         "higher",
         "KV transfer throughput",
         per_request=False,
@@ -269,11 +270,11 @@ def measure(requests: pd.DataFrame) -> pd.DataFrame:
     columns["output_tokens_per_s_per_user"] = np.where(np.isfinite(rate), rate, np.nan)
     for i, stage in enumerate(STAGES):
         columns[stage] = seconds(instants[:, i + 2] - instants[:, i + 1])
-    begun = _to_ps(rows["transfer_start_s"])
-    moved = done & (begun != np.iinfo(np.int64).min)
-    columns["kv_transfer_overlap_s"] = np.where(
-        moved, seconds(np.maximum(first_token - np.where(moved, begun, 0), 0)), np.nan
-    )
+    moved = done & rows["transfer_start_s"].notna().to_numpy()
+    overlap = np.zeros(len(rows))
+    if "kv_transfer_overlap_s" in rows.columns:  # of a run recorded before there was any: none
+        overlap = rows["kv_transfer_overlap_s"].fillna(0.0).to_numpy(np.float64)
+    columns["kv_transfer_overlap_s"] = np.where(moved, overlap, np.nan)
     return rows.assign(**columns)
 
 
@@ -407,15 +408,18 @@ def _transfers(run: Run, start: float, end: float) -> dict[str, Any]:
     rows = rows[(rows["start_s"] >= start) & (rows["start_s"] <= end)]
     ok = rows[rows["ok"].astype(bool)]
     tokens = int(ok["num_tokens"].sum())
-    seconds = float((ok["end_s"] - ok["start_s"]).sum())
+    # one that was asked for early has mostly waited for its context phase: that time says nothing of the link
+    timed = ok[ok["overlap_s"] == 0] if "overlap_s" in ok.columns else ok
+    timed_tokens = int(timed["num_tokens"].sum())
+    seconds = float((timed["end_s"] - timed["start_s"]).sum())
     size = run.kv_bytes_per_token
     return {
         "num_transfers": len(rows),
         "num_failed_transfers": len(rows) - len(ok),
         "transferred_tokens": tokens,
         "transferred_bytes": tokens * size if size else None,
-        "transfer_rate_bytes_per_s": tokens * size / seconds if size and seconds > 0 else None,
-        "transfer_rate_tokens_per_s": tokens / seconds if seconds > 0 else None,
+        "transfer_rate_bytes_per_s": timed_tokens * size / seconds if size and seconds > 0 else None,
+        "transfer_rate_tokens_per_s": timed_tokens / seconds if seconds > 0 else None,
     }
 
 

@@ -6,7 +6,9 @@ checked whole before anything changes, by facts that all ranks share, so a bad o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -15,32 +17,25 @@ from ..core.model_shapes import ModelShape
 from ..policies.vocabulary import SamplingConfig
 from .collectives import Collectives
 from .kv_pages import KvPages
-from .model_attention import Attention, ChunkRows, StepTokens, TorchAttention
-from .model_batch import ChunkFeed, Decode, DecodeBatch, JoinedFeed, PlanFeed
-from .model_layers import ModelPart
+from .model_attention import TorchAttention
+from .model_batch import ChunkFeed, DecodeBatch, JoinedFeed, PlanFeed
 from .model_place import Place
-from .model_sampling import SamplingError, check_sampling, margins, sample
+from .model_sampling import SamplingError, check_sampling
+from .stepper import Launched, LayersHook, PlainStepper, Stepper
 from .weights import ModelWeights
 
-__all__ = ["ChunkFeed", "Engine", "EngineError", "JoinedFeed", "PlanFeed"]
+__all__ = ["ChunkFeed", "Engine", "EngineError", "JoinedFeed", "PendingStep", "PlanFeed"]
 
 
 class EngineError(RuntimeError):
     """A plan that does not fit this engine's state. Nothing of it was applied."""
 
 
-@dataclass(slots=True)
-class _Draw:
-    """One token that the step will yield, from row `row` of its tokens."""
-
-    request_id: int
-    row: int
-    position: int  # index of the new token in its sequence
-    sampling: SamplingConfig
-
-
 class Engine:
-    """`record_margins`: keep top-1 minus top-2 of each row sampled here, in `margins` (tests of greedy equality)."""
+    """`record_margins`: keep top-1 minus top-2 of each row sampled here, in `margins` (tests of greedy equality).
+
+    `stepper`: what runs the steps; by default plain torch on `device`. `on_layers` may be set: see `Stepper.launch`.
+    """
 
     def __init__(
         self,
@@ -51,7 +46,7 @@ class Engine:
         collectives: Collectives,
         device: str | torch.device = "cpu",
         *,
-        attention: Attention | None = None,
+        stepper: Stepper | None = None,
         record_margins: bool = False,
     ) -> None:
         if place.shape != shape or pages.layout != place.layout or pages.rank != place.rank:
@@ -59,19 +54,19 @@ class Engine:
                 f"the place, the pages (of rank {pages.rank}) and the shape {shape.name} do not belong together"
             )
         self._shape = shape
-        self._place = place
         self._pages = pages
-        self._collectives = collectives
-        self._device = torch.device(device)
-        if attention is None:
+        device = torch.device(device)
+        if stepper is None:
             attention = TorchAttention(shape.head_dim, shape.sliding_window)
-        self._model = ModelPart(place, weights, pages, collectives, attention, self._device)
-        self._batch = DecodeBatch(self._device)
+            stepper = PlainStepper(place, weights, pages, collectives, attention, device, record_margins)
+        self._stepper = stepper
+        self._batch = DecodeBatch(device)
+        self._pending: deque[PendingStep] = deque()
+        self.on_layers: LayersHook | None = None
         self._run: RunSteps | None = None
         self._chunks: tuple[tuple[Chunk, ChunkFeed], ...] = ()
         self._steps_left = 0
         self._fresh: dict[int, int] = {}  # tokens that the last chunks of the present plan yielded
-        self._record_margins = record_margins
         self.margins: list[tuple[int, float]] = []  # (request id, margin), on the rank that samples
 
     @property
@@ -92,6 +87,7 @@ class Engine:
         EngineError, with nothing changed, if the plan contradicts the batch, the feed or the size of the pool.
         """
         feed = PlanFeed() if feed is None else feed
+        self._drain()
         tokens = self._check_delta(run, feed)
         self._check_chunks(run, feed)
         self._check_room(run)
@@ -207,61 +203,59 @@ class Engine:
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def step(self) -> list[tuple[int, int]]:
-        """Run the next step of the plan: (request id, token) of each decode, then of each last chunk.
+    def launch(self) -> PendingStep:
+        """Start the next step of the plan. The device may still be at it, or at the step before, on return.
 
-        The batch advances only once the tokens are there. EngineError if the plan has no step left.
+        EngineError if the plan has no step left.
         """
         run = self._run
         if run is None or self._steps_left < 1:
             raise EngineError("no step is left of the plan" if run is not None else "no plan has begun")
-        decodes = list(self._batch) if run.decodes else []
-        tokens, token_ids = self._step_tokens(decodes)
-        draws = [_Draw(d.request_id, row, d.num_kv_tokens + 1, d.sampling) for row, d in enumerate(decodes)]
-        for rows, (chunk, fed) in zip(tokens.chunks, self._chunks, strict=True):
-            if chunk.is_last:
-                last_row = rows.first_row + rows.num_rows - 1
-                draws.append(_Draw(chunk.request_id, last_row, chunk.start + chunk.length, fed.sampling))
-        yielded: list[int] = []
-        if token_ids:
-            yielded = self._forward(token_ids, tokens, draws)
-        for decode, token in zip(decodes, yielded):
+        launched = self._stepper.launch(self._batch, run.decodes, self._chunks, self.on_layers)
+        for decode in launched.decodes:
             decode.num_kv_tokens += 1
-            decode.token = token
-        results = [(draw.request_id, token) for draw, token in zip(draws, yielded, strict=True)]
-        self._fresh = dict(results[len(decodes) :])
         self._steps_left -= 1
+        while self._pending and self._pending[0].is_over:
+            self._pending.popleft()
+        pending = PendingStep(launched, self._collect)
+        self._pending.append(pending)
+        return pending
+
+    def step(self) -> list[tuple[int, int]]:
+        """Run the next step of the plan: (request id, token) of each decode, then of each last chunk."""
+        return self.launch().result()
+
+    def _collect(self, launched: Launched) -> list[tuple[int, int]]:
+        tokens = launched.wait()
+        for decode, token in zip(launched.decodes, tokens):
+            decode.token = token
+        results = list(zip(launched.request_ids, tokens, strict=True))
+        self._fresh = dict(results[len(launched.decodes) :])
+        self.margins += launched.margins()
         return results
 
-    def _forward(self, token_ids: list[int], tokens: StepTokens, draws: list[_Draw]) -> list[int]:
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        rows = torch.tensor([draw.row for draw in draws], dtype=torch.int64, device=self._device)
-        logits = self._model.forward(ids, tokens, rows)
-        if not draws:
-            return []
-        sampled = None
-        if logits is not None and self._place.tp_rank == 0:
-            sampled = sample(logits, [draw.sampling for draw in draws], [draw.position for draw in draws])
-            if self._record_margins:
-                self.margins += zip([draw.request_id for draw in draws], margins(logits), strict=True)
-        return self._collectives.broadcast_tokens(sampled, len(draws))
+    def _drain(self) -> None:
+        """Wait for what was launched: the host's tokens are then those of the device."""
+        while self._pending:
+            self._pending.popleft().result()
 
-    def _step_tokens(self, decodes: list[Decode]) -> tuple[StepTokens, list[int]]:
-        """The step's tokens, one row each: decodes first, then the chunks' tokens in order."""
-        size = self._pages.tokens_per_block
-        token_ids = [decode.token for decode in decodes]
-        positions = [decode.num_kv_tokens for decode in decodes]
-        blocks = [decode.blocks[decode.num_kv_tokens // size] for decode in decodes]
-        width = max(positions) // size + 1 if decodes else 0
-        chunks = []
-        for chunk, fed in self._chunks:
-            stop = chunk.start + chunk.length
-            table = torch.tensor([chunk.blocks[: -(-stop // size)]], dtype=torch.int64, device=self._device)
-            chunks.append(ChunkRows(len(token_ids), chunk.length, chunk.start, table))
-            token_ids += fed.token_ids
-            positions += range(chunk.start, stop)
-            blocks += [chunk.blocks[position // size] for position in range(chunk.start, stop)]
-        where = torch.tensor([positions, blocks], dtype=torch.int64).to(self._device)
-        tables = self._batch.tables()[:, :width] if decodes else where.new_empty((0, 0))
-        return StepTokens(where[0], where[1], where[0] % size, len(decodes), tables, chunks), token_ids
+
+class PendingStep:
+    """A step that was launched. Any thread may wait for it; steps of an engine are waited for in their order."""
+
+    def __init__(self, launched: Launched, collect: Callable[[Launched], list[tuple[int, int]]]) -> None:
+        self._launched = launched
+        self._collect = collect
+        self._lock = threading.Lock()
+        self._results: list[tuple[int, int]] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._results is not None
+
+    def result(self) -> list[tuple[int, int]]:
+        """(request id, token) of each decode, then of each last chunk, once the device is there."""
+        with self._lock:
+            if self._results is None:
+                self._results = self._collect(self._launched)
+            return self._results

@@ -9,14 +9,14 @@ from typing import Final
 
 from msgspec import Struct
 
-from ..core.commands import ReceiveKv, ServeKv
+from ..core.commands import PrepareReceive, ReceiveKv, ServeKv
 from ..core.events import ExecutorEvent, KvReceived, KvTaken
-from ..core.kv_layout import Piece, transfer_plan
+from ..core.kv_layout import Piece, Range, transfer_plan
 from .executor_spec import Roster
 from .transport import KvTransport, TransferOutcome
-from .wire import AbortKvOrder, KvPart, ReceiveKvOrder, ServeKvOrder
+from .wire import AbortKvOrder, KvPart, KvWrittenOrder, ReceiveKvOrder, ServeKvOrder
 
-KvOrder = ServeKvOrder | ReceiveKvOrder | AbortKvOrder
+KvOrder = ServeKvOrder | KvWrittenOrder | ReceiveKvOrder | AbortKvOrder
 NO_TRANSPORT: Final = "this executor has no KV transport"
 
 
@@ -74,6 +74,7 @@ class _Part:
     duration: int = 0
     num_checked: int = 0
     error: str | None = None
+    early_tokens: int | None = None  # all of them, if it is sent while its context phase still runs
 
 
 class RankTransfers:
@@ -90,6 +91,8 @@ class RankTransfers:
         self._pairs = Pairs(roster)
         self._executor = roster.executor_of[rank]
         self._rank = rank
+        participants = roster.placements[self._executor].participant_ids
+        self._layers = roster.layouts[self._executor].layers_of(participants.index(rank))
         self._transport = transport
         self._on_part = on_part
         self._keep_checksums = keep_checksums
@@ -99,7 +102,38 @@ class RankTransfers:
 
     def serve(self, order: ServeKvOrder) -> None:
         parts = self._pairs.parts(self._executor, order.reader, self._rank)
-        self._begin(order.request_id, True, order.reader_id, parts, order.blocks, order.num_tokens)
+        early_tokens = order.num_tokens if order.is_early else None
+        self._begin(order.request_id, True, order.reader_id, parts, order.blocks, order.num_tokens, early_tokens)
+        if order.is_early and order.num_written:
+            self._advance(order.request_id, self._layers, order.num_written)
+
+    def written(self, order: KvWrittenOrder) -> None:
+        """All KV of an early transfer is there: what the engine said of single layers may have come before its order."""
+        with self._lock:
+            part = self._open.get((True, order.request_id))
+            num_tokens = None if part is None else part.early_tokens
+        if num_tokens is not None:
+            self._advance(order.request_id, self._layers, num_tokens)
+
+    def on_layers(self, first: int, end: int, written: tuple[tuple[int, int], ...]) -> None:
+        """The engine has written local layers [first, end) of the first so many tokens of these requests; any thread."""
+        if not self._open:
+            return
+        layers = (self._layers[0] + first, self._layers[0] + end)
+        for request_id, num_tokens in written:
+            self._advance(request_id, layers, num_tokens)
+
+    def _advance(self, request_id: int, layers: Range, num_tokens: int) -> None:
+        transport, key = self._transport, (True, request_id)
+        with self._lock:
+            part = self._open.get(key)
+        if transport is None or part is None or part.early_tokens is None:
+            return
+        transport.advance(part.transfer_id, layers, num_tokens)
+        with self._lock:
+            is_over = self._open.get(key) is not part
+        if is_over:  # it ended meanwhile: nobody else will ask for what was just said
+            transport.forget(part.transfer_id)
 
     def receive(self, order: ReceiveKvOrder) -> None:
         parts = self._pairs.parts(order.source, self._executor, self._rank)
@@ -121,19 +155,24 @@ class RankTransfers:
         parts: dict[int, list[Piece]],
         blocks: tuple[int, ...],
         num_tokens: int,
+        early_tokens: int | None = None,
     ) -> None:
         transport = self._transport
         if transport is None or not parts:
             error = NO_TRANSPORT if transport is None else None
             self._on_part(KvPart(request_id, is_sender, error is None, error=error))
             return
-        part = _Part(request_id, is_sender, transfer_id, set(parts))
+        part = _Part(request_id, is_sender, transfer_id, set(parts), early_tokens=early_tokens)
         with self._lock:
             self._open[is_sender, request_id] = part
-        carry = transport.send if is_sender else transport.receive
         for peer, pieces in parts.items():
-            ranges = tuple(sorted((piece.layers, piece.heads) for piece in pieces))
-            carry(transfer_id, peer, pieces, blocks, num_tokens, self._ended_handler(part, ranges))
+            handler = self._ended_handler(part, tuple(sorted((piece.layers, piece.heads) for piece in pieces)))
+            if not is_sender:
+                transport.receive(transfer_id, peer, pieces, blocks, num_tokens, handler)
+            elif early_tokens is None:
+                transport.send(transfer_id, peer, pieces, blocks, num_tokens, handler)
+            else:
+                transport.send(transfer_id, peer, pieces, blocks, num_tokens, handler, is_written=False)
 
     def _ended_handler(
         self, part: _Part, ranges: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
@@ -158,6 +197,8 @@ class RankTransfers:
             if part.peers:
                 return
             del self._open[part.is_sender, part.request_id]
+        if part.early_tokens is not None and self._transport is not None:
+            self._transport.forget(part.transfer_id)
         self._on_part(
             KvPart(
                 part.request_id,
@@ -200,7 +241,7 @@ class ExecutorTransfers:
     def __len__(self) -> int:
         return len(self._open)
 
-    def receive(self, command: ReceiveKv) -> None:
+    def receive(self, command: ReceiveKv | PrepareReceive) -> None:
         order = ReceiveKvOrder(
             command.request_id, command.source, command.source_id, command.num_tokens, command.blocks
         )
@@ -208,7 +249,15 @@ class ExecutorTransfers:
         self._begin(_Transfer(command.request_id, False, command.source, ranks, order))
 
     def serve(self, command: ServeKv) -> None:
-        order = ServeKvOrder(command.request_id, command.reader, command.reader_id, command.num_tokens, command.blocks)
+        order = ServeKvOrder(
+            command.request_id,
+            command.reader,
+            command.reader_id,
+            command.num_tokens,
+            command.blocks,
+            command.is_early,
+            command.num_written or 0,
+        )
         ranks = self._pairs.ranks(self._executor, command.reader, senders=True)
         self._begin(_Transfer(command.request_id, True, command.reader, ranks, order))
 
@@ -217,6 +266,13 @@ class ExecutorTransfers:
         self._open[transfer.is_sender, transfer.request_id] = transfer
         for rank in sorted(transfer.ranks):
             self._order(rank, transfer.order)
+
+    def written(self, request_id: int) -> None:
+        """The last token of a prompt is out: what of its KV is being sent early is all there. Harmless for any other."""
+        transfer = self._open.get((True, request_id))
+        if transfer is not None and isinstance(transfer.order, ServeKvOrder) and transfer.order.is_early:
+            for rank in sorted(transfer.waiting):
+                self._order(rank, KvWrittenOrder(request_id))
 
     def abort(self, is_sender: bool, request_id: int, reason: str) -> None:
         """Give one up; it is over when its ranks say so. Harmless for one that has ended."""

@@ -14,7 +14,9 @@ import msgspec
 
 from ..core.commands import (
     ORCHESTRATOR,
+    AbortKv,
     Drained,
+    PrepareReceive,
     ReceiveKv,
     Record,
     RunSteps,
@@ -28,8 +30,10 @@ from ..core.events import (
     Cancel,
     Enqueue,
     ExecutorEvent,
+    FirstTokens,
     KvReceived,
     KvRequested,
+    KvWithdrawn,
     LeaseRenewed,
     PeerDown,
     Report,
@@ -38,14 +42,14 @@ from ..core.events import (
     Wake,
 )
 from ..core.executor import ExecutorCore
-from ..policies.vocabulary import FinishReason, Request
+from ..policies.vocabulary import FinishReason
 from .clock import Clock
 from .executor_engine import EngineThread
 from .executor_inbox import MESSAGE, Arrived, Asked, RankDown, StepReport, Submitted
 from .executor_kv import ExecutorTransfers, KvOrder, RankTransfers
 from .executor_spec import Roster
 from .executor_steps import OpenSpan, merged
-from .executor_tokens import Sequences, TokenError, check_tokens
+from .executor_tokens import PROMISED, Sequences, TokenError, check_tokens
 from .model_batch import PlanFeed
 from .wire import (
     AbortKvOrder,
@@ -54,6 +58,7 @@ from .wire import (
     KvAnswer,
     KvAsk,
     KvPart,
+    KvWrittenOrder,
     PlanGrant,
     ReceiveKvOrder,
     ServeKvOrder,
@@ -61,7 +66,7 @@ from .wire import (
 )
 
 _WAKE: Final = Wake()
-_CORE_MESSAGES: Final = (Enqueue, Cancel, LeaseRenewed, Shutdown)
+_CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, Shutdown)
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -126,6 +131,7 @@ class LeaderSession:
         self._going: dict[int, None] = {}  # executors that are gone, while transfers with them are not yet over
         self._events: list[tuple[int, int, ExecutorEvent]] = []  # of this instant: (class, sender, event)
         self._reports: list[StepReport] = []
+        self._to_stream: list[int] = []  # requests with tokens of this instant: told of once the next steps are granted
 
     # ---- one instant -------------------------------------------------------------------------------------------------
 
@@ -158,6 +164,8 @@ class LeaderSession:
                 self._obey(self._core.handle(done, now, True))
         if is_new:
             self._obey(self._core.handle(None, now))
+        got, self._to_stream = self._to_stream, []
+        self._stream(got)
 
     def _sort(self, item: Any) -> None:
         """Turn an item into an event of this instant, or into what concerns the driver alone."""
@@ -168,7 +176,7 @@ class LeaderSession:
         elif isinstance(item, Submitted):
             if item.output_length is not None:
                 self._sequences.script(item.request.id, item.output_length)
-            self._enqueue(item.request, ORCHESTRATOR)
+            self._enqueue(Enqueue(item.request), ORCHESTRATOR, is_users=True)
         elif isinstance(item, Asked):
             self._events.append((MESSAGE, item.sender, item.event))
         elif isinstance(item, RankDown):
@@ -179,8 +187,10 @@ class LeaderSession:
         if sender in self._gone:
             return
         if isinstance(body, Enqueue):
-            self._enqueue(body.request, sender)
+            self._enqueue(body, sender)
         elif isinstance(body, _CORE_MESSAGES):
+            if isinstance(body, FirstTokens):
+                self._sequences.first(body.request_id, body.tokens)
             self._events.append((MESSAGE, sender, body))
         elif isinstance(body, HiddenStop):
             self._sequences.script(body.request_id, body.output_length)
@@ -192,8 +202,11 @@ class LeaderSession:
         elif isinstance(body, KvPart):
             self._part_done(rank, body)
 
-    def _enqueue(self, request: Request, sender: int) -> None:
+    def _enqueue(self, enqueue: Enqueue, sender: int, is_users: bool = False) -> None:
+        request = enqueue.request
         try:
+            if is_users and request.context_phase_params is not None and request.context_phase_params.is_promised:
+                raise TokenError(f"request {request.id}: {PROMISED}")
             if request.id in self._sequences:
                 raise TokenError(f"request id {request.id} is in use on executor {self.id}")
             check_tokens(request, self._roster.shape.vocab_size)
@@ -201,7 +214,7 @@ class LeaderSession:
             self._to_user(Response(request.id, self.id, FinishReason.ERROR, 0, str(error)))
             return
         self._sequences.enter(request)
-        self._events.append((MESSAGE, sender, Enqueue(request)))
+        self._events.append((MESSAGE, sender, enqueue))
 
     def _part_done(self, rank: int, part: KvPart) -> None:
         self.record.parts.append((rank, part))
@@ -248,10 +261,12 @@ class LeaderSession:
                         self._on_record(command.row)
                 case WakeAt():
                     self._wake_at = command.at
-                case ReceiveKv():
+                case ReceiveKv() | PrepareReceive():
                     self._receive_kv(command)
                 case ServeKv():
                     self._serve_kv(command)
+                case AbortKv():
+                    self._transfers.abort(True, command.request_id, command.reason)
                 case Drained():
                     self.is_drained = True
 
@@ -267,7 +282,7 @@ class LeaderSession:
                 self._to_user(TokenChunk(message.request_id, sequence.num_sent, tokens))
         self._to_user(message)
 
-    def _receive_kv(self, command: ReceiveKv) -> None:
+    def _receive_kv(self, command: ReceiveKv | PrepareReceive) -> None:
         if command.source in self._gone:
             gone = KvReceived(command.request_id, False, f"executor {command.source}, which held the KV, is gone")
             self._events.append((MESSAGE, command.source, gone))  # of the next instant, which is due at once
@@ -317,8 +332,10 @@ class LeaderSession:
             return self._step_failed(span, report)
         self.record.step_ends.append((span.run.epoch, report.step, now))
         got, ended = self._sequences.add(report.tokens)
-        self._stream(got)
+        self._to_stream += got
         span.report(report.step, report.tokens, ended)
+        for request_id in sorted(span.last_chunks):
+            self._transfers.written(request_id)
         self._grant(span)
         if not span.is_over:
             return None
@@ -336,7 +353,7 @@ class LeaderSession:
     def _stream(self, request_ids: list[int]) -> None:
         for request_id in request_ids:
             sequence = self._sequences.get(request_id)
-            if sequence is not None and sequence.request.streaming:
+            if sequence is not None and sequence.request.streaming and sequence.num_sent < len(sequence.generated):
                 tokens = tuple(sequence.generated[sequence.num_sent :])
                 self._to_user(TokenChunk(request_id, sequence.num_sent, tokens))
                 sequence.num_sent = len(sequence.generated)
@@ -346,6 +363,8 @@ def obey_kv_order(transfers: RankTransfers, order: Body) -> bool:
     """Carry out a leader's order about KV on this rank; False if it is none."""
     if isinstance(order, ServeKvOrder):
         transfers.serve(order)
+    elif isinstance(order, KvWrittenOrder):
+        transfers.written(order)
     elif isinstance(order, ReceiveKvOrder):
         transfers.receive(order)
     elif isinstance(order, AbortKvOrder):

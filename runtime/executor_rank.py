@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -11,24 +12,30 @@ from msgspec import Struct
 
 from ..core.events import Report, Response
 from .clock import Clock, monotonic_ns
-from .collectives import Collectives, MpiCollectives, SingleRank
-from .devices import check_device, take_pages
+from .clock_offsets import answer_probes
+from .collectives import Collectives, SingleRank
+from .devices import check_device
 from .engine import Engine
+from .engine_build import build_stepper, executor_collectives
 from .executor_engine import EngineThread
 from .executor_inbox import Arrived, Inbox, RankDown, StepReport
 from .executor_kv import ChecksumRow, RankTransfers
 from .executor_leader import ExecutorBrokenError, ExecutorRecord, LeaderSession, obey_kv_order
 from .executor_post import Post
 from .executor_spec import Roster
+from .kernel_profile import KernelProfile
 from .model_place import Place
 from .mpi_world import MpiWorld
+from .stepper import Stepper
 from .transport import KvTransport, make_transport
+from .transport_world import throttle_of
 from .weights import load_weights, random_weights
 from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, KvPart, PlanGrant, Ready, RecordsChunk, TokenChunk
 
 ORCHESTRATOR_RANK: Final = 0
 DRAINED: Final = "drained"
 _PIECE_BYTES: Final = 16 << 20
+_SWITCH_S: Final = 1e-4  # a thread that a GPU waits for must not wait 5 ms, Python's own choice, for the interpreter
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -51,6 +58,8 @@ class RankInfo(Struct, frozen=True):
     weight_bytes: int
     layers: tuple[int, int]
     kv_heads: tuple[int, int]
+    num_blocks: int = 0
+    free_bytes: int | None = None  # of the device, once everything has its place; None for host memory
 
 
 class RankRecord(Struct, frozen=True):
@@ -75,6 +84,7 @@ class ExecutorRank:
         self.inbox = Inbox()
         self.clock = Clock()
         self.post = Post(world, self.inbox, roster.spec.silence_limit_s)
+        answer_probes(self.post.progress)
         self._world = world
         self._participants = roster.placements[self.executor].participant_ids
         self._place = Place.of(
@@ -85,10 +95,16 @@ class ExecutorRank:
             roster.layouts[self.executor].layers_per_stage,
         )
         self._collectives: Collectives = SingleRank()
+        self._group: Any = None
         if len(self._participants) > 1:
-            self._collectives = MpiCollectives(world.group(self._participants, tag=self.executor), self._place.tp)
+            self._group = world.group(self._participants, tag=self.executor)
+        self._stepper: Stepper | None = None
+        self._profile: KernelProfile | None = None
         self._engine: Engine | None = None
-        self._engine_thread = EngineThread(self._on_step)
+        self._device = roster.device_of(world.rank)
+        if self._device != "cpu":
+            sys.setswitchinterval(_SWITCH_S)
+        self._engine_thread = EngineThread(self._on_step, self._device)
         self._transport: KvTransport | None = None
         self._transfers: RankTransfers | None = None
         self._down: list[RankDown] = []  # of other executors: later sessions must know
@@ -104,22 +120,37 @@ class ExecutorRank:
     # ---- building ----------------------------------------------------------------------------------------------------
 
     def load(self) -> RankInfo:
-        """Take memory for the KV, start MPI progress, load the weights."""
+        """Start MPI progress, load the weights, take memory for the KV, and warm the engine up."""
         spec, config = self.roster.spec, self.roster.configs[self.executor]
-        device = self.roster.device_of(self.rank)
+        device = self._device
         check_device(device)
-        self._pages = take_pages(self._place, config, device)
-        if spec.transport is not None:
-            self._transport = make_transport(
-                spec.transport, self.post.progress, self._pages, verify=spec.verify_kv, survives_peer_loss=True
-            )
-        self._transfers = RankTransfers(self.roster, self.rank, self._transport, self._on_part, spec.verify_kv)
         self.post.start()
+        self._collectives = executor_collectives(self._group, self._place.tp, device)
         if spec.model.folder is not None:
             self._weights = load_weights(spec.model.folder, self._place, device)
         else:
             self._weights = random_weights(self._place, spec.model.seed, device)
-        self._device = device
+        fraction = self.roster.placements[self.executor].free_gpu_memory_fraction
+        built = build_stepper(
+            self._place, self._weights, config, self._collectives, self._group, device, fraction, spec.record_margins
+        )
+        self._pages, self._stepper = built.pages, built.stepper
+        if self._pages.num_blocks != config.num_blocks:
+            config = msgspec.structs.replace(config, num_blocks=self._pages.num_blocks)
+            self.roster = self.roster.with_config(config)
+        if spec.transport is not None:
+            self._transport = make_transport(
+                spec.transport,
+                self.post.progress,
+                self._pages,
+                verify=spec.verify_kv,
+                survives_peer_loss=True,
+                throttle=throttle_of(self.roster, self.rank),
+            )
+        self._transfers = RankTransfers(self.roster, self.rank, self._transport, self._on_part, spec.verify_kv)
+        self._profile = KernelProfile(
+            self.rank, device, lambda: self._engine.num_decodes if self._engine is not None else 0
+        )
         return RankInfo(
             self.rank,
             self.executor,
@@ -130,6 +161,8 @@ class ExecutorRank:
             self._weights.nbytes,
             self._pages.layers,
             self._pages.heads,
+            self._pages.num_blocks,
+            built.free_bytes,
         )
 
     def new_engine(self) -> None:
@@ -141,8 +174,11 @@ class ExecutorRank:
             self._pages,
             self._collectives,
             self._device,
+            stepper=self._stepper,
             record_margins=self.roster.spec.record_margins,
         )
+        if self._transfers is not None and self._transport is not None:
+            self._engine.on_layers = self._transfers.on_layers
         self._engine_thread.use(self._engine)
         if self._transfers is not None:
             self._transfers.checksums.clear()
@@ -182,6 +218,8 @@ class ExecutorRank:
     def close(self) -> None:
         """Stop the threads and leave MPI, after everybody has said what they had to say."""
         self._engine_thread.stop()
+        if self._profile is not None:
+            self._profile.finish()
         if self._transport is not None:
             self._transport.close()
         self.post.close()

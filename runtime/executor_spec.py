@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as dataclass_replace
 from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..core.commands import ORCHESTRATOR
 from ..core.config import ExecutorConfig, OrchestratorConfig
@@ -57,6 +59,7 @@ class Placement(Struct, frozen=True):
     layers_per_stage: tuple[int, ...] | None = None
     steps_per_grant: int = 1
     pipeline_depth: int = 1
+    free_gpu_memory_fraction: float | None = None  # on a GPU the KV takes so much of what is left; None: num_blocks
 
 
 class HardwareSpec(Struct, frozen=True):
@@ -75,6 +78,7 @@ class HardwareSpec(Struct, frozen=True):
     verify_kv: bool = False
     record_margins: bool = False
     silence_limit_s: float = 30.0
+    throttle_gb_per_s: float | None = None  # of KV between two executors, in each direction
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,12 @@ class Roster:
     @property
     def num_ranks(self) -> int:
         return len(self.executor_of) + (not self.spec.leader_mode)
+
+    def with_config(self, config: ExecutorConfig) -> Roster:
+        """The same cluster with another configuration of one executor, as it turned out when it was built."""
+        configs = self.configs | {config.id: config}
+        orchestrator = replace(self.spec.orchestrator, executors=tuple(configs.values()))
+        return dataclass_replace(self, spec=replace(self.spec, orchestrator=orchestrator), configs=configs)
 
     def leader_of(self, executor: int) -> int:
         return self.placements[executor].participant_ids[0]
@@ -141,8 +151,11 @@ def _check_transport(spec: HardwareSpec) -> None:
     hands_over = any(config.role is not Role.MIXED for config in spec.orchestrator.executors)
     if spec.transport is None and hands_over:
         raise TransportError(NOT_ENABLED)
-    if spec.transport is not None:
-        check_backend(spec.transport)
+    if spec.transport is not None and check_backend(spec.transport) == "cuda_ipc" and spec.device == "cpu":
+        raise TransportError("cuda_ipc needs device: cuda, not cpu; allowed here: mpi, host, auto")
+    throttle = spec.throttle_gb_per_s
+    if throttle is not None and not 0 < throttle < float("inf"):
+        raise TransportError(f"throttle_gb_per_s {throttle:g} must be positive")
 
 
 def _check_participants(spec: HardwareSpec, configs: dict[int, ExecutorConfig]) -> dict[int, int]:

@@ -25,7 +25,9 @@ class OpenSpan:
         self._depth = depth
         self._stopped: list[Stopped] = []
         self._first_tokens: list[tuple[int, int]] = []
-        self._last_chunks = {chunk.request_id for chunk in run.chunks if chunk.is_last}
+        self.last_chunks = frozenset(
+            chunk.request_id for chunk in run.chunks if chunk.is_last
+        )  # they yield first tokens
 
     def stop(self) -> None:
         """No further grants."""
@@ -48,8 +50,8 @@ class OpenSpan:
         self._stopped += [Stopped(request_id, step) for request_id in ended]
         if ended:
             self.stop()
-        if self._last_chunks:
-            self._first_tokens += [given for given in tokens if given[0] in self._last_chunks]
+        if self.last_chunks:
+            self._first_tokens += [given for given in tokens if given[0] in self.last_chunks]
 
     @property
     def is_over(self) -> bool:

@@ -19,6 +19,11 @@ class TokenError(ValueError):
     """A request whose tokens are missing or no tokens of this model."""
 
 
+PROMISED: Final = (
+    "is_promised context_phase_params are the orchestrator's to give: it alone sends the first token later"
+)
+
+
 def check_tokens(request: Request, vocab_size: int) -> None:
     """Raise TokenError unless every token id that the request brings is one of the model's, and its sampling is sound."""
     ids = request.input_token_ids
@@ -32,10 +37,12 @@ def check_tokens(request: Request, vocab_size: int) -> None:
     if given and not 0 <= min(given) <= max(given) < vocab_size:
         raise TokenError(f"request {request.id} has a token id outside 0 to {vocab_size - 1}")
     if request.request_type is RequestType.GENERATION_ONLY and params is not None:
-        if len(params.first_gen_tokens) != 1 or params.num_kv_tokens != request.num_prompt_tokens:
+        num_first = 0 if params.is_promised else 1
+        if len(params.first_gen_tokens) != num_first or params.num_kv_tokens != request.num_prompt_tokens:
             raise TokenError(
                 f"request {request.id}: context_phase_params with {len(params.first_gen_tokens)} tokens and KV of "
-                f"{params.num_kv_tokens}; allowed: 1 token, and KV of the whole prompt ({request.num_prompt_tokens})"
+                f"{params.num_kv_tokens}; allowed: {num_first} token, and KV of the whole prompt"
+                f" ({request.num_prompt_tokens})"
             )
     if request.sampling is not None:
         from .model_sampling import SamplingError, check_sampling
@@ -95,6 +102,12 @@ class Sequences:
 
     def enter(self, request: Request) -> None:
         self._sequences[request.id] = Sequence(request, self._lengths.pop(request.id, None))
+
+    def first(self, request_id: int, tokens: tuple[int, ...]) -> None:
+        """The first token of one that was promised; once."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and not sequence.generated:
+            sequence.generated += tokens
 
     def get(self, request_id: int) -> Sequence | None:
         return self._sequences.get(request_id)

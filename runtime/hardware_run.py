@@ -12,9 +12,12 @@ import msgspec
 
 from .devices import check_machine
 from .executor_spec import HardwareSpec, ModelSource, Placement, SpecError, check_spec
+from .hosts import Placing, is_local
+from .job_broadcast import FROM_RANK0
 from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, check_world_size, inside_mpi, launch
 from .orchestrator_job import (
     JOB,
+    PLACEMENT,
     PROGRESS,
     QUIET,
     RESULT,
@@ -26,6 +29,7 @@ from .orchestrator_job import (
     encode,
 )
 from .orchestrator_load import LoadPhase, PlannedSubmission, SendRow
+from .transport_world import world_needs
 
 __all__ = [
     "Fault",
@@ -58,39 +62,54 @@ def run_cluster(
     spec: HardwareSpec,
     phases: Iterable[LoadPhase],
     *,
-    warm_up: bool = True,
+    warm_up: int = 1,
     drain: bool = True,
     faults: Iterable[Fault] = (),
     progress: Callable[[int, int], None] | None = None,
+    on_placed: Callable[[str], None] | None = None,
     timeout_s: float | None = None,
+    placing: Placing | None = None,
+    scratch: Path | None = None,
 ) -> HardwareResult | None:
     """Build the cluster of `spec`, send it the load of `phases`, and return what it left behind.
 
     Inside an MPI world every rank calls this: rank 0 gets the result, the others None. Elsewhere a world is started for
-    the run. `progress(requests ended, requests in all)`. Raises SpecError, TransportError or ModelError for a cluster
+    the run, on the hosts of `placing` if it is given; ranks of other hosts get the job from rank 0, and rank 0 leaves the
+    result in `scratch`, which must be on a file system of both where rank 0 is not on this machine. `warm_up`: how often
+    every pair of executors is warmed. `progress(requests ended, requests in all)`; `on_placed(text)` once, when every
+    rank is up: who runs where. Raises SpecError, TransportError or ModelError for a cluster
     that cannot be, LaunchError for a world that cannot, HardwareRunError for a run that failed (`timeout_s`, for a world
     started here: exit_code 124), KeyboardInterrupt for one that was interrupted.
     """
     roster = check_spec(spec)
     if spec.leader_mode:
         raise SpecError("a load needs an orchestrator: leader_mode serves each executor's own process only")
-    job = Job(spec, tuple(phases), warm_up, drain, tuple(faults))
+    job = Job(spec, tuple(phases), int(warm_up), drain, tuple(faults))
     world = inside_mpi()
     if world is not None:
         check_world_size(roster.num_ranks, world.size)
         from .orchestrator_main import run_job
 
-        return run_job(job, progress)
-    check_machine(roster)
-    with tempfile.TemporaryDirectory(prefix="disagg-run-") as name:
+        return run_job(job, progress, on_placed=on_placed)
+    if placing is None:
+        check_machine(roster)
+    else:
+        placing.rank_hosts(roster.num_ranks)
+    needs = world_needs(roster, one_host=placing is None)
+    with tempfile.TemporaryDirectory(prefix="disagg-run-", dir=scratch) as name:
         folder = Path(name)
         (folder / JOB).write_bytes(encode(job))
-        with _Watcher(folder / PROGRESS, progress):
+        with _Watcher(folder, progress, on_placed):
             try:
                 code = launch(
                     f"{__package__}.orchestrator_main",
                     [name, QUIET],
                     roster.num_ranks,
+                    hosts=None if placing is None else placing.arguments,
+                    launch_agent=None if placing is None else placing.agent,
+                    env=needs.env if placing is None else {**needs.env, FROM_RANK0: "1"},
+                    pml=needs.pml,
+                    fault_tolerant=needs.fault_tolerant,
                     timeout_s=timeout_s,
                     interrupt_grace_s=_INTERRUPT_GRACE_S,
                     start_limit_s=_START_LIMIT_S,
@@ -108,7 +127,7 @@ def run_cluster(
         try:
             outcome = decode_outcome((folder / RESULT).read_bytes())
         except OSError:
-            raise HardwareRunError(f"the run left no result; its exit code was {code}", code or 1) from None
+            raise HardwareRunError(_no_result(placing, code), code or 1) from None
         except msgspec.MsgspecError as error:
             raise HardwareRunError(f"the run's result cannot be read: {error}", code or 1) from error
     if isinstance(outcome, Failure):
@@ -116,29 +135,54 @@ def run_cluster(
     return outcome
 
 
-class _Watcher:
-    """Reads the run's progress file while the run goes on."""
+def _no_result(placing: Placing | None, code: int) -> str:
+    text = f"the run left no result; its exit code was {code}"
+    if placing is None:
+        return text
+    hosts = ", ".join(host.name for host in placing.hosts)
+    if not is_local(placing.hosts[0].name):
+        text += f"; rank 0 was on {placing.hosts[0].name}, which must share the output folder's file system"
+    return f"{text} (hosts {hosts}: what their ranks printed is above)"
 
-    def __init__(self, path: Path, progress: Callable[[int, int], None] | None) -> None:
-        self._path = path
+
+class _Watcher:
+    """Reads the run's progress while the run goes on, and once who runs where."""
+
+    def __init__(
+        self, folder: Path, progress: Callable[[int, int], None] | None, on_placed: Callable[[str], None] | None
+    ) -> None:
+        self._folder = folder
         self._progress = progress
+        self._on_placed = on_placed
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> None:
-        if self._progress is not None:
+        if self._progress is not None or self._on_placed is not None:
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
+            self._tell_placement()  # of a run that was over at once
 
     def _watch(self) -> None:
         while not self._ended.wait(_PROGRESS_S):
+            self._tell_placement()
             try:
-                completed, total = self._path.read_text().split()
+                completed, total = (self._folder / PROGRESS).read_text().split()
             except (OSError, ValueError):
                 continue
             if self._progress is not None:
                 self._progress(int(completed), int(total))
+
+    def _tell_placement(self) -> None:
+        if self._on_placed is None:
+            return
+        try:
+            text = (self._folder / PLACEMENT).read_text()
+        except OSError:
+            return
+        tell, self._on_placed = self._on_placed, None
+        tell(text)

@@ -81,19 +81,32 @@ class KvPages:
 
     # ---- what a transfer uses ----------------------------------------------------------------------------------------
 
-    def pack(self, blocks: Sequence[int], num_tokens: int, layers: Range, heads: Range) -> Tensor:
-        """A contiguous copy [layers, 2, heads, num_tokens, head_dim] of a request's KV, free of the block size."""
-        index = self._block_index(blocks, num_tokens)
-        pages = self._part(layers, heads).index_select(2, index)  # [layers, 2, blocks, heads, tokens, head_dim]
-        pages = pages.transpose(2, 3)
-        flat = pages.reshape(*pages.shape[:3], len(index) * self.tokens_per_block, self.layout.head_dim)
-        return flat[:, :, :, :num_tokens].contiguous()
+    def pack(self, blocks: Sequence[int], num_tokens: int, layers: Range, heads: Range, first_token: int = 0) -> Tensor:
+        """A contiguous copy [layers, 2, heads, num_tokens - first_token, head_dim] of tokens [first_token, num_tokens).
 
-    def unpack(self, packed: Tensor, blocks: Sequence[int], num_tokens: int, layers: Range, heads: Range) -> None:
-        """Write what `pack` gave, of whatever block size, into `blocks`; no token past `num_tokens` is touched."""
-        index = self._block_index(blocks, num_tokens)
+        `blocks` are all blocks of the request, from its first token on; the result is free of the block size.
+        """
+        index = self._block_index(blocks, num_tokens, first_token)
+        skipped = first_token // self.tokens_per_block
+        pages = self._part(layers, heads).index_select(2, index[skipped:])  # [layers, 2, blocks, heads, tokens, dim]
+        pages = pages.transpose(2, 3)
+        flat = pages.reshape(*pages.shape[:3], (len(index) - skipped) * self.tokens_per_block, self.layout.head_dim)
+        start = skipped * self.tokens_per_block
+        return flat[:, :, :, first_token - start : num_tokens - start].contiguous()
+
+    def unpack(
+        self,
+        packed: Tensor,
+        blocks: Sequence[int],
+        num_tokens: int,
+        layers: Range,
+        heads: Range,
+        first_token: int = 0,
+    ) -> None:
+        """Write what `pack` gave, of whatever block size, into `blocks`; only tokens [first_token, num_tokens)."""
+        index = self._block_index(blocks, num_tokens, first_token)
         part = self._part(layers, heads)
-        expected = (part.shape[0], 2, part.shape[3], num_tokens, self.layout.head_dim)
+        expected = (part.shape[0], 2, part.shape[3], num_tokens - first_token, self.layout.head_dim)
         if tuple(packed.shape) != expected or packed.dtype != part.dtype:
             raise KvPageError(
                 f"packed KV is {tuple(packed.shape)} {packed.dtype}, expected {expected} {part.dtype} "
@@ -101,12 +114,19 @@ class KvPages:
             )
         packed = packed.to(self.device)
         size = self.tokens_per_block
-        full = num_tokens // size
-        if full:
-            whole = packed[:, :, :, : full * size].reshape(*expected[:3], full, size, expected[4])
-            part.index_copy_(2, index[:full], whole.transpose(2, 3))
-        if num_tokens % size:
-            part[:, :, blocks[full], :, : num_tokens % size] = packed[:, :, :, full * size :]
+        at = first_token
+        if at % size:  # the rest of a block whose beginning came before
+            end = min(num_tokens, at - at % size + size)
+            part[:, :, blocks[at // size], :, at % size : end - at + at % size] = packed[:, :, :, : end - at]
+            at = end
+        full = (num_tokens - at) // size
+        if full > 0:
+            skipped, done = at // size, at - first_token
+            whole = packed[:, :, :, done : done + full * size].reshape(*expected[:3], full, size, expected[4])
+            part.index_copy_(2, index[skipped : skipped + full], whole.transpose(2, 3))
+            at += full * size
+        if at < num_tokens:
+            part[:, :, blocks[at // size], :, : num_tokens - at] = packed[:, :, :, at - first_token :]
 
     def checksums(
         self,
@@ -137,25 +157,40 @@ class KvPages:
             raise KvPageError(f"layers {layers} are an empty range")
         return torch.stack(sums).to("cpu")
 
-    def _block_index(self, blocks: Sequence[int], num_tokens: int) -> Tensor:
+    def check_blocks(self, blocks: Sequence[int], num_tokens: int, first_token: int = 0) -> None:
+        """Raises KvPageError unless `blocks` are exactly those that tokens [0, num_tokens) need, and are here."""
         expected = -(-num_tokens // self.tokens_per_block)
         if num_tokens < 1 or len(blocks) != expected:
             raise KvPageError(
                 f"{num_tokens} tokens in blocks of {self.tokens_per_block} need {expected} block ids, not {len(blocks)}"
             )
+        if not 0 <= first_token < num_tokens:
+            raise KvPageError(f"first_token {first_token} must lie in 0 to {num_tokens - 1}")
         if min(blocks) < 0 or max(blocks) >= self.num_blocks:
             raise KvPageError(f"block ids must lie in 0 to {self.num_blocks - 1}, not {min(blocks)} to {max(blocks)}")
+
+    def check_pieces(self, blocks: Sequence[int], num_tokens: int, pieces: Sequence[tuple[Range, Range]]) -> None:
+        """As `check_blocks`, and each (layers, heads) must be this rank's."""
+        self.check_blocks(blocks, num_tokens)
+        for layers, heads in pieces:
+            self._check_ranges(layers, heads)
+
+    def _block_index(self, blocks: Sequence[int], num_tokens: int, first_token: int = 0) -> Tensor:
+        self.check_blocks(blocks, num_tokens, first_token)
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)
 
     def _part(self, layers: Range, heads: Range) -> Tensor:
         """The view of the pool that holds these layers and heads."""
-        for what, asked, own in (("layers", layers, self.layers), ("heads", heads, self.heads)):
-            if not own[0] <= asked[0] < asked[1] <= own[1]:
-                raise KvPageError(f"{what} {asked} are not on rank {self.rank}, which holds {own}")
+        self._check_ranges(layers, heads)
         first_layer, first_head = self.layers[0], self.heads[0]
         return self.pool[
             layers[0] - first_layer : layers[1] - first_layer, :, :, heads[0] - first_head : heads[1] - first_head
         ]
+
+    def _check_ranges(self, layers: Range, heads: Range) -> None:
+        for what, asked, own in (("layers", layers, self.layers), ("heads", heads, self.heads)):
+            if not own[0] <= asked[0] < asked[1] <= own[1]:
+                raise KvPageError(f"{what} {asked} are not on rank {self.rank}, which holds {own}")
 
 
 def _weights(*shape: int) -> Tensor:

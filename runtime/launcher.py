@@ -39,6 +39,7 @@ _LOOK_S: Final = 0.25
 _MISSING_S: Final = 4.0  # mpiexec starts all ranks of a host at about the same time
 _PR_SET_PDEATHSIG: Final = 1
 _OWN_KEYS: Final = ("OMP_NUM_THREADS", STATUS_DIR, FAULT_TOLERANT)
+_TOLD_KEYS: Final = ("PYTHONPATH", "DISAGG_TRACES")  # what ranks on other hosts need of this one's environment
 
 
 class LaunchError(RuntimeError):
@@ -134,6 +135,7 @@ def launch(
     num_ranks: int = 1,
     *,
     hosts: Sequence[str] | None = None,
+    launch_agent: str | None = None,
     fault_tolerant: bool = True,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
@@ -148,7 +150,9 @@ def launch(
     """Run `python -m module args` (or a path ending in `.py`) on `num_ranks` ranks and return rank 0's exit code.
 
     Output streams to this process's own unless `stdout` or `stderr` (as for Popen) say otherwise. `hosts` are
-    `name` or `name:slots`. `env` adds to the environment of every rank; `mca` are further Open MPI parameters.
+    `name` or `name:slots`, filled in their order; `launch_agent HOST COMMAND…` starts what runs there (default: ssh, or
+    srun in a Slurm allocation). Only processes of this machine are watched one by one. `env` adds to the environment of
+    every rank; `mca` are further Open MPI parameters.
     Returns 124 after `timeout_s`, 130 when interrupted (SIGINT goes to rank 0 first, which has `interrupt_grace_s` to
     end in order; a second signal cuts that short), and 1 if rank 0 died without an exit status. Ranks that are still
     there `linger_s` after rank 0 ended are killed. No process is left behind, whatever happens to this one.
@@ -166,8 +170,13 @@ def launch(
     mpiexec = find_mpiexec()
     with ExitStack() as folders:
         scratch = folders.enter_context(ScratchFolder(Path(tempfile.gettempdir())))
-        command = [str(mpiexec), "-n", str(num_ranks), "--map-by", ":oversubscribe", "--bind-to", "none"]
-        command += ["--prtemca", "prte_tmpdir_base", str(scratch), "--mca", "pml", pml]
+        order = ":oversubscribe" if hosts is None else "slot:oversubscribe"
+        command = [str(mpiexec), "-n", str(num_ranks), "--map-by", order, "--bind-to", "none"]
+        if hosts is None:
+            command += ["--prtemca", "prte_tmpdir_base", str(scratch)]
+        if launch_agent is not None:
+            command += ["--prtemca", "plm_ssh_agent", launch_agent]
+        command += ["--mca", "pml", pml]
         command += ["--mca", "mpi_yield_when_idle", "1"]  # ranks outnumber cores
         if hosts is None and os.access("/dev/shm", os.W_OK):
             # Killed ranks leave their shared memory segments: in a folder of ours they go with it.
@@ -177,18 +186,23 @@ def launch(
             command += ["--with-ft", "ulfm"]
         for name, value in (mca or {}).items():
             command += ["--mca", name, value]
-        rank_env = _environment(env, scratch if hosts is None else None, fault_tolerant)
+        rank0_is_here = True
+        if hosts is not None:
+            from .hosts import is_local
+
+            rank0_is_here = is_local(hosts[0].partition(":")[0])
+        rank_env = _environment(env, scratch if rank0_is_here else None, fault_tolerant)
         if hosts is not None:
             command += ["--host", ",".join(hosts)]
-            for key in sorted({*(env or {}), *_OWN_KEYS} & rank_env.keys()):
+            for key in sorted({*(env or {}), *_OWN_KEYS, *_TOLD_KEYS} & rank_env.keys()):
                 command += ["-x", key]
         command += [sys.executable, "-m", f"{__package__}.mpi_main", module, *args]
         return _supervise(
             command,
             rank_env,
             scratch,
-            num_ranks=num_ranks,
-            has_status=hosts is None,
+            num_ranks=None if hosts is not None else num_ranks,
+            has_status=rank0_is_here,
             timeout_s=timeout_s,
             interrupt_grace_s=interrupt_grace_s,
             linger_s=linger_s,
@@ -238,7 +252,7 @@ def _supervise(
     env: Mapping[str, str],
     scratch: Path,
     *,
-    num_ranks: int,
+    num_ranks: int | None,
     has_status: bool,
     timeout_s: float | None,
     interrupt_grace_s: float,
@@ -307,9 +321,12 @@ def _supervise(
 
 
 class _Start:
-    """Watches ranks on this host until all have joined their world; before that MPI reports no death."""
+    """Watches ranks on this host until all have joined their world; before that MPI reports no death.
 
-    def __init__(self, scratch: Path, num_ranks: int, limit_s: float | None) -> None:
+    `num_ranks` None: others are on other hosts, and nobody here knows how many.
+    """
+
+    def __init__(self, scratch: Path, num_ranks: int | None, limit_s: float | None) -> None:
         self._scratch = scratch
         self._num_ranks = num_ranks
         self._limit_s = limit_s
@@ -334,7 +351,7 @@ class _Start:
             if rank_of is not None:
                 self._seen[pid] = rank_of
                 self._last_new = now
-        if self._seen and now - self._last_new > _MISSING_S:
+        if self._seen and self._num_ranks is not None and now - self._last_new > _MISSING_S:
             for rank in range(self._num_ranks):  # one that was killed before anybody looked
                 if rank not in self._seen.values() and not (self._scratch / f"{LEFT}{rank}").exists():
                     raise StartError(f"rank {rank} died while the MPI world was starting", rank)

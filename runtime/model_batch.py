@@ -58,6 +58,8 @@ class DecodeBatch:
         self._device = device
         self._decodes: dict[int, Decode] = {}
         self._tables: Tensor | None = None
+        self._left: dict[int, None] = {}  # since `take_changes`
+        self._changed: dict[int, None] = {}
 
     def __len__(self) -> int:
         return len(self._decodes)
@@ -71,24 +73,40 @@ class DecodeBatch:
     def __getitem__(self, request_id: int) -> Decode:
         return self._decodes[request_id]
 
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._left or self._changed)
+
+    def take_changes(self) -> tuple[list[int], list[int]]:
+        """Request ids that left, and that joined or whose blocks changed, since the last call; one that left and
+        joined again is in both."""
+        left, changed = list(self._left), list(self._changed)
+        self._left, self._changed = {}, {}
+        return left, changed
+
     def leave(self, request_id: int) -> None:
         del self._decodes[request_id]
+        self._left[request_id] = None
+        self._changed.pop(request_id, None)
         self._tables = None
 
     def join(self, joined: Joined, token: int, sampling: SamplingConfig) -> None:
         self._decodes[joined.request_id] = Decode(
             joined.request_id, joined.num_kv_tokens, list(joined.blocks), token, sampling
         )
+        self._changed[joined.request_id] = None
         self._tables = None
 
     def append(self, request_id: int, blocks: Iterable[int]) -> None:
         self._decodes[request_id].blocks.extend(blocks)
+        self._changed[request_id] = None
         self._tables = None
 
     def forget_unwritten(self, request_id: int, tokens_per_block: int) -> None:
         """Drop what was appended for steps of a span that was cut short: those blocks may be another request's by now."""
         decode = self._decodes[request_id]
         del decode.blocks[-(-decode.num_kv_tokens // tokens_per_block) :]
+        self._changed[request_id] = None
         self._tables = None
 
     def tables(self) -> Tensor:

@@ -6,6 +6,7 @@ Llama (Touvron et al., 2023) and its kin: RMS norm before each block, rotary pos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,10 +38,17 @@ class ModelPart:
         self._collectives = collectives
         self._attention = attention
         self._device = device
+        self.on_layer: Callable[[int], None] | None = None  # told of each local layer once its KV is written
         self._inverse_frequencies = inverse_frequencies(place.shape).to(device)
 
-    def forward(self, token_ids: Tensor, step: StepTokens, sampled_rows: Tensor) -> Tensor | None:
-        """Run a step of tokens, int64 [rows], writing their KV.
+    def forward(
+        self,
+        token_ids: Tensor,
+        step: StepTokens,
+        sampled_rows: Tensor,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor | None:
+        """Run a step of tokens, int64 [rows], writing their KV; `on_layer(i)` is called when local layer i has its.
 
         Returns float32 logits [len(sampled_rows), vocab] on the last stage; else, or with no row, None.
         """
@@ -53,7 +61,12 @@ class ModelPart:
         rotation = rotary(self._inverse_frequencies, step.positions, hidden.dtype)
         for layer, weights in enumerate(self._weights.layers):
             normed = rms_norm(hidden, weights.input_norm, shape.rms_norm_eps)
-            hidden = hidden + self._collectives.tp_all_reduce(self._attend(layer, weights, normed, step, rotation))
+            attended = self._attend(layer, weights, normed, step, rotation)
+            if on_layer is not None:
+                on_layer(layer)
+            hidden = hidden + self._collectives.tp_all_reduce(attended)
+            if self.on_layer is not None:
+                self.on_layer(layer)
             normed = rms_norm(hidden, weights.post_norm, shape.rms_norm_eps)
             gate, up = functional.linear(normed, weights.gate_up).chunk(2, dim=-1)
             hidden = hidden + self._collectives.tp_all_reduce(

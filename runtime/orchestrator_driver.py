@@ -16,17 +16,30 @@ import msgspec
 
 from ..core.commands import ORCHESTRATOR, Deliver, Dispatched, Drained, Record, Send, WakeAt
 from ..core.event_log import LoggedCore, LogHeader
-from ..core.events import Arrive, Cancel, Enqueue, OrchestratorEvent, PeerDown, Report, Response, Shutdown, Wake
+from ..core.events import (
+    Arrive,
+    Cancel,
+    ContextStarted,
+    Enqueue,
+    OrchestratorEvent,
+    PeerDown,
+    Report,
+    Response,
+    Shutdown,
+    Wake,
+)
 from ..core.orchestrator import OrchestratorCore
 from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import FinishReason, RequestType
 from .clock import Clock
+from .clock_offsets import ClockMeter
 from .executor_answers import Listener
 from .executor_inbox import MESSAGE, Arrived, Asked, Inbox, RankDown, Submitted
 from .executor_post import Post
 from .executor_rank import DRAINED, RankInfo, RankRecord, session_config
 from .executor_spec import EXIT_CONFIGURATION, Roster
+from .executor_tokens import PROMISED
 from .launcher import EXIT_RESOURCES
 from .mpi_world import MpiWorld
 from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, HiddenStop, KvPart, Ready, RecordsChunk, TokenChunk
@@ -95,6 +108,7 @@ class OrchestratorDriver:
         self.listener = listener
         self._inbox = Inbox()
         self._post = Post(world, self._inbox, roster.spec.silence_limit_s)
+        self.clocks = ClockMeter(self._post.progress)
         self._core: Any = None
         self._events: list[tuple[int, int, OrchestratorEvent]] = []
         self._wake_at: int | None = None
@@ -131,8 +145,16 @@ class OrchestratorDriver:
                 if isinstance(body, Ready):
                     if body.error is not None:
                         raise _rank_error(f"rank {rank} of executor {body.executor} cannot start: ", body.error)
-                    self.ranks[rank] = _info_decoder.decode(body.info)
+                    self.ranks[rank] = info = _info_decoder.decode(body.info)
+                    self._note_blocks(info)
                     waiting.discard(rank)
+        self.clocks.measure_start(sorted(self.ranks))
+
+    def _note_blocks(self, info: RankInfo) -> None:
+        """An executor on a GPU sizes its KV by the memory that it finds."""
+        config = self.roster.configs[info.executor]
+        if info.num_blocks not in (0, config.num_blocks):
+            self.roster = self.roster.with_config(msgspec.structs.replace(config, num_blocks=info.num_blocks))
 
     def open_session(self, record: bool = True) -> None:
         """Begin with a fresh core everywhere, at instant 0 of a new clock."""
@@ -148,8 +170,10 @@ class OrchestratorDriver:
         self._visits, self._live, self._quiet_since = {}, set(), time.monotonic()
         waiting = set()
         for executor in self._living():
-            self._post.send(self._leader(executor), Hello(PROTOCOL_VERSION, executor, _encoder.encode(config)))
-            waiting.add(self._leader(executor))
+            leader = self._leader(executor)
+            own = msgspec.structs.replace(config, origin_ns=config.origin_ns + self.clocks.start_offset_ns(leader))
+            self._post.send(leader, Hello(PROTOCOL_VERSION, executor, _encoder.encode(own)))
+            waiting.add(leader)
         while waiting:
             for rank, body in self._bodies(None, waiting):
                 if isinstance(body, Ready):
@@ -184,6 +208,7 @@ class OrchestratorDriver:
         """Tell all ranks to end, take what they alone know, and leave MPI."""
         self._state = "closed"
         waiting = {rank for rank, executor in self.roster.executor_of.items() if executor not in self._gone}
+        self.clocks.measure_end(sorted(waiting))
         for rank in sorted(waiting):
             self._post.send(rank, Goodbye())
         deadline = time.monotonic() + _END_S
@@ -317,6 +342,8 @@ class OrchestratorDriver:
         elif isinstance(body, Report):
             self.reports[executor] = body
             self._events.append((MESSAGE, executor, body))
+        elif isinstance(body, ContextStarted):
+            self._events.append((MESSAGE, executor, body))
         elif isinstance(body, RecordsChunk):
             self._keep(rank, body)
         elif isinstance(body, Fault):
@@ -367,6 +394,8 @@ class OrchestratorDriver:
             self.listener.ended(request.id, FinishReason.ERROR, "the orchestrator is shutting down", None)
         elif item.executor in self._gone:
             self.listener.ended(request.id, FinishReason.ERROR, f"executor {item.executor} is gone", None)
+        elif request.context_phase_params is not None and request.context_phase_params.is_promised:
+            self.listener.ended(request.id, FinishReason.ERROR, PROMISED, None)
         else:
             self._direct[request.id] = item.executor
             if request.context_phase_params is not None:

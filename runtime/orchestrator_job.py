@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
+from .clock_offsets import ClockOffset
 from .executor_rank import RankInfo, RankRecord
 from .executor_spec import HardwareSpec
 from .orchestrator_load import LoadPhase, SendRow
@@ -17,6 +18,7 @@ Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
 JOB: Final = "job"
 RESULT: Final = "result"
 PROGRESS: Final = "progress"
+PLACEMENT: Final = "placement"  # who runs where, as text, once all ranks are up
 QUIET: Final = "--quiet"  # argument of orchestrator_main: whoever started it will tell of failures
 
 
@@ -29,11 +31,11 @@ class Fault(Struct, frozen=True):
 
 
 class Job(Struct, frozen=True):
-    """`warm_up`: first one small request over every context × generation pair and mixed executor, not recorded."""
+    """`warm_up`: how many small requests first go over every context × generation pair and mixed executor, not recorded."""
 
     spec: HardwareSpec
     phases: tuple[LoadPhase, ...]
-    warm_up: bool = True
+    warm_up: int = 1
     drain: bool = True
     faults: tuple[Fault, ...] = ()
 
@@ -43,6 +45,7 @@ class HardwareResult(Struct, frozen=True, tag="result"):
 
     `logs`: event logs, replayable by `core.event_log`. `step_ends`: (epoch, step within it, instant) of each step.
     `parts`: (rank, its part) of each KV transfer, at both ends. What an executor that died had to say is missing.
+    Rows are on rank 0's clock; logs and step ends are on their own core's, which `clock_offsets` tells from it.
     """
 
     rows: list[Row]
@@ -52,6 +55,9 @@ class HardwareResult(Struct, frozen=True, tag="result"):
     sends: list[SendRow]
     ranks: list[RankInfo]
     rank_records: list[RankRecord]
+    clock_offsets: list[ClockOffset] = []
+    orchestrator_host: str = ""
+    orchestrator_pid: int = 0
 
 
 class Failure(Struct, frozen=True, tag="failure"):

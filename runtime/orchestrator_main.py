@@ -18,15 +18,30 @@ import msgspec
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import PS_PER_S, ContextPhaseParams, FinishReason, Request, RequestType, Role
+from .clock_offsets import merged_rows
 from .executor_inbox import Submitted
 from .executor_leader import ExecutorBrokenError
 from .executor_rank import ExecutorRank
 from .executor_spec import EXIT_CONFIGURATION, Roster, SpecError, check_spec
+from .job_broadcast import FROM_RANK0, broadcast_job
 from .launcher import EXIT_INTERRUPTED, LaunchError
 from .mpi_world import MpiWorld, WorldError
 from .orchestrator_driver import FIRST_DIRECT_ID, ClusterError, OrchestratorDriver
-from .orchestrator_job import JOB, PROGRESS, QUIET, RESULT, Failure, Fault, HardwareResult, Job, decode_job, encode
+from .orchestrator_job import (
+    JOB,
+    PLACEMENT,
+    PROGRESS,
+    QUIET,
+    RESULT,
+    Failure,
+    Fault,
+    HardwareResult,
+    Job,
+    decode_job,
+    encode,
+)
 from .orchestrator_load import LoadDriver, StalledError
+from .placement_text import placement_text
 from .transport import TransportError
 
 _EXPECTED = (SpecError, TransportError, ModelError, PolicyError, LaunchError, WorldError, ClusterError, StalledError)
@@ -48,14 +63,16 @@ def run_job(
     job: Job,
     progress: Callable[[int, int], None] | None = None,
     failed: Callable[[BaseException], None] | None = None,
+    on_placed: Callable[[str], None] | None = None,
+    world: MpiWorld | None = None,
 ) -> HardwareResult | None:
     """This process's part of a run: the result on rank 0, None elsewhere. Collective over the MPI world.
 
-    `failed` hears of an error on rank 0 before the ranks are told to leave. Raises SpecError, TransportError,
-    ModelError, PolicyError, ClusterError, LaunchError or WorldError.
+    `on_placed` hears on rank 0 who runs where, once every rank is up, and `failed` of an error there before the ranks are
+    told to leave. Raises SpecError, TransportError, ModelError, PolicyError, ClusterError, LaunchError or WorldError.
     """
     roster = check_spec(job.spec)
-    world = MpiWorld()
+    world = MpiWorld() if world is None else world
     if world.size != roster.num_ranks:
         raise LaunchError(
             f"this run needs exactly {roster.num_ranks} ranks (the orchestrator and tensor_parallel_size · "
@@ -69,7 +86,7 @@ def run_job(
     load = LoadDriver(job.phases)
     driver = OrchestratorDriver(world, roster, load)
     try:
-        return _orchestrate(job, driver, load, progress)
+        return _orchestrate(job, driver, load, progress, on_placed, world.hostname)
     except SystemExit as ending:  # only a policy's: it must not end the process as if the run had wanted it
         error = ClusterError(f"a policy raised SystemExit: {ending.code}")
         if failed is not None:
@@ -84,11 +101,18 @@ def run_job(
 
 
 def _orchestrate(
-    job: Job, driver: OrchestratorDriver, load: LoadDriver, progress: Callable[[int, int], None] | None
+    job: Job,
+    driver: OrchestratorDriver,
+    load: LoadDriver,
+    progress: Callable[[int, int], None] | None,
+    on_placed: Callable[[str], None] | None,
+    hostname: str,
 ) -> HardwareResult:
     driver.start()
+    if on_placed is not None:
+        on_placed(placement_text(hostname, driver.roster, driver.ranks.values()))
     driver.is_starting = True
-    if job.warm_up:
+    for _ in range(job.warm_up):
         warm_up(driver)
     driver.listener, driver.on_deliver = load, load.delivered
     driver.open_session()
@@ -102,14 +126,20 @@ def _orchestrate(
         timer.cancel()
     record = driver.close_session(job.drain)
     rank_records = driver.end()
+    offsets = {offset.rank: offset for offset in driver.clocks.offsets}
+    leaders = {executor: driver.roster.leader_of(executor) for executor in driver.roster.configs}
+    by_executor = {executor: offsets[rank] for executor, rank in leaders.items() if rank in offsets}
     return HardwareResult(
-        record.rows,
+        merged_rows(record.rows, by_executor, driver.clock.origin_ns),
         record.logs,
         record.step_ends,
         record.parts,
         load.rows(),
         [driver.ranks[rank] for rank in sorted(driver.ranks)],
         [rank_records[rank] for rank in sorted(rank_records)],
+        driver.clocks.offsets,
+        hostname,
+        os.getpid(),
     )
 
 
@@ -210,14 +240,19 @@ def main() -> int:
     folder = Path(sys.argv[1])
 
     def failed(error: BaseException) -> None:
-        if not (folder / RESULT).exists():
+        if folder.is_dir() and not (folder / RESULT).exists():  # on another host there may be no such folder
             text = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
             if isinstance(error, KeyboardInterrupt):
                 text = "interrupted"
             _write_whole(folder / RESULT, encode(Failure(text, exit_code_of(error))))
 
+    def placed(text: str) -> None:
+        _write_whole(folder / PLACEMENT, text.encode())
+
     try:
-        result = run_job(decode_job((folder / JOB).read_bytes()), ProgressFile(folder / PROGRESS), failed)
+        world = MpiWorld() if os.environ.get(FROM_RANK0) == "1" else None
+        data = (folder / JOB).read_bytes() if world is None else broadcast_job(world, folder / JOB)
+        result = run_job(decode_job(data), ProgressFile(folder / PROGRESS), failed, placed, world)
     except _EXPECTED as error:
         if not is_quiet:
             print(f"disagg: {error}", file=sys.stderr, flush=True)

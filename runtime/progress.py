@@ -32,8 +32,8 @@ _CHANNELS: Final = range(_LIFE_CHANNEL)
 _WATCH_INTERVAL_S: Final = 0.01
 _SPINS: Final = 20  # idle rounds without a sleep
 _FIRST_SLEEP_S: Final = 20e-6
-_LONGEST_SLEEP_S: Final = 1e-3
-_LONGEST_SLEEP_IN_TRANSFER_S: Final = 1e-4
+_LONGEST_SLEEP_S: Final = 1e-3 if (os.cpu_count() or 1) < 8 else 1e-4  # half of it is added to a message's latency
+_LONGEST_SLEEP_IN_TRANSFER_S: Final = 1e-4 if (os.cpu_count() or 1) < 8 else 2e-5
 _MESSAGES_A_ROUND: Final = 64
 _LATE_DATA_S: Final = 1.0  # data sent before a goodbye may complete after it
 
@@ -130,6 +130,7 @@ class Progress:
         self._finished = threading.Event()
         self.failure: BaseException | None = None
         self.num_dropped_frames = 0  # to ranks that were gone
+        self.is_expecting = False  # somebody waits for a frame: look more often. Any thread may set it
         self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
 
     # ---- any thread --------------------------------------------------------------------------------------------------
@@ -152,6 +153,11 @@ class Progress:
     def max_tag(self) -> int:
         """The largest tag of `isend_buffer` and `irecv_buffer`."""
         return self._world.max_tag
+
+    @property
+    def hostnames(self) -> tuple[str, ...]:
+        """The host of each rank of the world."""
+        return self._world.hostnames
 
     @property
     def down_ranks(self) -> frozenset[int]:
@@ -196,6 +202,10 @@ class Progress:
     def cancel(self, transfer: BufferTransfer) -> None:
         """Give up a receive that no message has reached; `on_done` gets an error. Any other is left to complete."""
         self._queue("cancel", transfer)
+
+    def call(self, what: Callable[[], object]) -> None:
+        """Call `what()` on the progress thread, once it runs. Raises ProgressError after `stop`."""
+        self._queue("call", what)
 
     def stop(self, drain: bool = True, timeout_s: float = 10.0, goodbye_wait_s: float = 5.0) -> None:
         """End the thread. `drain`: first let sends and transfers complete, at most `timeout_s`.
@@ -264,7 +274,7 @@ class Progress:
                     continue
                 self._wake.wait(sleep_s)
                 self._wake.clear()
-                in_transfer = self._transfers or self._incoming or self._sending
+                in_transfer = self.is_expecting or self._transfers or self._incoming or self._sending
                 sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_IN_TRANSFER_S if in_transfer else _LONGEST_SLEEP_S)
         except BaseException as error:
             self._keep(error)
@@ -291,6 +301,8 @@ class Progress:
                 self._begin_transfer(what)
             elif kind == "cancel":
                 self._cancel(what)
+            elif kind == "call":
+                self._call(what)
             else:
                 self._stopping = True
                 self._drain_until, self._goodbye_wait_s = what
@@ -309,7 +321,8 @@ class Progress:
 
     def _begin_transfer(self, transfer: BufferTransfer) -> None:
         rank = transfer.rank
-        if rank in self._down or rank in self._departed:
+        # What a rank sent before its goodbye may still be taken: a small message is over for it before we have it.
+        if rank in self._down or (rank in self._departed and transfer.is_send):
             self._finish(transfer, PeerDownError(f"rank {rank} is gone"))
             return
         begin = self._data.Isend if transfer.is_send else self._data.Irecv

@@ -4,6 +4,9 @@ One transfer is named by an id that both ends know (the reader's request id). On
 per destination rank, on each destination rank `receive` once per source rank, with the same pieces; the order in which
 the two ends call does not matter. A transport copies pages and says when it is done; when to transfer, and when memory
 may be freed, is the core's business.
+
+A progressive send (`is_written=False`) begins while the pages are still being computed: `advance` says what may be read,
+and the transport cuts what has become ready into segments, (layers) × (tokens) each.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ from msgspec import Struct
 from ..core.kv_layout import Piece, Range
 
 if TYPE_CHECKING:
+    import torch
+
     from .kv_pages import KvPages
     from .progress import Progress
+    from .transport_ends import Carrier
+    from .transport_throttle import Throttle
 
 NOT_ENABLED: Final = "Disaggregated serving is not enabled, please check the configuration"
-BACKENDS: Final = ("mpi",)
+BACKENDS: Final = ("mpi", "cuda_ipc", "host", "auto")
 
 
 class TransportError(ValueError):
@@ -37,6 +44,8 @@ class TransferOutcome(Struct, frozen=True):
 
     Checksums are those of `KvPages.checksums`, piece by piece, flattened, little-endian int64; empty without `verify`.
     Of a sender, `own_checksums` are those that it sent. `duration` is in picoseconds, from the call to the end.
+    Of a sender also: what was left to send when the last of it was written (all of it, if `send` came after that),
+    and the time from then, or from the call, to the end.
     """
 
     transfer_id: int
@@ -47,6 +56,8 @@ class TransferOutcome(Struct, frozen=True):
     error: str | None = None
     own_checksums: bytes = b""
     sent_checksums: bytes = b""
+    bytes_after_written: int = 0
+    time_after_written: int = 0  # picoseconds
 
     @property
     def num_checked(self) -> int:
@@ -70,6 +81,10 @@ class KvTransport(Protocol):
     @property
     def capabilities(self) -> TransportCapabilities: ...
 
+    @property
+    def description(self) -> str:
+        """How KV travels here and why so, in words."""
+
     def send(
         self,
         transfer_id: int,
@@ -78,8 +93,23 @@ class KvTransport(Protocol):
         blocks: Sequence[int],
         num_tokens: int,
         on_done: OutcomeHandler,
+        *,
+        is_written: bool = True,
     ) -> None:
-        """Send these pieces (their rank numbers are not looked at) of the KV in `blocks` to world rank `peer_rank`."""
+        """Send these pieces (their rank numbers are not looked at) of the KV in `blocks` to world rank `peer_rank`.
+
+        `is_written` False: the pages are still being computed; only what `advance` has permitted is read and sent.
+        """
+
+    def advance(self, transfer_id: int, layers: Range, num_tokens: int) -> None:
+        """Tokens [0, num_tokens) of these (global) layers are written and visible to every stream, for every peer.
+
+        Calls for a layer come with growing `num_tokens`. They may come before `send`, and are then remembered (for
+        the latest 65,536 transfers); an unknown id is harmless.
+        """
+
+    def forget(self, transfer_id: int) -> None:
+        """Drop what `advance` said of a transfer that will not be sent, or has been. Harmless for an unknown one."""
 
     def receive(
         self,
@@ -109,16 +139,65 @@ def check_backend(backend: str | None) -> str:
 
 
 def make_transport(
-    backend: str | None, progress: Progress, pages: KvPages, *, verify: bool = False, survives_peer_loss: bool = True
+    backend: str | None,
+    progress: Progress,
+    pages: KvPages,
+    *,
+    verify: bool = False,
+    survives_peer_loss: bool = True,
+    min_segment_bytes: int | None = None,
+    throttle: Throttle | None = None,
 ) -> KvTransport:
     """The transport that the configuration names, for this rank's `pages`, before `progress` is started.
 
-    `verify` compares the checksum of every (layer, KV head, block) at both ends. Raises TransportError.
+    `verify` compares the checksum of every (layer, KV head, block) at both ends. A progressive send waits for
+    `min_segment_bytes` to be written while something of it is on its way. Raises TransportError.
     """
-    check_backend(backend)
-    from .transport_mpi import MpiKvTransport
+    from .transport_worker import MIN_SEGMENT_BYTES, SegmentTransport
 
-    return MpiKvTransport(progress, pages, verify=verify, survives_peer_loss=survives_peer_loss)
+    carrier = _carrier(check_backend(backend), progress, pages.device, survives_peer_loss)
+    least = MIN_SEGMENT_BYTES if min_segment_bytes is None else min_segment_bytes
+    return SegmentTransport(progress, pages, carrier, verify=verify, min_segment_bytes=least, throttle=throttle)
+
+
+def _carrier(backend: str, progress: Progress, device: torch.device, survives_peer_loss: bool) -> Carrier:
+    """What carries segments between ranks of this world. Raises TransportError for what cannot work here."""
+    from .transport_mpi import CpuStager, MpiCarrier
+
+    capabilities = TransportCapabilities(device.type != "cpu" and backend != "host", survives_peer_loss)
+    if device.type == "cpu":
+        if backend == "cuda_ipc":
+            raise TransportError("cuda_ipc needs device: cuda, not cpu; allowed here: mpi, host, auto")
+        name = "mpi" if backend == "auto" else backend
+        return MpiCarrier(progress, CpuStager, name, "MPI messages from host memory", capabilities)
+
+    from .transport_facts import choose_backend, gather_facts, pml_of, transport_problem
+
+    facts, why, pml = gather_facts(), "", pml_of()
+    if backend == "auto":
+        one_host = len(set(progress.hostnames)) == 1
+        backend, reason = choose_backend(facts, device.type, one_host=one_host, pml=pml)
+        why = f", chosen because {reason}"
+        capabilities = TransportCapabilities(backend != "host", survives_peer_loss)
+    problem = transport_problem(backend, facts, device.type)
+    if problem is not None:
+        raise TransportError(problem)
+    from .transport_cuda_ipc import cuda_carrier
+
+    if backend == "cuda_ipc":
+        return cuda_carrier(device, f"the receiver reads the peer's pages in one kernel (cuda_ipc){why}")
+    from .transport_staging import staged_carrier
+
+    if backend == "mpi":
+        from .cuda_ipc import use_device
+        from .transport_probe import check_cuda_mpi
+
+        check_cuda_mpi(device, pml)
+        index = device.index if device.index is not None else 0
+        progress.call(lambda: use_device(index))  # UCX copies in the context of the thread that calls it
+        text = f"CUDA-aware MPI over UCX{why}"
+        return staged_carrier(progress, device, "mpi", text, TransportCapabilities(True, False))
+    return staged_carrier(progress, device, "host", f"MPI messages from pinned host memory{why}", capabilities)
 
 
 # ---- what all transports share ---------------------------------------------------------------------------------------
@@ -135,26 +214,39 @@ def packed_bytes(pages: KvPages, ranges: Sequence[tuple[Range, Range]], num_toke
     return elements * 2 * num_tokens * pages.layout.head_dim * int(pages.pool.element_size())
 
 
-def pack_pieces(pages: KvPages, ranges: Sequence[tuple[Range, Range]], blocks: Sequence[int], num_tokens: int) -> Any:
-    """One contiguous uint8 tensor with the pieces one after the other. Raises KvPageError."""
+def pack_pieces(
+    pages: KvPages,
+    ranges: Sequence[tuple[Range, Range]],
+    blocks: Sequence[int],
+    num_tokens: int,
+    first_token: int = 0,
+) -> Any:
+    """These pieces of tokens [first_token, num_tokens), one after the other: a uint8 tensor. Raises KvPageError."""
     import torch
 
     parts = [
-        pages.pack(blocks, num_tokens, layers, heads).reshape(-1).view(torch.uint8) for layers, heads in ranges
+        pages.pack(blocks, num_tokens, layers, heads, first_token).reshape(-1).view(torch.uint8)
+        for layers, heads in ranges
     ]  # of one piece no second copy is made
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def unpack_pieces(
-    pages: KvPages, packed: Any, ranges: Sequence[tuple[Range, Range]], blocks: Sequence[int], num_tokens: int
+    pages: KvPages,
+    packed: Any,
+    ranges: Sequence[tuple[Range, Range]],
+    blocks: Sequence[int],
+    num_tokens: int,
+    first_token: int = 0,
 ) -> None:
     """Write a `pack_pieces` of another rank into this rank's blocks. Raises KvPageError."""
     start = 0
+    count = num_tokens - first_token
     for layers, heads in ranges:
-        size = packed_bytes(pages, ((layers, heads),), num_tokens)
-        shape = (layers[1] - layers[0], 2, heads[1] - heads[0], num_tokens, pages.layout.head_dim)
+        size = packed_bytes(pages, ((layers, heads),), count)
+        shape = (layers[1] - layers[0], 2, heads[1] - heads[0], count, pages.layout.head_dim)
         part = packed[start : start + size].view(pages.pool.dtype).view(shape)
-        pages.unpack(part, blocks, num_tokens, layers, heads)
+        pages.unpack(part, blocks, num_tokens, layers, heads, first_token)
         start += size
 
 

@@ -16,10 +16,21 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..core.commands import RunSteps
-from ..core.events import Cancel, Enqueue, LeaseRenewed, Message, Report, Response, Shutdown
+from ..core.events import (
+    Cancel,
+    ContextStarted,
+    Enqueue,
+    FirstTokens,
+    KvWithdrawn,
+    LeaseRenewed,
+    Message,
+    Report,
+    Response,
+    Shutdown,
+)
 
 MAX_FRAME_BYTES: Final = 64 << 20
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 _MAX_ITEMS: Final = 1 << 22  # of any list: block ids, token ids, request ids
 _MAX_TEXT: Final = 1 << 16
 _MAX_COUNT: Final = 1 << 40
@@ -115,13 +126,24 @@ class KvOver(Struct, frozen=True, tag="kv_over", array_like=True):
 
 
 class ServeKvOrder(Struct, frozen=True, tag="serve_kv_order", array_like=True):
-    """Leader to the ranks of its executor: send your parts of these blocks to executor `reader`."""
+    """Leader to the ranks of its executor: send your parts of these blocks to executor `reader`.
+
+    `is_early`: only `num_written` of the tokens are written; send the others as the engine writes them.
+    """
 
     request_id: RequestId
     reader: Rank
     reader_id: RequestId
     num_tokens: NumTokens
     blocks: Blocks
+    is_early: bool = False
+    num_written: NumTokens = 0
+
+
+class KvWrittenOrder(Struct, frozen=True, tag="kv_written_order", array_like=True):
+    """Leader to the ranks of its executor: the last token of `request_id`'s prompt is out, so all its KV is written."""
+
+    request_id: RequestId
 
 
 class ReceiveKvOrder(Struct, frozen=True, tag="receive_kv_order", array_like=True):
@@ -202,6 +224,7 @@ Control = (
     | KvAnswer
     | KvOver
     | ServeKvOrder
+    | KvWrittenOrder
     | ReceiveKvOrder
     | AbortKvOrder
     | KvPart
@@ -217,9 +240,12 @@ _WireBody = (
     Enqueue
     | Cancel
     | LeaseRenewed
+    | FirstTokens
+    | KvWithdrawn
     | Shutdown
     | Response
     | Report
+    | ContextStarted
     | Hello
     | Ready
     | PlanGrant
@@ -228,6 +254,7 @@ _WireBody = (
     | KvAnswer
     | KvOver
     | ServeKvOrder
+    | KvWrittenOrder
     | ReceiveKvOrder
     | AbortKvOrder
     | KvPart
@@ -287,7 +314,17 @@ def decode(frame: bytes | bytearray | memoryview) -> Envelope:
 
 # ---- bounds of the core's own structs, which state none --------------------------------------------------------------
 
-_CORE_TYPES: Final = (Enqueue, Cancel, LeaseRenewed, Shutdown, Response, Report)
+_CORE_TYPES: Final = (
+    Enqueue,
+    Cancel,
+    LeaseRenewed,
+    FirstTokens,
+    KvWithdrawn,
+    Shutdown,
+    Response,
+    Report,
+    ContextStarted,
+)
 _ANY_64_BIT: Final = frozenset({"seed", "block_hashes", "cache_events", "client_id"})
 _OR_MINUS_ONE: Final = frozenset({"end_id", "pad_id"})  # "none" in the words of some checkpoints
 _SIGNED: Final = frozenset(
@@ -300,7 +337,9 @@ _UPPER: Final = {
     "num_kv_tokens": _MAX_TOKENS,
     "input_token_ids": _MAX_TOKENS,
     "first_gen_tokens": _MAX_TOKENS,
+    "tokens": _MAX_TOKENS,
     "executor": 1 << 20,
+    "reader": 1 << 20,
     "blocks": _MAX_COUNT,
     "beam_width": 1 << 16,
 }

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import simpy
 
-from ..core.commands import ORCHESTRATOR, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
+from ..core.commands import ORCHESTRATOR, AbortKv, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
 from ..core.config import OrchestratorConfig
 from ..core.event_log import LoggedCore, LogHeader
 from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, Wake
@@ -21,6 +21,7 @@ from ..core.orchestrator import OrchestratorCore
 from ..policies.vocabulary import PS_PER_S, Request
 from .calls import MESSAGE, POLL, Environment, call_at
 from .executor import SimulatedExecutor
+from .layerwise import LayerwiseSends
 from .link import Link
 from .timing import Timing
 
@@ -56,6 +57,8 @@ class SimulatedCluster:
         self._link_rate = link_bytes_per_s
         self._link_latency = link_latency
         self._links: dict[tuple[int, int], Link] = {}
+        self.layerwise = LayerwiseSends(self.env, kv_bytes_per_token, self._is_alive, self._transfer_over)
+        self._mourned: set[tuple[int, int]] = set()  # (core, executor that it knows to be dead)
         self._hidden: dict[int, int] = {}  # user's request id: true output length
         self._lengths: dict[int, int] = {}  # executor-level id: true output length
         self._polling = False
@@ -188,6 +191,8 @@ class SimulatedCluster:
 
     def tell(self, core: int, event: Any) -> None:
         """Give `event` to a core now, as if the world had seen it happen."""
+        if isinstance(event, PeerDown):
+            self._mourned.add((core, event.executor))
         if core == ORCHESTRATOR:
             self._give(event)
         else:
@@ -201,6 +206,10 @@ class SimulatedCluster:
             self.send(source, command.reader, KvReceived(command.reader_id, False, command.error))
             return
         ends = self.timing.transfer_ends(source, command)
+        if ends is None and command.is_early:
+            link = self.link(source, command.reader)
+            self.layerwise.begin(source, command, link, self.executors[source].running_step)
+            return
         if ends is None:
             num_bytes = command.num_tokens * self._kv_bytes_per_token
             self.link(source, command.reader).transfer(num_bytes, self._served, (source, command))
@@ -210,11 +219,26 @@ class SimulatedCluster:
             call_at(self.env, at, MESSAGE + place, self._tell, item)
 
     def _served(self, item: tuple[int, ServeKv]) -> None:
+        self._transfer_over(*item, None)
+
+    def _transfer_over(self, source: int, command: ServeKv, error: str | None) -> None:
         """The end of a transfer: the reader has its KV and the source is rid of its pin, at one instant."""
-        source, command = item
-        if self.executors[source].is_alive:  # else the rest of it was never sent, and the reader learns of it otherwise
-            self.tell(command.reader, KvReceived(command.reader_id, True))
-        self.tell(source, KvTaken(command.request_id))
+        if self._is_alive(source):  # else the rest of it was never sent, and the reader learns of it otherwise
+            self.tell(command.reader, KvReceived(command.reader_id, error is None, error))
+        if (source, command.reader) not in self._mourned:  # else it was rid of its pin when it heard of the death
+            self.tell(source, KvTaken(command.request_id, error is None))
+
+    def abort_kv(self, source: int, command: AbortKv) -> None:
+        """The source sends nothing more: the reader hears of it when a message would get there."""
+        serve = self.layerwise.abort(source, command.request_id, command.reason)
+        if serve is not None:
+            at, place = self.timing.message_arrives(source, serve.reader, self.env.now)
+            call_at(
+                self.env, at, MESSAGE + place, lambda reason: self._transfer_over(source, serve, reason), command.reason
+            )
+
+    def _is_alive(self, executor: int) -> bool:
+        return self.executors[executor].is_alive
 
     def link(self, source: int, reader: int) -> Link:
         """The link in this direction, made when it is first used."""

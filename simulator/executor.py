@@ -9,7 +9,9 @@ import heapq
 from typing import TYPE_CHECKING, Any
 
 from ..core.commands import (
+    AbortKv,
     Drained,
+    PrepareReceive,
     ReceiveKv,
     Record,
     RunSteps,
@@ -23,6 +25,7 @@ from ..core.events import Enqueue, KvRequested, Response, StepsDone, Stopped, Wa
 from ..core.grants import granted_through
 from ..policies.vocabulary import FinishReason, RequestType
 from .calls import MESSAGE, POLL, STEP_END, call_at
+from .layerwise import RunningStep
 
 if TYPE_CHECKING:
     from .cluster import SimulatedCluster
@@ -47,6 +50,8 @@ class SimulatedExecutor:
         self._run: RunSteps | None = None
         self._end_step = 0  # of the epoch, as scheduled
         self._end_version = 0
+        self._end_at = 0
+        self.running_step: RunningStep | None = None  # where it holds chunks
         self._done = 0  # steps of the epoch reported to the core
         self._wake_version = 0
         # progress of sequences, by the same arithmetic as the core's, to know when the hidden lengths are reached
@@ -103,11 +108,13 @@ class SimulatedExecutor:
                     if command.at is not None:
                         at, place = self._timing.wake(self.id, command.at, self._env.now)
                         call_at(self._env, at, MESSAGE + place, self._wake, self._wake_version)
-                case ReceiveKv():
+                case ReceiveKv() | PrepareReceive():
                     request = KvRequested(command.source_id, self.id, command.request_id)
                     self._cluster.send(self.id, command.source, request)
                 case ServeKv():
                     self._cluster.serve_kv(self.id, command)
+                case AbortKv():
+                    self._cluster.abort_kv(self.id, command)
                 case Drained():
                     self._cluster.drained(self.id)
 
@@ -134,6 +141,10 @@ class SimulatedExecutor:
             self._timing.begin(self.id, run, self._env.now)
         self._end_step = self._planned_end(run)
         self._schedule_end()
+        self.running_step = None
+        if run.chunks:
+            self.running_step = RunningStep(self._env.now, self._end_at, run.chunks)
+            self._cluster.layerwise.compute(self.id, self.running_step)
 
     def _planned_end(self, run: RunSteps) -> int:
         """The span's last step, or where a sequence ends before it, with what has been launched by then."""
@@ -160,7 +171,7 @@ class SimulatedExecutor:
 
     def _schedule_end(self) -> None:
         self._end_version += 1
-        at = max(self._timing.end_of_step(self.id, self._end_step), self._env.now)
+        at = self._end_at = max(self._timing.end_of_step(self.id, self._end_step), self._env.now)
         call_at(self._env, at, STEP_END + self.id, self._end, self._end_version)
 
     def _stop(self) -> None:
@@ -177,7 +188,7 @@ class SimulatedExecutor:
         run = self._run
         if version != self._end_version or run is None or not self.is_alive:
             return
-        self._run = None
+        self._run = self.running_step = None
         steps = self._end_step - self._done
         start = self._done
         self._done = self._end_step

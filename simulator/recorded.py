@@ -15,11 +15,12 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from ..core.commands import ORCHESTRATOR, ReceiveKv, Record, RunSteps, Send, ServeKv
+from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, Record, RunSteps, Send, ServeKv
 from ..core.config import OrchestratorConfig
 from ..core.event_log import Frame, LogHeader, read_log
 from ..core.events import (
     Arrive,
+    FirstTokens,
     KvReceived,
     KvRequested,
     KvTaken,
@@ -84,7 +85,7 @@ class Recording:
     def _note(self, core: int, now: int, command: Any, sent: dict[tuple[int, int], deque[tuple[int, Any]]]) -> None:
         if isinstance(command, Send):
             sent.setdefault((core, command.to), deque()).append((now, command.message))
-        elif isinstance(command, ReceiveKv):
+        elif isinstance(command, ReceiveKv | PrepareReceive):
             asked = KvRequested(command.source_id, core, command.request_id)
             sent.setdefault((core, command.source), deque()).append((now, asked))
         elif isinstance(command, ServeKv) and not command.ok:
@@ -104,7 +105,7 @@ class Recording:
             case Wake():
                 self._wakes[core].append((now, place))
                 return
-            case KvTaken():
+            case KvTaken(ok=True):
                 self._transfers["taken", core, event.request_id] = (now, place)
                 return
             case KvReceived(ok=True):
@@ -209,6 +210,8 @@ def _tokenless(value: Any) -> Any:
         return replace(value, context_phase_params=_tokenless(value.context_phase_params))
     if isinstance(value, ContextPhaseParams):
         return replace(value, first_gen_tokens=(), state=b"")
+    if isinstance(value, FirstTokens):
+        return replace(value, tokens=())
     if isinstance(value, Send):
         return replace(value, message=_tokenless(value.message))
     request = getattr(value, "request", None) or getattr(value, "executor_request", None)

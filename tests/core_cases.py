@@ -42,7 +42,7 @@ class Chaos(RoutingPolicy):
 
     def route_generation(self, request: Request, fleet: Any) -> Any:
         dice = self.rng.random()
-        if dice < 0.03:
+        if dice < 0.03 and request.context_phase_params is not None:  # what is bound early cannot be rejected
             return Reject("the dice said so")
         if dice < 0.2:
             return Hold(fleet.now + self.rng.randint(1, 200))
@@ -95,6 +95,7 @@ def make_case(rng: Random) -> Case:
     timeout = rng.choice((NEVER, NEVER, rng.randint(5, 60) * unit))
     pull_timeout = rng.choice((NEVER, NEVER, rng.randint(5, 300) * unit))
     pull_reserve = rng.choice((0, 0, 0, 1, 3))
+    layerwise = rng.random() < 0.7
     max_num_tokens = rng.choice((4, 16, 64, 256))
     executors = tuple(
         ExecutorConfig(
@@ -114,6 +115,7 @@ def make_case(rng: Random) -> Case:
             transfer_timeout_per_token=0,
             pull_timeout=pull_timeout,
             pull_reserve_blocks=pull_reserve,
+            layerwise=layerwise,
             report_interval=NEVER,
         )
         for i, role in enumerate(roles, 1)
@@ -121,12 +123,13 @@ def make_case(rng: Random) -> Case:
     routers = ("round_robin", "least_requests", "least_tokens", "least_kv", "power_of_two", "random")
     context, generation = (PolicySpec(rng.choice(routers)) for _ in range(2))
     everything = PolicySpec("test_chaos") if layout == "everything" else None
+    binding = rng.choice(("at_context_done", "at_context_done", "at_arrival", "at_context_start"))
     config = OrchestratorConfig(
         executors,
         context_router=context,
         generation_router=generation,
         router=everything,
-        generation_binding="at_arrival" if layout == "disaggregated" and rng.random() < 0.2 else "at_context_done",
+        generation_binding=binding,
         retry=RetryConfig(rng.choice(("recompute", "recompute", "fail")), rng.randint(1, 3)),
         seed=rng.randrange(1000),
     )
@@ -148,6 +151,19 @@ def make_case(rng: Random) -> Case:
         arrivals,
         cancels if rng.random() < 0.6 else (),
     )
+
+
+def make_early_case(rng: Random) -> Case:
+    """A random cluster that binds early, whose requests are often cancelled, some of them while they are computed."""
+    while True:
+        case = make_case(rng)
+        if any(executor.role is not Role.MIXED for executor in case.config.executors):
+            break
+    binding = rng.choice(("at_arrival", "at_context_start"))
+    end = max(at for at, _, _ in case.arrivals) + 300
+    cancels = tuple((rng.randint(at, end), request.id) for at, request, _ in case.arrivals if rng.random() < 0.4)
+    case = replace(case, config=with_(case.config, generation_binding=binding), cancels=cancels)
+    return case.with_executors(layerwise=rng.random() < 0.7)
 
 
 def _make_workload(rng: Random, unit: int, allotted: bool) -> tuple[tuple[tuple[int, Request, int], ...], int]:

@@ -15,7 +15,10 @@ from disagg.core.cost import CostModel, StepFeatures
 from disagg.core.events import (
     Arrive,
     Cancel,
+    ContextStarted,
     Enqueue,
+    FirstTokens,
+    KvWithdrawn,
     LeaseRenewed,
     Report,
     Response,
@@ -27,7 +30,7 @@ from tests.core_cases import Case, Step, Trace
 
 MESSAGE, STEP_END = 1, 2
 ERROR = "some error"  # texts are not compared
-WAITING, PULLING, IN_FLIGHT, READY, PREFILL, JOINING, DECODE, HELD, GONE = range(9)
+WAITING, PULLING, IN_FLIGHT, EARLY, READY, PREFILL, JOINING, DECODE, HELD, LEAVING, GONE = range(11)
 
 
 class Visitor:
@@ -49,6 +52,16 @@ class Visitor:
         self.doom: str | None = None  # "cancelled" or ERROR
         self.lease_until = 0
         self.stay_tokens = 0
+        # early binding, as a context phase: who has asked, and the transfer that runs before the phase is done
+        self.announces = False
+        self.asker: tuple[int, int] | None = None
+        self.early: EarlyTransfer | None = None
+        self.served_at: int | None = None
+        self.is_read = False
+        # early binding, as a generation phase
+        self.awaits = request.context_phase_params is not None and request.context_phase_params.is_promised
+        self.pulled = 0
+        self.withdrawn = False
 
     @property
     def left(self) -> int:
@@ -90,6 +103,7 @@ class NaiveExecutor:
         self.has_heard = False
         self.responses: list[Response] = []
         self.heartbeat = False
+        self.num_pulled = 0
 
     # ---- small questions --------------------------------------------------------------------------------------------
 
@@ -124,7 +138,15 @@ class NaiveExecutor:
         now = self.cluster.now
         self.has_heard = True
         if isinstance(message, Enqueue):
-            self.enqueue(message.request, now)
+            self.enqueue(message.request, now, message.announces_start)
+        elif isinstance(message, FirstTokens):
+            for v in self.visitors:
+                if v.id == message.request_id and v.awaits:
+                    self.first_token(v, now)
+        elif isinstance(message, KvWithdrawn):
+            for v in self.visitors:
+                if v.id == message.request_id and v.asker == (message.reader, message.reader_id):
+                    self.turn_away(v)
         elif isinstance(message, Cancel):
             for v in list(self.visitors):
                 if v.id == message.request_id:
@@ -134,20 +156,33 @@ class NaiveExecutor:
                 if v.id in message.request_ids:
                     self.renew(v, now)
 
-    def enqueue(self, request: Request, now: int) -> None:
+    def enqueue(self, request: Request, now: int, announces: bool) -> None:
         self.seen[0] += 1
         self.seen[1] += request.num_prompt_tokens
         if self.must_refuse(request):
             self.responses.append(Response(request.id, self.id, FinishReason.ERROR, 0, ERROR))
             return
         v = Visitor(request, self.seen[0], now)
+        v.announces = announces
         self.visitors.append(v)
         if v.type is RequestType.GENERATION_ONLY:
             v.place, v.generated = PULLING, 1
-            self.cluster.later(now + self.config.pull_timeout, MESSAGE, self.id, self.waits_too_long, v)
+            if not v.awaits:
+                self.cluster.later(now + self.config.pull_timeout, MESSAGE, self.id, self.waits_too_long, v)
             if not self.heartbeat:
                 self.heartbeat = True
                 self.cluster.later(now + self.config.lease // 3, MESSAGE, self.id, self.beat, None)
+
+    def first_token(self, v: Visitor, now: int) -> None:
+        """Its context phase is done: the time that it may take runs from here."""
+        v.awaits = False
+        if v.place == PULLING:
+            self.cluster.later(now + self.config.pull_timeout, MESSAGE, self.id, self.waits_too_long, v)
+        elif v.place == IN_FLIGHT:
+            self.cluster.later(now + self.config.transfer_timeout_base, MESSAGE, self.id, self.pull_takes_too_long, v)
+        elif v.place == EARLY:
+            v.place, v.kv_usable = READY, now
+            self.ready.append(v)
 
     def must_refuse(self, request: Request) -> bool:
         scheduler = self.config.scheduler
@@ -190,11 +225,44 @@ class NaiveExecutor:
         self.has_heard = True
         self.cluster.touch(self)
         for v in self.visitors:
-            if v.id == request_id and v.place == HELD and v.doom is None and v.reader is None:
-                v.reader = reader
-                self.cluster.transfer(self.id, reader, v.kv, (v, reader_id))
+            if v.id != request_id or v.doom is not None or v.reader is not None or v.asker is not None or v.is_read:
+                continue
+            if v.place == HELD or (v.type is RequestType.CONTEXT_ONLY and v.place in (WAITING, PREFILL)):
+                v.asker = (reader, reader_id)
+                if v.place == HELD:
+                    self.serve(v)
+                elif v.place == PREFILL:
+                    self.serve_early(v)
                 return
+        self.refuse(reader, reader_id)
+
+    def refuse(self, reader: int, reader_id: int) -> None:
         self.cluster.post(self.id, self.cluster.executors[reader].kv_came, (reader_id, False))
+
+    def turn_away(self, v: Visitor) -> None:
+        if v.asker is not None:
+            self.refuse(*v.asker)
+            v.asker = None
+
+    def serve(self, v: Visitor) -> None:
+        """All of its KV is there."""
+        if v.asker is not None:
+            (v.reader, reader_id), v.asker = v.asker, None
+            self.cluster.transfer(self.id, v.reader, v.kv, (v, reader_id))
+
+    def serve_early(self, v: Visitor) -> None:
+        """Its blocks are there: what is written goes at once, the rest group by group as steps write it."""
+        if v.asker is None or not self.config.layerwise:
+            return
+        (v.reader, reader_id), v.asker = v.asker, None
+        v.served_at = self.cluster.now
+        v.early = EarlyTransfer(self.cluster, self.id, v, v.reader, reader_id)
+        if v.kv:
+            v.early.segment(v.kv)
+        if self.step is not None:
+            for other, _, length in self.step[2]:
+                if other is v:
+                    v.early.compute(length, self.step[0], self.same_until)
 
     def kv_came(self, item: tuple[int, bool]) -> None:
         request_id, ok = item
@@ -206,17 +274,23 @@ class NaiveExecutor:
                 continue
             if v.doom is not None:
                 self.forget(v)
+            elif ok and v.awaits:
+                v.place, v.kv = EARLY, v.request.num_prompt_tokens
             elif ok:
                 v.place, v.kv, v.kv_usable = READY, v.request.num_prompt_tokens, now
                 self.ready.append(v)
             else:
                 self.fail(v, ERROR, recomputable=True)
 
-    def kv_was_read(self, v: Visitor) -> None:
+    def kv_was_read(self, v: Visitor, ok: bool = True) -> None:
         self.has_heard = True
         self.cluster.touch(self)
-        if v.place == HELD:
+        if v.place in (HELD, LEAVING):
             self.forget(v)
+        elif v.place != GONE:
+            v.reader, v.is_read = None, ok
+            if not ok:
+                v.served_at = None
 
     def waits_too_long(self, v: Visitor) -> None:
         if v.place == PULLING:
@@ -235,8 +309,15 @@ class NaiveExecutor:
             if v in group:
                 group.remove(v)
 
+    def leave(self, v: Visitor) -> None:
+        """It is over, but its reader is still at its blocks."""
+        v.place = LEAVING
+        for group in (self.prefill, self.joining):
+            if v in group:
+                group.remove(v)
+
     def give_up(self, v: Visitor, why: str) -> None:
-        if v.doom is not None:
+        if v.doom is not None or v.place == LEAVING:
             return
         in_step = self.step is not None and (v in self.decodes or any(v is chunk[0] for chunk in self.step[2]))
         if v.place == HELD:
@@ -253,9 +334,16 @@ class NaiveExecutor:
             self.fail(v, why, recomputable=False)
 
     def fail(self, v: Visitor, why: str, *, recomputable: bool) -> None:
-        if v.place == PULLING:
+        if v.place == PULLING and not v.awaits:
             self.cluster.send(self.id, v.params.executor, Cancel(v.params.req_id))
-        self.forget(v)
+        self.turn_away(v)
+        if v.early is not None and v.reader is not None:
+            v.doom = why
+            self.leave(v)
+            if v.kv < v.request.num_prompt_tokens:
+                v.early.abort()
+        else:
+            self.forget(v)
         self.answer_failure(v, why, recomputable=recomputable)
 
     def answer_failure(self, v: Visitor, why: str, *, recomputable: bool) -> None:
@@ -276,7 +364,11 @@ class NaiveExecutor:
         self.stay(v)
 
     def finish(self, v: Visitor) -> None:
-        self.forget(v)
+        self.turn_away(v)
+        if v.reader is not None:
+            self.leave(v)
+        else:
+            self.forget(v)
         stopped = v.generated == self.cluster.true_length(v.id)
         self.responses.append(
             Response(
@@ -328,7 +420,11 @@ class NaiveExecutor:
                 self.finish(v)
             elif v.type is RequestType.CONTEXT_ONLY and v.doom is None:
                 v.place = HELD
-                self.renew(v, now)
+                if v.is_read:
+                    self.forget(v)
+                else:
+                    self.renew(v, now)
+                    self.serve(v)
                 params = ContextPhaseParams(v.id, self.id, v.request.num_prompt_tokens)
                 self.responses.append(
                     Response(
@@ -339,6 +435,7 @@ class NaiveExecutor:
                         context_phase_params=params,
                         context_start=v.started_at,
                         last_token=now,
+                        kv_overlap=None if v.served_at is None else now - v.served_at,
                     )
                 )
                 self.stay(v)
@@ -357,9 +454,23 @@ class NaiveExecutor:
                     pass
                 self.join()
             chunks, with_decodes = self.choose()
+            for v, _, _ in chunks:
+                if v.announces:
+                    v.announces = False
+                    self.cluster.send(self.id, 0, ContextStarted(v.id))
+                self.serve_early(v)
             self.pull()
             self.begin(chunks, self.decodes if with_decodes else [])
+            if self.step is None and (self.at(WAITING) or any(not v.awaits for v in self.at(PULLING))):
+                self.withdraw()
         self.tell()
+
+    def withdraw(self) -> None:
+        """It stands still for want of blocks: those that it keeps for context phases not done are asked back."""
+        for v in sorted(self.at(IN_FLIGHT), key=lambda v: v.pulled):
+            if v.awaits and not v.withdrawn and v.doom is None:
+                v.withdrawn = True
+                self.cluster.send(self.id, v.params.executor, KvWithdrawn(v.params.req_id, self.id, v.id))
 
     def join(self) -> None:
         for v in list(self.joining):
@@ -374,7 +485,8 @@ class NaiveExecutor:
     def preempt(self) -> bool:
         if not self.decodes or self.wanted_by_decodes() <= self.free:
             return False
-        youngest = max([*self.decodes, *self.prefill], key=lambda v: v.number)
+        unpinned = [v for v in self.prefill if v.reader is None and not v.is_read]
+        youngest = max([*self.decodes, *unpinned], key=lambda v: v.number)
         for group in (self.decodes, self.prefill):
             if youngest in group:
                 group.remove(youngest)
@@ -414,13 +526,18 @@ class NaiveExecutor:
 
     def pull(self) -> None:
         now = self.cluster.now
-        for v in self.at(PULLING):
+        for v in sorted(self.at(PULLING), key=lambda v: (v.awaits, v.number)):
             reserve = self.config.pull_reserve_blocks if self.free < self.config.num_blocks else 0
             if self.to_admit(v) > self.free - self.wanted_by_decodes() - reserve:
                 return
             v.blocks = self.to_admit(v)
             v.place, v.transfer_start = IN_FLIGHT, now
-            self.cluster.later(now + self.config.transfer_timeout_base, MESSAGE, self.id, self.pull_takes_too_long, v)
+            self.num_pulled += 1
+            v.pulled = self.num_pulled
+            if not v.awaits:
+                self.cluster.later(
+                    now + self.config.transfer_timeout_base, MESSAGE, self.id, self.pull_takes_too_long, v
+                )
             source = self.cluster.executors[v.params.executor]
             self.cluster.post(self.id, source.asked_for_kv, (v.params.req_id, self.id, v.id))
 
@@ -456,6 +573,9 @@ class NaiveExecutor:
         self.last = (ids, bool(chunks))
         self.same_until = self.same_since + max(self.same_units >> 20, self.same_steps)
         self.cluster.later(self.same_until, STEP_END, self.id, self.step_ends, None)
+        for v, _, length in chunks:
+            if v.early is not None and v.reader is not None:
+                v.early.compute(length, now, self.same_until)
 
     # ---- what it tells ----------------------------------------------------------------------------------------------
 
@@ -477,18 +597,22 @@ class NaiveExecutor:
     def report(self) -> Report:
         held = [v for v in self.visitors if v.place == HELD]
         quarantined = sum(v.blocks for v in self.visitors if v.doom and v.place in (HELD, IN_FLIGHT))
+        quarantined += sum(v.blocks for v in self.at(LEAVING))
+        early = self.at(EARLY)
         held_blocks = sum(v.blocks for v in held if not v.doom)
         free = self.free + self.grown
         running_on = self.step is not None
         decode_written = self.shown_written if running_on else sum(self.blocks_for(v.kv) for v in self.decodes)
-        written = decode_written + sum(self.blocks_for(v.kv) for v in (*self.prefill, *self.joining, *self.ready))
-        coming = [v for v in self.visitors if v.place in (PULLING, IN_FLIGHT, READY) and not v.doom]
+        written = decode_written + sum(
+            self.blocks_for(v.kv) for v in (*self.prefill, *self.joining, *self.ready, *early)
+        )
+        coming = [v for v in self.visitors if v.place in (PULLING, IN_FLIGHT, EARLY, READY) and not v.doom]
         waiting = self.at(WAITING)
         return Report(
             self.id,
             self.seen[0],
             self.seen[1],
-            len(waiting) + len(self.at(PULLING)) + len(self.at(IN_FLIGHT)) + len(self.ready),
+            len(waiting) + len(self.at(PULLING)) + len(self.at(IN_FLIGHT)) + len(early) + len(self.ready),
             len(self.prefill) + len(self.joining) + len(self.decodes),
             sum(v.left for v in waiting),
             sum(v.left for v in self.prefill),
@@ -541,6 +665,44 @@ class NaiveLink:
         self.active.remove(first)
         self.next()
         first[2]()
+
+
+class EarlyTransfer:
+    """KV on its way to a reader while its context phase computes it: an eighth of each chunk at each eighth of its step."""
+
+    def __init__(self, cluster: NaiveCluster, source: int, visitor: Visitor, reader: int, reader_id: int) -> None:
+        self.cluster, self.source, self.visitor = cluster, source, visitor
+        self.reader, self.reader_id = reader, reader_id
+        self.to_come = visitor.request.num_prompt_tokens  # bytes, one a token
+        self.on_link = 0
+        self.aborted = False
+
+    def compute(self, length: int, start: int, end: int) -> None:
+        for eighth in range(1, 9):
+            num_bytes = length * eighth // 8 - length * (eighth - 1) // 8
+            at = max(self.cluster.now, start + (end - start) * eighth // 8)
+            if num_bytes:
+                self.cluster.later(at, MESSAGE, self.source, self.segment, num_bytes)
+
+    def segment(self, num_bytes: int) -> None:
+        if not self.aborted:
+            self.on_link += 1
+            self.cluster.to_link(self.source, self.reader, num_bytes, lambda: self.through(num_bytes))
+
+    def through(self, num_bytes: int) -> None:
+        self.on_link -= 1
+        self.to_come -= num_bytes
+        if not self.on_link and (self.aborted or not self.to_come):
+            self.over(None)
+
+    def abort(self) -> None:
+        self.aborted = True
+        if not self.on_link:
+            self.cluster.post(self.source, self.over, None)
+
+    def over(self, _: Any) -> None:
+        self.cluster.executors[self.reader].kv_came((self.reader_id, not self.aborted))
+        self.cluster.executors[self.source].kv_was_read(self.visitor, not self.aborted)
 
 
 class NaiveCluster:
@@ -616,16 +778,19 @@ class NaiveCluster:
         return self.lengths[executor_request]
 
     def transfer(self, source: int, reader: int, num_bytes: int, item: tuple[Visitor, int]) -> None:
-        link = self.links.get((source, reader))
-        if link is None:
-            units_per_byte = (10**12 * 2**20) / self.case.link_bytes_per_s
-            link = self.links[source, reader] = NaiveLink(self, source, units_per_byte)
         visitor, reader_id = item
 
         def done() -> None:
             self.executors[reader].kv_came((reader_id, True))
             self.executors[source].kv_was_read(visitor)
 
+        self.to_link(source, reader, num_bytes, done)
+
+    def to_link(self, source: int, reader: int, num_bytes: int, done: Any) -> None:
+        link = self.links.get((source, reader))
+        if link is None:
+            units_per_byte = (10**12 * 2**20) / self.case.link_bytes_per_s
+            link = self.links[source, reader] = NaiveLink(self, source, units_per_byte)
         self.num_transfers += 1
         at = self.now + self.case.link_latency
         self.later(at, MESSAGE, source, link.start, (num_bytes, self.num_transfers, done))

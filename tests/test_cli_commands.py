@@ -72,7 +72,7 @@ def finish_all(config: Experiment, point: RunPoint, writer: RunDirectory, progre
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     def use(runner: Any) -> None:
-        monkeypatch.setattr(cli_run, "_runner", lambda backend: runner)
+        monkeypatch.setattr(cli_run, "runner_of", lambda backend: runner)
 
     return use
 

@@ -66,7 +66,7 @@ def test_a_run_that_was_interrupted_stops_the_sweep(
         begun.append(point.seed)
         return RunOutcome(0, exit_code=130, message="the run left no result; its exit code was 130")
 
-    monkeypatch.setattr(cli_run, "_runner", lambda backend: interrupted)
+    monkeypatch.setattr(cli_run, "runner_of", lambda backend: interrupted)
     file = tmp_path / "experiment.yaml"
     file.write_text(TEXT + "sweep: {seed: [1, 2, 3]}\n")
     monkeypatch.setattr("sys.argv", ["disagg", "run", str(file), "--output", str(tmp_path / "out")])

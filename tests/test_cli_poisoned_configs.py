@@ -150,12 +150,12 @@ POISON = {
     "an unknown transport": (
         "{backend: mpi}",
         "{backend: tcp}",
-        ["cluster.cache_transceiver.backend: must be one of mpi, cuda_ipc, host"],
+        ["cluster.cache_transceiver.backend: must be one of mpi, cuda_ipc, host, auto"],
     ),
-    "binding at context start": (
+    "an unknown binding": (
         "{backend: mpi}",
-        "{backend: mpi, generation_binding: at_context_start}",
-        ["at_context_start is not available yet"],
+        "{backend: mpi, generation_binding: at_context_end}",
+        ["generation_binding: must be one of at_arrival, at_context_start, at_context_done"],
     ),
     "no executors": ("num_instances: 2", "num_instances: 0", ["there are no executors"]),
     "context without generation": (

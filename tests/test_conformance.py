@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from disagg.core.commands import RunSteps
+from disagg.core.commands import PrepareReceive, RunSteps, ServeKv
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, SchedulerConfig
 from disagg.core.cost import ConstantCost
+from disagg.core.event_log import read_log
 from disagg.policies.vocabulary import Request, Role
 from disagg.simulator.cluster import SimulatedCluster
 from disagg.simulator.recorded import ConformanceDifference, Recording, conform
@@ -36,7 +37,7 @@ class _NotingTiming(ModelTiming):
 
 
 def _run(
-    seed: int, launch: dict[int, tuple[int, int]] | None = None
+    seed: int, launch: dict[int, tuple[int, int]] | None = None, binding: str = "at_context_done", cancels: bool = False
 ) -> tuple[dict[int, bytes], dict[tuple[int, int], list[int]]]:
     chance = Random(seed)
     scheduler = SchedulerConfig(
@@ -52,11 +53,16 @@ def _run(
             tokens_per_block=4,
             scheduler=scheduler,
             report_interval=3000,
+            layerwise=seed % 3 > 0,
         )
         for i in range(1, NUM_EXECUTORS + 1)
     )
     config = OrchestratorConfig(
-        executors, context_router=PolicySpec("least_tokens"), generation_router=PolicySpec("power_of_two"), seed=seed
+        executors,
+        context_router=PolicySpec("least_tokens"),
+        generation_router=PolicySpec("power_of_two"),
+        generation_binding=binding,
+        seed=seed,
     )
     timing = _NotingTiming({e.id: ConstantCost(1000, 10, 1, 5) for e in executors}, 100)
     logs: dict[int, list[bytes]] = {core: [] for core in range(NUM_EXECUTORS + 1)}
@@ -74,6 +80,9 @@ def _run(
         at += chance.randint(0, 8000)
         prompt, output = chance.randint(1, 40), chance.randint(1, 40)
         cluster.submit_at(at, Request(i + 1, prompt, 30, arrival=at), output)
+        if i % 4 == 0 and cancels:
+            later = cluster.env.timeout(at + chance.randint(100, 9000))
+            later.callbacks.append(lambda _, request_id=i + 1: cluster.cancel(request_id))
     cluster.run()
     return {core: b"".join(parts) for core, parts in logs.items()}, timing.step_ends
 
@@ -83,6 +92,18 @@ def _run(
 def test_a_run_given_its_own_times_makes_its_own_decisions(seed: int, ahead: tuple[int, int]) -> None:
     launch = dict.fromkeys(range(1, NUM_EXECUTORS + 1), ahead)
     logs, step_ends = _run(seed, launch)
+    assert conform(Recording(logs, step_ends), launch) > 300
+
+
+@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("binding", ["at_arrival", "at_context_start"])
+def test_a_run_with_early_binding_given_its_own_times_makes_its_own_decisions(seed: int, binding: str) -> None:
+    """Cancels among them: transfers end early and their ends are the world's."""
+    launch = dict.fromkeys(range(1, NUM_EXECUTORS + 1), (3, 2))
+    logs, step_ends = _run(seed, launch, binding, cancels=True)
+    found = [c for log in logs.values() for frame in read_log(log)[1] for c in frame.commands]
+    assert any(isinstance(command, PrepareReceive) for command in found)
+    assert any(isinstance(command, ServeKv) and command.is_early for command in found) is (seed % 3 > 0)
     assert conform(Recording(logs, step_ends), launch) > 300
 
 

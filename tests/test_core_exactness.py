@@ -12,17 +12,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_
 
+from disagg.core.commands import Send, ServeKv
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
 from disagg.core.cost import ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step, roofline, steps_by
 from disagg.core.devices import DEVICES
 from disagg.core.event_log import Frame, read_log
-from disagg.core.events import Response, StepsDone
+from disagg.core.events import FirstTokens, Response, StepsDone
 from disagg.core.model_shapes import preset
 from disagg.policies.vocabulary import Request, Role
-from tests.core_cases import NEVER, Case, Trace, core_of, make_case, simulate
+from tests.core_cases import NEVER, Case, Trace, core_of, make_case, make_early_case, simulate
 from tests.core_reference import run_reference
 
 cases = st.randoms(use_true_random=False).map(make_case)
+early_cases = st.randoms(use_true_random=False).map(make_early_case)
 thorough = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -69,6 +71,33 @@ def test_two_hundred_seeded_cases_equal_the_reference_and_exercise_what_is_hard(
     assert seen["ties"] > 200, seen
     assert seen["cut spans"] > 500, seen
     assert seen["cut on a boundary"] > 40, seen
+
+
+@thorough
+@given(early_cases)
+def test_early_binding_with_cancels_is_what_the_reference_does(case: Case) -> None:
+    assert_equal_lives(simulate(case), run_reference(case))
+
+
+def test_two_hundred_seeded_early_bindings_equal_the_reference_and_exercise_what_is_hard() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(200):
+        case = make_early_case(Random(seed))
+        trace = simulate(case, check=False)
+        assert_equal_lives(trace, run_reference(case))
+        for core, log in trace.logs.items():
+            for frame in read_log(log)[1]:
+                for command in frame.commands:
+                    message = command.message if isinstance(command, Send) else command
+                    is_early = isinstance(message, ServeKv) and message.is_early
+                    seen["early serves" if is_early else type(message).__name__] += 1
+                seen["tokens first"] += core > 0 and any(isinstance(event, FirstTokens) for event in frame.events)
+    assert seen["PrepareReceive"] > 1000, seen
+    assert seen["early serves"] > 400, seen
+    assert seen["FirstTokens"] > 1000, seen
+    assert seen["ContextStarted"] > 400, seen
+    assert seen["KvWithdrawn"] > 20, seen
+    assert seen["AbortKv"] > 10, seen
 
 
 @thorough

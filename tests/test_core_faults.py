@@ -8,6 +8,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from msgspec.structs import replace as with_
 
 from disagg.policies.vocabulary import Role
 from tests.core_cases import NEVER, Case, Trace, core_of, make_case, simulate
@@ -58,6 +59,17 @@ def short_leases(case: Case, rng: Random) -> Case | None:
     return replace(case, link_ps_per_token=rng.choice((1, 20))).with_executors(lease=rng.choice((3, 9, 30, 90)))
 
 
+def bind_early(case: Case, rng: Random) -> Case | None:
+    """Early binding, and one of the other faults."""
+    if all(executor.role is Role.MIXED for executor in case.config.executors):
+        return None
+    binding = rng.choice(("at_arrival", "at_context_start"))
+    case = replace(case, config=with_(case.config, generation_binding=binding))
+    case = case.with_executors(layerwise=rng.random() < 0.7)
+    other = rng.choice((kill_context, kill_generation, cancel, slow_transfers, short_leases))
+    return other(case, rng)
+
+
 CAMPAIGNS: list[Callable[[Case, Random], Case | None]] = [
     kill_context,
     kill_generation,
@@ -65,6 +77,7 @@ CAMPAIGNS: list[Callable[[Case, Random], Case | None]] = [
     kv_full,
     slow_transfers,
     short_leases,
+    bind_early,
 ]
 
 
@@ -109,14 +122,18 @@ def test_all_faults_at_once() -> None:
 
 
 def test_time_outs_are_honoured_within_twice_their_setting() -> None:
-    """The instants at which transfers are given up, against the instants at which they were asked for."""
+    """The instants at which transfers are given up, against the instants at which they were asked for.
+
+    Of one that was bound early, against the end of its context phase: before, it waits for somebody else.
+    """
     late = 0
     for seed in range(40):
         rng = Random(f"late/{seed}")
         case = replace(make_case(rng), link_ps_per_token=1000)
         case = case.with_executors(transfer_timeout_base=100, lease=NEVER)
         for row in simulate(case, check=False).rows:
-            waited = getattr(row, "end_ps", 0) - (getattr(row, "transfer_start_ps", None) or 0)
+            begun = max(getattr(row, name, None) or 0 for name in ("transfer_start_ps", "first_token_ps"))
+            waited = getattr(row, "end_ps", 0) - begun
             if "took over" in (getattr(row, "error", None) or "") and hasattr(row, "transfer_start_ps"):
                 late += 1
                 assert waited <= 200 + case.message_latency

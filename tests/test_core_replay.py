@@ -28,7 +28,7 @@ from disagg.core.events import Arrive, Enqueue, Report, Response, StepsDone
 from disagg.policies.interfaces import QueueOrder, ScoringPolicy
 from disagg.policies.registry import register
 from disagg.policies.vocabulary import Request, Role
-from tests.core_cases import NEVER, Case, make_case, simulate
+from tests.core_cases import NEVER, Case, make_case, make_early_case, simulate
 
 
 @register("test_youngest_first", kind="queue_order", source="tests")
@@ -71,8 +71,9 @@ def test_every_core_of_a_run_is_replayed_to_the_byte(logs: dict[int, bytes]) -> 
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_random_runs_are_replayed_to_the_byte(seed: int) -> None:
-    for log in simulate(make_case(Random(seed)), check=False).logs.values():
+@pytest.mark.parametrize("make", [make_case, make_early_case])
+def test_random_runs_are_replayed_to_the_byte(make: Callable[[Random], Case], seed: int) -> None:
+    for log in simulate(make(Random(seed)), check=False).logs.values():
         assert replay(log) == len(list(read_log(log)[1]))
 
 

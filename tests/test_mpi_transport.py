@@ -48,7 +48,7 @@ def test_no_transport_is_refused_in_the_agreed_words() -> None:
 
 def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
     assert check_backend("mpi") == "mpi"
-    with pytest.raises(TransportError, match=r"'pigeon' is unknown; allowed: mpi"):
+    with pytest.raises(TransportError, match=r"'pigeon' is unknown; allowed: mpi, cuda_ipc, host, auto"):
         check_backend("pigeon")
 
 
@@ -189,3 +189,35 @@ def test_many_transfers_in_both_directions_arrive_with_equal_checksums(capfd: py
 def test_a_transfer_that_cannot_be_fails_alone_and_with_words(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch(str(PROGRAMS / "failing_transfers.py"), (), 2, timeout_s=120) == 0
     assert capfd.readouterr().out.count("1: None") == 2
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("way", "layouts"),
+    [
+        ("mpi", "2 3 16 1 3 4"),  # tp 2 to tp 1
+        ("mpi", "1 3,1 4 2 4 16"),  # uneven stages to tp 2
+        ("mpi", "1 5 8 1 1,3,1 8"),  # one rank to three uneven stages
+        ("mpi", "1 2 4 8 2 4"),  # to twice as many ranks as KV heads
+        ("staged", "1 3,1 4 2 4 16"),
+        ("staged_host", "1 3,1 4 2 4 16"),
+        ("peer_read", "1 3,1 4 2 4 16"),
+        ("peer_read", "1 5 8 1 1,3,1 8"),
+    ],
+)
+def test_kv_sent_while_it_is_computed_arrives_whole_in_any_layout(
+    way: str, layouts: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    args = [way, *layouts.split()]
+    ranks = sum(int(args[i]) * len(args[i + 1].split(",")) for i in (1, 4))
+    assert launch(str(PROGRAMS / "progressive.py"), args, ranks, timeout_s=120) == 0
+    assert capfd.readouterr().out.count("progressive transfers") == ranks
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("way", ["mpi", "staged_host", "peer_read"])
+def test_a_transfer_given_up_half_way_fails_alone_and_a_busy_sender_delays_nobody(
+    way: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(str(PROGRAMS / "cut_short.py"), (way,), 2, timeout_s=120) == 0
+    assert capfd.readouterr().out.count("cut short") == 2

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.commands import Chunk, Joined, RunSteps
-from disagg.core.events import Cancel, Enqueue, LeaseRenewed, Report, Response, Shutdown
+from disagg.core.events import (
+    Cancel,
+    ContextStarted,
+    Enqueue,
+    FirstTokens,
+    KvWithdrawn,
+    LeaseRenewed,
+    Report,
+    Response,
+    Shutdown,
+)
 from disagg.policies.vocabulary import ContextPhaseParams, FinishReason, Request, SamplingConfig
 from disagg.runtime import wire
 from disagg.runtime.wire import Envelope, WireEnd, WireError, decode, encode
@@ -30,6 +40,9 @@ BODIES: list[wire.Body] = [
     Enqueue(REQUEST),
     Cancel(3),
     LeaseRenewed((1, 2, 3)),
+    FirstTokens(7, (5,)),
+    KvWithdrawn(1, 2, 3),
+    ContextStarted(7),
     Shutdown(False),
     Report(1, blocks_free=10, cache_events=(-5,)),
     Response(7, 1, FinishReason.LENGTH, 16, report=Report(1)),
@@ -40,7 +53,8 @@ BODIES: list[wire.Body] = [
     wire.KvAsk(1, 2, 3),
     wire.KvAnswer(3, False, "expired"),
     wire.KvOver(1, 3, True),
-    wire.ServeKvOrder(1, 2, 3, 10, (4, 5)),
+    wire.ServeKvOrder(1, 2, 3, 10, (4, 5), True, 4),
+    wire.KvWrittenOrder(1),
     wire.ReceiveKvOrder(3, 1, 1, 10, (8, 9)),
     wire.AbortKvOrder(3, "time-out"),
     wire.KvPart(3, True, True, 4096, 10, 64),
@@ -74,7 +88,11 @@ def test_every_control_message_is_tried_above() -> None:
         (Enqueue(Request(1, 4, 16, priority=float("nan"))), "priority"),
         (Enqueue(Request(1, 4, 16, session="x" * 70_000)), "session"),
         (LeaseRenewed((5, -1)), "request_ids"),
+        (FirstTokens(1, (1 << 40,)), "tokens"),
+        (KvWithdrawn(1, 1 << 21, 3), "reader"),
+        (ContextStarted(-1), "request_id"),
         (Response(1, 1 << 21, None, 0), "executor"),
+        (wire.ServeKvOrder(1, 2, 3, 10, (4, 5), True, -1), "body"),
         (wire.PlanGrant(1, 1, 1, 1, RunSteps(1, 1, 1, -1)), "last_step"),
         (wire.PlanGrant(1, 1, 1, 1, RunSteps(1, 1, 1, 1, appended=((5, (-9,)),))), "appended"),
         (wire.TokenChunk(1, 0, (1 << 31,)), "body"),

@@ -171,9 +171,11 @@ def test_binding_at_arrival_asks_for_both_executors_before_either_phase_runs(mon
     )
     commands = o.arrive(1, 0)
     assert [(row.stage, row.executor) for row in decisions(commands)] == [("context", 1), ("generation", 3)]
-    ((_, sent),) = enqueued(commands)
+    (_, sent), (executor, promised) = enqueued(commands)
+    assert executor == 3
+    assert promised.context_phase_params == ContextPhaseParams(sent.id, 1, sent.num_prompt_tokens, is_promised=True)
     commands = o.context_done(1, sent.id, 10)
-    assert [executor for executor, _ in enqueued(commands)] == [3]
+    assert not enqueued(commands)
     assert not decisions(commands)
 
 

@@ -49,10 +49,29 @@ def test_a_mixed_request_decodes_from_its_first_token_on() -> None:
 
 
 def test_a_transfer_before_the_first_token_is_reported_apart() -> None:
-    row = rows_of(request(transfer_start_ps=31 * MS, kv_usable_ps=61 * MS)).iloc[0]
+    early = request(transfer_start_ps=5 * MS, kv_usable_ps=61 * MS, kv_transfer_overlap_ps=20 * MS)
+    row = rows_of(early).iloc[0]
     assert row["kv_transfer_overlap_s"] == 0.020
     assert row["queue_time_gen_s"] == 0.0
     assert row["kv_transfer_time_s"] == 0.010
+
+
+def test_a_transfer_after_the_context_phase_overlaps_nothing_and_a_mixed_request_has_none() -> None:
+    assert rows_of(request()).iloc[0]["kv_transfer_overlap_s"] == 0.0
+    mixed = request(generation_executor=1, transfer_start_ps=None, kv_usable_ps=None)
+    assert math.isnan(rows_of(mixed).iloc[0]["kv_transfer_overlap_s"])
+
+
+def test_the_transfer_rate_leaves_out_transfers_that_waited_for_their_context_phase(tmp_path: Path) -> None:
+    def rate(*transfers: TransferRow) -> float | None:
+        run = write_run(tmp_path / f"run{len(list(tmp_path.iterdir()))}", requests=[request()], transfers=transfers)
+        found: float | None = summarise(run)["transfer_rate_tokens_per_s"]
+        return found
+
+    late = TransferRow(9, 1, 3, 100, 4, 56 * MS, 66 * MS, True, None, 0)
+    early = TransferRow(8, 1, 3, 100, 4, 6 * MS, 66 * MS, True, None, 1, 50 * MS)
+    assert rate(late) == rate(late, early) == pytest.approx(100 / 0.010)
+    assert rate(early) is None
 
 
 def test_one_output_token_has_no_tpot_and_meets_its_objective(tmp_path: Path) -> None:

@@ -92,18 +92,20 @@ def make_engine(
     return Engine(shape, weights, place, pages, SingleRank(), device, record_margins=record_margins)
 
 
-def num_blocks_for(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK)
-
-
 class Script:
     """Drives engines as an executor would, with block tables of its own. `engines`: all ranks of one executor.
 
     Every plan goes to each of them, through `each`, which runs a function for every rank at once.
     """
 
-    def __init__(self, engines: Sequence[Engine], each: Callable[[Callable[[Engine], Any]], list[Any]] | None = None):
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        each: Callable[[Callable[[Engine], Any]], list[Any]] | None = None,
+        tokens_per_block: int = BLOCK,
+    ) -> None:
         self._engines = engines
+        self._tokens_per_block = tokens_per_block
         self._each = each if each is not None else lambda call: [call(engine) for engine in engines]
         self._plan = 0
         self._free = list(range(10**6))[: engines[0]._pages.num_blocks][::-1]  # last block first
@@ -114,7 +116,7 @@ class Script:
 
     def reserve(self, request_id: int, num_tokens: int) -> tuple[int, ...]:
         """Take blocks, not in order, for `num_tokens` tokens."""
-        count = num_blocks_for(num_tokens)
+        count = -(-num_tokens // self._tokens_per_block)
         taken, self._free = self._free[:count:2], self._free[count:] + self._free[1:count:2]
         rest, self._free = self._free[: count - len(taken)], self._free[count - len(taken) :]
         self.blocks[request_id] = tuple(taken + rest)
@@ -130,8 +132,12 @@ class Script:
         sampling: SamplingConfig = GREEDY,
         decodes: bool = True,
         remember: bool = False,
+        ahead: int = 1,
     ) -> None:
-        """One plan. `chunks`: (request, start, tokens, is_last). `remember`: the engine knows their tokens."""
+        """One plan. `chunks`: (request, start, tokens, is_last). `remember`: the engine knows their tokens.
+
+        `ahead`: steps launched before the first of them is waited for.
+        """
         self.decoding = [r for r in self.decoding if r not in left] + list(joined)
         self._plan += 1
         plan = RunSteps(
@@ -153,7 +159,11 @@ class Script:
 
         def on_rank(engine: Engine) -> list[list[tuple[int, int]]]:
             engine.begin(plan, feed)
-            return [engine.step() for _ in range(num_steps)]
+            results: list[list[tuple[int, int]]] = []
+            while len(results) < num_steps:
+                pending = [engine.launch() for _ in range(min(ahead, num_steps - len(results)))]
+                results += [step.result() for step in pending]
+            return results
 
         results = self._each(on_rank)
         assert all(result == results[0] for result in results), "ranks disagree about the tokens"

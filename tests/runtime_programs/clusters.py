@@ -47,9 +47,13 @@ def cluster(
     steps_per_grant: int = 1,
     pipeline_depth: int | None = None,
     on_failure: str = "recompute",
+    num_devices: int = 0,
     **spec: Any,
 ) -> HardwareSpec:
-    """Ranks are dealt out in order; pipelines have as many grants outstanding as stages, unless told otherwise."""
+    """Ranks are dealt out in order; pipelines have as many grants outstanding as stages, unless told otherwise.
+
+    `num_devices`: GPUs to deal the ranks out to, one after the other and round.
+    """
     executors, placements = [], []
     rank = first_rank
     for number, layout in enumerate(layouts, 1):
@@ -63,7 +67,8 @@ def cluster(
         executors.append(ExecutorConfig(number, layout.role, **(config | layout.config)))
         ranks = tuple(range(rank, rank + layout.tp * layout.pp))
         depth = layout.pp if pipeline_depth is None else pipeline_depth
-        placements.append(Placement(number, ranks, (), layout.layers, steps_per_grant, depth))
+        devices = tuple((r - first_rank) % num_devices for r in ranks) if num_devices else ()
+        placements.append(Placement(number, ranks, devices, layout.layers, steps_per_grant, depth))
         rank += len(ranks)
     roles = {layout.role for layout in layouts}
     orchestrator = OrchestratorConfig(

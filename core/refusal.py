@@ -1,0 +1,41 @@
+"""Which requests an executor can never serve, and why: asked once, when they come."""
+
+from __future__ import annotations
+
+from ..policies.vocabulary import Request, RequestType
+from .config import ExecutorConfig
+
+
+def refusal(request: Request, config: ExecutorConfig) -> str | None:
+    """Why an executor of this configuration can never serve the request, in words, or None."""
+    scheduler = config.scheduler
+    params = request.context_phase_params
+    if params is not None and params.executor == config.id:
+        return "the KV is held by this executor itself; a request cannot be handed over to where it is"
+    if request.num_prompt_tokens < 1 or request.max_tokens < 1:
+        return f"{request.num_prompt_tokens} prompt tokens and max_tokens {request.max_tokens}: both must be at least 1"
+    if request.sampling is not None and request.sampling.beam_width != 1:
+        return f"beam width {request.sampling.beam_width} is not supported: only 1 is"
+    if request.request_type is RequestType.GENERATION_ONLY and params is None:
+        return "a generation-only request needs context_phase_params"
+    if request.request_type is RequestType.GENERATION_ONLY and request.max_tokens == 1:
+        return "max_tokens 1 was reached by the context phase: there is no generation phase"
+    generates = request.request_type is not RequestType.CONTEXT_ONLY
+    num_tokens = request.total_kv_tokens if generates else request.num_prompt_tokens
+    capacity = config.num_blocks * config.tokens_per_block
+    if num_tokens > capacity:
+        return f"the request needs KV for {num_tokens} tokens, this executor can hold {capacity} in all"
+    if scheduler.chunked_context:
+        return None
+    prefills = request.request_type is not RequestType.GENERATION_ONLY
+    if prefills and request.num_prompt_tokens > scheduler.max_num_tokens:
+        return (
+            f"a prompt of {request.num_prompt_tokens} tokens is over max_num_tokens {scheduler.max_num_tokens}"
+            " and chunked context is off"
+        )
+    if generates and scheduler.capacity == "max_utilization" and num_tokens > scheduler.max_num_tokens:
+        return (
+            f"the request may be preempted and then needs {num_tokens} tokens recomputed at once: max_num_tokens is"
+            f" {scheduler.max_num_tokens} and chunked context is off"
+        )
+    return None

@@ -1,0 +1,148 @@
+"""Another process's device memory in this one, and copies by copy engines: a few functions of the CUDA driver.
+
+Through ctypes on libcuda.so.1, every return code checked. The primary context that torch uses must be current on the
+calling thread (`use_device`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Final
+
+from .kv_runs import Runs
+
+HANDLE_BYTES: Final = 64
+_LAZY_ENABLE_PEER_ACCESS: Final = 1
+_SOURCE_ORDER_STREAM: Final = 1
+_PREFER_OVERLAP_WITH_COMPUTE: Final = 1
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA driver that failed, with its name and the driver's own words."""
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _CopyAttributes(ctypes.Structure):
+    _fields_ = (
+        ("source_access_order", ctypes.c_int),
+        ("source", _Location),
+        ("destination", _Location),
+        ("flags", ctypes.c_uint),
+    )
+
+
+def find_libcuda() -> str | None:
+    """The name under which the driver's library can be loaded, or None."""
+    for name in ("libcuda.so.1", "libcuda.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return name
+    return None
+
+
+class Driver:
+    """The driver of this process. Raises CudaError where there is none."""
+
+    def __init__(self) -> None:
+        name = find_libcuda()
+        if name is None:
+            raise CudaError("libcuda.so.1 cannot be loaded: no NVIDIA driver is installed here")
+        self._lib: Any = ctypes.CDLL(name)
+
+    def has(self, function: str) -> bool:
+        return hasattr(self._lib, function)
+
+    def call(self, function: str, *args: Any) -> None:
+        code = getattr(self._lib, function)(*args)
+        if code == 0:
+            return
+        text = ctypes.c_char_p()
+        self._lib.cuGetErrorString(code, ctypes.byref(text))
+        words = text.value.decode(errors="replace") if text.value else "unknown error"
+        raise CudaError(f"{function} failed with {code}: {words}")
+
+    # ---- memory of another process -----------------------------------------------------------------------------------
+
+    def allocation_of(self, address: int) -> tuple[int, int]:
+        """(first address, bytes) of the allocation that `address` lies in."""
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        self.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
+        return int(base.value), int(size.value)
+
+    def export(self, address: int) -> bytes:
+        """A handle with which another process of this host can open the allocation that `address` lies in."""
+        handle = _IpcHandle()
+        try:
+            self.call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(address))
+        except CudaError as error:
+            raise CudaError(
+                f"{error}; memory of torch's expandable segments (PYTORCH_CUDA_ALLOC_CONF) cannot be shared so"
+            ) from None
+        return bytes(handle.reserved)
+
+    def open(self, handle: bytes) -> int:
+        """The address at which another process's allocation begins here."""
+        if len(handle) != HANDLE_BYTES:
+            raise CudaError(f"an IPC handle of {len(handle)} bytes; allowed: {HANDLE_BYTES}")
+        address = ctypes.c_uint64()
+        wanted = _IpcHandle((ctypes.c_ubyte * HANDLE_BYTES).from_buffer_copy(handle))
+        flags = ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS)
+        self.call("cuIpcOpenMemHandle_v2", ctypes.byref(address), wanted, flags)
+        return int(address.value)
+
+    def close(self, address: int) -> None:
+        """Undo an `open`."""
+        self.call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+    # ---- copies ------------------------------------------------------------------------------------------------------
+
+    def copy_runs(self, runs: Runs, stream: int) -> None:
+        """Copy all runs in the order of `stream` (not the default one), by copy engines, and return at once."""
+        import numpy as np
+
+        sources, destinations, sizes = (np.ascontiguousarray(each, dtype=np.uint64) for each in runs)
+        if not self.has("cuMemcpyBatchAsync"):  # drivers before 12.8
+            for source, destination, size in zip(sources, destinations, sizes, strict=True):
+                args = [ctypes.c_uint64(int(destination)), ctypes.c_uint64(int(source)), ctypes.c_size_t(int(size))]
+                self.call("cuMemcpyAsync", *args, ctypes.c_void_p(stream))
+            return
+        attributes = _CopyAttributes(_SOURCE_ORDER_STREAM, flags=_PREFER_OVERLAP_WITH_COMPUTE)
+        first, failed = ctypes.c_size_t(0), ctypes.c_size_t()
+        self.call(
+            "cuMemcpyBatchAsync",
+            ctypes.c_void_p(destinations.ctypes.data),
+            ctypes.c_void_p(sources.ctypes.data),
+            ctypes.c_void_p(sizes.ctypes.data),
+            ctypes.c_size_t(len(sizes)),
+            ctypes.byref(attributes),
+            ctypes.byref(first),
+            ctypes.c_size_t(1),
+            ctypes.byref(failed),
+            ctypes.c_void_p(stream),
+        )
+
+
+def use_device(index: int) -> None:
+    """Make torch's context of that GPU the current one of this thread."""
+    import torch
+
+    torch.cuda.set_device(index)
+    torch.empty(1, device=f"cuda:{index}")
+
+
+def device_uuid(index: int) -> bytes:
+    """16 bytes that name the GPU, in every process."""
+    import uuid
+
+    import torch
+
+    return uuid.UUID(str(torch.cuda.get_device_properties(index).uuid)).bytes

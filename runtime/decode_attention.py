@@ -1,0 +1,259 @@
+"""Attention of one new token per sequence over its pages: split-KV flash decoding (Dao et al., 2023), in Triton.
+
+A sequence's KV is cut into at most `max_splits` parts of at least `min_split` tokens, so that one long sequence does not
+wait for one program; the parts are merged by their log-sum-exp, in a small batch by the program that ends last, in a large
+one, where that costs the many programs registers, by a kernel of its own. All sizes of the launch are fixed by the batch
+size alone, so that a CUDA graph can hold it while lengths grow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _split(  # type: ignore[no-untyped-def]
+    q,
+    q_stride,
+    positions,
+    tables,
+    table_width,
+    k_pages,
+    v_pages,
+    partial,
+    sums,
+    arrived,
+    out,
+    scale,
+    num_kv,
+    window,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    FUSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)
+    length = tl.load(positions + sequence) + 1
+    oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
+    span = length - oldest
+    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+    start = oldest + split * per_split
+    stop = tl.minimum(start + per_split, length)
+    row = tl.arange(0, ROWS)
+    at = tl.arange(0, DIM)
+    in_group = row < GROUP
+    if (start < stop) | (split == 0):
+        query = tl.load(
+            q + sequence * q_stride + (head * GROUP + row)[:, None] * DIM + at[None, :],
+            mask=in_group[:, None],
+            other=0.0,
+        )
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM], tl.float32)
+        table = tables + sequence * table_width
+        for first in range(start, stop, BLOCK):
+            token = first + tl.arange(0, BLOCK)
+            inside = token < stop
+            block = tl.load(table + token // TOKENS, mask=inside, other=0).to(tl.int64)
+            page = ((block * num_kv + head) * TOKENS + token % TOKENS) * DIM
+            k = tl.load(k_pages + page[:, None] + at[None, :], mask=inside[:, None], other=0.0)
+            v = tl.load(v_pages + page[:, None] + at[None, :], mask=inside[:, None], other=0.0)
+            scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.where((inside & (token >= length - window))[None, :], scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            # A block that the window hides whole leaves -inf - -inf, which must count as nothing.
+            shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+            weights = tl.exp2(scores - shift[:, None])
+            fade = tl.exp2(top - shift)
+            total = total * fade + tl.sum(weights, 1)
+            acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+            top = new_top
+        if span <= per_split:  # the only part
+            safe = tl.where(total > 0, total, 1.0)
+            tl.store(
+                out + ((sequence * num_kv + head) * GROUP + row)[:, None] * DIM + at[None, :],
+                (acc / safe[:, None]).to(out.dtype.element_ty),
+                mask=in_group[:, None],
+            )
+        else:
+            slot = ((sequence * num_kv + head) * SPLITS + split) * GROUP + row
+            tl.store(partial + slot[:, None] * DIM + at[None, :], acc, mask=in_group[:, None])
+            tl.store(sums + slot * 2, top, mask=in_group)
+            tl.store(sums + slot * 2 + 1, total, mask=in_group)
+            if FUSED:
+                tl.debug_barrier()  # all of this program's stores come before its arrival
+                pair = sequence * num_kv + head
+                parts = tl.cdiv(span, per_split)
+                if tl.atomic_add(arrived + pair, 1) == parts - 1:
+                    tl.store(arrived + pair, 0)
+                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, PADDED, GROUP_PADDED)
+
+
+@triton.jit
+def _merge_parts(  # type: ignore[no-untyped-def]
+    partial,
+    sums,
+    out,
+    pair,
+    parts,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+):
+    part = tl.arange(0, PADDED)
+    member = tl.arange(0, GROUP_PADDED)
+    at = tl.arange(0, DIM)
+    there = (part < parts)[:, None] & (member < GROUP)[None, :]
+    slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
+    # Past the first-level cache: it may hold what a layer before left there.
+    tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
+    totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    highest = tl.max(tops, 0)
+    highest = tl.where(highest == -float("inf"), 0.0, highest)
+    share = tl.where(there, tl.exp2(tops - highest[None, :]), 0.0)
+    values = tl.load(
+        partial + slots[:, :, None] * DIM + at[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
+    )
+    merged = tl.sum(values * share[:, :, None], 0)
+    whole = tl.sum(totals * share, 0)
+    whole = tl.where(whole > 0, whole, 1.0)
+    tl.store(
+        out + (pair * GROUP + member)[:, None] * DIM + at[None, :],
+        (merged / whole[:, None]).to(out.dtype.element_ty),
+        mask=(member < GROUP)[:, None],
+    )
+
+
+@triton.jit
+def _merge(  # type: ignore[no-untyped-def]
+    positions,
+    partial,
+    sums,
+    out,
+    num_kv,
+    window,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+):
+    sequence = tl.program_id(1).to(tl.int64)
+    length = tl.load(positions + sequence) + 1
+    oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
+    span = length - oldest
+    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+    if span > per_split:
+        pair = sequence * num_kv + tl.program_id(0)
+        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, PADDED, GROUP_PADDED)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSizes:
+    """How a launch is cut: tokens per loop step, least tokens of a part, most parts, and the launch's own knobs."""
+
+    block: int = 64
+    min_split: int = 512
+    max_splits: int = 16
+    num_warps: int = 4
+    num_stages: int = 3
+    fused: bool = False  # the merge is done by the last part
+
+
+def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
+    """Parts such that a context of about 1,000 tokens makes one or two waves of programs, and 32 times that still does.
+
+    Tuned on an H200 over pages of 32 tokens, 8 KV heads of 128 (docs/log.md): few programs want few warps each.
+    """
+    wanted = max(1, (4 * num_sms) // max(1, batch * num_kv))  # parts per sequence
+    min_split = max(64, min(2048, triton.next_power_of_2(1024 // wanted)))
+    max_splits = max(8, min(32, triton.next_power_of_2(wanted)))
+    if batch * num_kv >= 2 * num_sms:
+        return SplitSizes(64, 2 * min_split if min_split >= 1024 else min_split, max_splits, num_warps=8, num_stages=2)
+    return SplitSizes(64, min_split, max_splits, num_warps=4, num_stages=2, fused=True)
+
+
+class DecodeAttention:
+    """Workspace and launch for up to `max_batch` sequences of one rank's heads. Not for two streams at once."""
+
+    def __init__(
+        self, max_batch: int, num_query: int, num_kv: int, dim: int, window: int | None, device: torch.device
+    ) -> None:
+        self._group = num_query // num_kv
+        self._num_kv = num_kv
+        self._dim = dim
+        self._window = window if window is not None else 1 << 30
+        self._scale = dim**-0.5 * 1.4426950408889634  # exp2 instead of exp
+        slots = max(b * split_sizes(b, num_kv).max_splits for b in range(1, max_batch + 1)) * num_query
+        self._partial = torch.empty(slots * dim, dtype=torch.float32, device=device)
+        self._sums = torch.empty(slots * 2, dtype=torch.float32, device=device)
+        self._arrived = torch.zeros(max_batch * num_kv, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        q: Tensor,
+        positions: Tensor,
+        tables: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        out: Tensor,
+        sizes: SplitSizes | None = None,
+    ) -> None:
+        """out[i] = attention of q[i] over tokens 0 … positions[i] of tables[i]; a row of position -1 gives zeros.
+
+        q [sequences, ≥ query heads · head_dim] with rows of any stride; positions int32 [sequences]; tables int32
+        [sequences, width]; k_pages, v_pages [blocks, KV heads, tokens, head_dim]; out [sequences, query heads ·
+        head_dim], contiguous.
+        """
+        batch = positions.shape[0]
+        sizes = split_sizes(batch, self._num_kv) if sizes is None else sizes
+        shared = {"GROUP": self._group, "DIM": self._dim, "BLOCK": sizes.block}
+        shared |= {"MIN_SPLIT": sizes.min_split, "SPLITS": sizes.max_splits}
+        shared["PADDED"] = triton.next_power_of_2(sizes.max_splits)
+        shared["GROUP_PADDED"] = triton.next_power_of_2(self._group)
+        _split[(self._num_kv, batch, sizes.max_splits)](
+            q,
+            q.stride(0),
+            positions,
+            tables,
+            tables.stride(0),
+            k_pages,
+            v_pages,
+            self._partial,
+            self._sums,
+            self._arrived,
+            out,
+            self._scale,
+            self._num_kv,
+            self._window,
+            ROWS=max(16, triton.next_power_of_2(self._group)),
+            TOKENS=k_pages.shape[2],
+            FUSED=sizes.fused,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=sizes.num_warps,
+            num_stages=sizes.num_stages,
+            **shared,
+        )
+        if not sizes.fused:
+            _merge[(self._num_kv, batch)](
+                positions, self._partial, self._sums, out, self._num_kv, self._window, num_warps=4, **shared
+            )

@@ -1,0 +1,110 @@
+"""One Triton kernel that copies KV between two places, each of them paged or packed, this device's or a peer's.
+
+A row is one token of one (layer, K or V, head): head_dim elements, contiguous everywhere. Rows are found by address
+arithmetic in 64 bits, so that block sizes, head ranges, layer ranges and first tokens may differ at the two ends. Both
+places are given by raw addresses: Triton refuses tensors whose device it cannot query, such as a peer's memory.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import triton
+import triton.language as tl
+
+from .kv_places import KvCopy, KvPlace
+
+DEFAULT_PROGRAMS: Final = 528  # 4 for each of an H200's 132 multiprocessors
+_NUMBERS: Final = [
+    "src", "src_table", "src_layer", "src_kv", "src_block", "src_head", "src_token", "src_size",
+    "dst", "dst_table", "dst_layer", "dst_kv", "dst_block", "dst_head", "dst_token", "dst_size",
+    "num_heads", "num_tokens", "num_tiles",
+]  # fmt: skip
+
+
+@triton.jit
+def _row_addresses(base, table, block_bytes, token_bytes, token, size, mask, PAGED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Addresses of the rows of these tokens, from that of token 0 of block 0 of their (layer, K or V, head)."""
+    if PAGED:
+        block = tl.load(table.to(tl.pointer_type(tl.int32)) + token // size, mask=mask, other=0).to(tl.int64)
+        return base + block * block_bytes + (token % size).to(tl.int64) * token_bytes
+    else:
+        return base + token.to(tl.int64) * token_bytes
+
+
+# Not specialised on any number: a compilation in the middle of serving costs more than it could save. All are typed, or
+# a small number would make another kernel than a large one.
+@triton.jit(do_not_specialize=_NUMBERS)
+def _copy_rows(  # type: ignore[no-untyped-def]
+    src: tl.int64, src_table: tl.int64, src_layer: tl.int64, src_kv: tl.int64, src_block: tl.int64, src_head: tl.int64,
+    src_token: tl.int32, src_size: tl.int32,
+    dst: tl.int64, dst_table: tl.int64, dst_layer: tl.int64, dst_kv: tl.int64, dst_block: tl.int64, dst_head: tl.int64,
+    dst_token: tl.int32, dst_size: tl.int32,
+    num_heads: tl.int32, num_tokens: tl.int32, num_tiles: tl.int32,
+    WORDS: tl.constexpr, COLUMNS: tl.constexpr, WORD_BYTES: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    SRC_PAGED: tl.constexpr, DST_PAGED: tl.constexpr,
+):  # fmt: skip
+    tiles_per_head = (num_tokens + TILE - 1) // TILE
+    row_bytes = WORDS * WORD_BYTES
+    word = tl.pointer_type(tl.int32) if WORD_BYTES == 4 else tl.pointer_type(tl.int16)
+    column = tl.arange(0, COLUMNS)
+    for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        rest = tile // tiles_per_head
+        token = (tile % tiles_per_head) * TILE + tl.arange(0, TILE)
+        inside = token < num_tokens
+        head = (rest % num_heads).to(tl.int64)
+        kv = ((rest // num_heads) % 2).to(tl.int64)
+        layer = (rest // num_heads // 2).to(tl.int64)
+        start = src + layer * src_layer + kv * src_kv + head * src_head
+        rows = _row_addresses(start, src_table, src_block, row_bytes, token + src_token, src_size, inside, SRC_PAGED)
+        into = dst + layer * dst_layer + kv * dst_kv + head * dst_head
+        goals = _row_addresses(into, dst_table, dst_block, row_bytes, token + dst_token, dst_size, inside, DST_PAGED)
+        mask = inside[:, None] & (column < WORDS)[None, :]
+        source = tl.multiple_of(rows.to(word), ALIGN)[:, None] + column[None, :]
+        target = tl.multiple_of(goals.to(word), ALIGN)[:, None] + column[None, :]
+        tl.store(target, tl.load(source, mask=mask), mask=mask)
+
+
+def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs: int = DEFAULT_PROGRAMS) -> None:
+    """Launch `copy` on the current device and stream.
+
+    `tile`: tokens a step of a program; `max_programs`: at most so many run, to leave the device to others.
+    """
+    word = 4 if copy.row_bytes % 4 == 0 else 2
+    if copy.row_bytes % word:
+        raise ValueError(f"rows of {copy.row_bytes} bytes; allowed: an even number")
+    source, destination = copy.source, copy.destination
+    words = copy.row_bytes // word
+    while tile > 16 and tile >= 2 * copy.num_tokens:
+        tile //= 2
+    num_tiles = copy.num_layers * 2 * copy.num_heads * -(-copy.num_tokens // tile)
+    # 128-bit loads where every row begins on 16 bytes; the strides are multiples of a row
+    align = 16 if (copy.row_bytes | source.address | destination.address) % 16 == 0 else word
+    _copy_rows[(min(num_tiles, max_programs),)](
+        *_numbers(source),
+        *_numbers(destination),
+        copy.num_heads,
+        copy.num_tokens,
+        num_tiles,
+        WORDS=words,
+        COLUMNS=triton.next_power_of_2(words),
+        WORD_BYTES=word,
+        ALIGN=align,
+        TILE=tile,
+        SRC_PAGED=source.table != 0,
+        DST_PAGED=destination.table != 0,
+        num_warps=num_warps,
+    )
+
+
+def _numbers(place: KvPlace) -> tuple[int, ...]:
+    return (
+        place.address,
+        place.table,
+        place.layer_bytes,
+        place.kv_bytes,
+        place.block_bytes,
+        place.head_bytes,
+        place.first_token,
+        place.tokens_per_block,
+    )

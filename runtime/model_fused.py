@@ -1,0 +1,221 @@
+"""The forward pass of one rank with fused kernels: what `ModelPart` computes, at the speed of the memory.
+
+Decodes and prompt chunks share the matrices of a step; each has its own attention. Nothing here waits for the device,
+so that a decode step can be captured in a CUDA graph, collectives included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.model_shapes import ModelShape
+from .collectives import Collectives
+from .decode_attention import DecodeAttention, SplitSizes
+from .gemv_kernels import gated_gemv, gemv
+from .kv_pages import TORCH_DTYPES, KvPages
+from .model_kernels import add_rms_norm, rms_norm, rope_write, silu_mul
+from .model_layers import inverse_frequencies, rotary
+from .model_place import Place
+from .prefill_attention import PrefillAttention, PrefillBatch
+from .weights import ModelWeights
+
+_ROTATIONS_AT_ONCE: Final = 8192
+LayerHook = Callable[[int], None]
+
+
+def can_fuse(shape: ModelShape) -> bool:
+    """Whether the kernels take heads of this size: a power of two that a tensor core's tile holds."""
+    dim = shape.head_dim
+    return 16 <= dim <= 256 and dim & (dim - 1) == 0
+
+
+class FusedModel:
+    """This rank's part. `max_batch` decodes a step at most. Every rank of the executor runs the same step."""
+
+    def __init__(
+        self,
+        place: Place,
+        weights: ModelWeights,
+        pages: KvPages,
+        collectives: Collectives,
+        device: torch.device,
+        max_batch: int,
+    ) -> None:
+        shape = place.shape
+        self._place = place
+        self._shape = shape
+        self._weights = weights
+        self._pages = pages
+        self._collectives = collectives
+        self._device = device
+        self._dtype = TORCH_DTYPES[shape.dtype]
+        self._num_query = place.query_heads[1] - place.query_heads[0]
+        self._num_kv = place.kv_heads[1] - place.kv_heads[0]
+        window = shape.sliding_window
+        self.decode_attention = DecodeAttention(
+            max_batch, self._num_query, self._num_kv, shape.head_dim, window, device
+        )
+        self._prefill_attention = PrefillAttention(self._num_query, self._num_kv, shape.head_dim, window)
+        self.max_positions = min(pages.num_blocks * pages.tokens_per_block, max(shape.max_position_embeddings, 1))
+        self._rotation = self._rotations()
+
+    def _rotations(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, [positions, head_dim / 2] in the model's dtype."""
+        frequencies = inverse_frequencies(self._shape).to(self._device)
+        half = self._shape.head_dim // 2
+        size = (self.max_positions, half)
+        cos, sin = (torch.empty(size, dtype=self._dtype, device=self._device) for _ in range(2))
+        for first in range(0, self.max_positions, _ROTATIONS_AT_ONCE):
+            end = min(first + _ROTATIONS_AT_ONCE, self.max_positions)
+            c, s = rotary(frequencies, torch.arange(first, end, device=self._device), self._dtype)
+            cos[first:end], sin[first:end] = c[:, 0, :half], s[:, 0, :half]
+        return cos, sin
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        sequences: Tensor,
+        tables: Tensor,
+        num_decodes: int,
+        prefill: PrefillBatch | None,
+        sampled_rows: Tensor | None,
+        *,
+        sizes: SplitSizes | None = None,
+        on_layer: LayerHook | None = None,
+    ) -> Tensor | None:
+        """Run a step, writing its KV; the local logits [sampled rows, vocab rows] on the last stage, else None.
+
+        token_ids, positions, sequences: int32 [rows], decodes first; sequences are rows of `tables` (int32). A row of
+        position -1 is padding. `sampled_rows` None: every row. `on_layer(i)` is called when layer i has been launched.
+        """
+        place, shape, eps = self._place, self._shape, self._shape.rms_norm_eps
+        rows = token_ids.shape[0]
+        if rows == num_decodes == 1 and place.tp == 1 and sampled_rows is None:
+            return self._forward_one(token_ids, positions, sequences, tables, sizes)
+        if place.is_first_stage:
+            residual = self._embed(token_ids)
+        else:
+            residual = self._collectives.recv_hidden(rows, shape.hidden_size, self._dtype, self._device)
+        delta: Tensor | None = None
+        normed = torch.empty_like(residual)
+        inner = place.intermediate[1] - place.intermediate[0]
+        gated = torch.empty((rows, inner), dtype=self._dtype, device=self._device)
+        attended = torch.empty((rows, self._num_query * shape.head_dim), dtype=self._dtype, device=self._device)
+        for layer, weights in enumerate(self._weights.layers):
+            if delta is None:
+                rms_norm(residual, weights.input_norm, eps, normed)
+            else:
+                add_rms_norm(delta, residual, weights.input_norm, eps, normed)
+            qkv = functional.linear(normed, weights.qkv, weights.qkv_bias)
+            k_pages, v_pages = self._rotate_and_write(layer, qkv, positions, sequences, tables)
+            if num_decodes:
+                self.decode_attention(
+                    qkv[:num_decodes],
+                    positions[:num_decodes],
+                    tables,
+                    k_pages,
+                    v_pages,
+                    attended[:num_decodes],
+                    sizes,
+                )
+            if prefill is not None:
+                first, end = prefill.rows
+                heads = qkv[first:end].view(end - first, -1, shape.head_dim)
+                q, k, v = torch.split(heads, [self._num_query, self._num_kv, self._num_kv], dim=1)
+                self._prefill_attention(
+                    q, k, v, prefill, layer, self._pages, attended[first:end].view(end - first, -1, shape.head_dim)
+                )
+            if on_layer is not None:
+                on_layer(layer)
+            delta = self._collectives.tp_all_reduce(functional.linear(attended, weights.o))
+            add_rms_norm(delta, residual, weights.post_norm, eps, normed)
+            silu_mul(functional.linear(normed, weights.gate_up), gated)
+            delta = self._collectives.tp_all_reduce(functional.linear(gated, weights.down))
+        if delta is None:
+            raise RuntimeError("a pipeline stage without layers")
+        if not place.is_last_stage:
+            self._collectives.send_hidden(residual.add_(delta))
+            return None
+        return self._logits(delta, residual, sampled_rows)
+
+    def _rotate_and_write(
+        self, layer: int, qkv: Tensor, positions: Tensor, sequences: Tensor, tables: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Finish q and k, and write k and v; the layer's pages of K and of V."""
+        weights = self._weights.layers[layer]
+        norms = None
+        if weights.q_norm is not None and weights.k_norm is not None:
+            norms = (weights.q_norm, weights.k_norm)
+        k_pages, v_pages = self._pages.pool[layer, 0], self._pages.pool[layer, 1]
+        rope_write(
+            qkv,
+            positions,
+            sequences,
+            tables,
+            self._rotation,
+            norms,
+            k_pages,
+            v_pages,
+            self._num_query,
+            self._shape.rms_norm_eps,
+        )
+        return k_pages, v_pages
+
+    def _forward_one(
+        self, token_ids: Tensor, positions: Tensor, sequences: Tensor, tables: Tensor, sizes: SplitSizes | None
+    ) -> Tensor | None:
+        """A step of one decode alone, whose products are of one row."""
+        place, shape, eps = self._place, self._shape, self._shape.rms_norm_eps
+        if place.is_first_stage:
+            residual = self._embed(token_ids)
+        else:
+            residual = self._collectives.recv_hidden(1, shape.hidden_size, self._dtype, self._device)
+        width = (self._num_query + 2 * self._num_kv) * shape.head_dim
+        qkv, attended, gated = (
+            torch.empty((1, size), dtype=self._dtype, device=self._device)
+            for size in (width, self._num_query * shape.head_dim, shape.intermediate_size)
+        )
+        for layer, weights in enumerate(self._weights.layers):
+            gemv(residual, weights.qkv, qkv, bias=weights.qkv_bias, norm=weights.input_norm, eps=eps)
+            k_pages, v_pages = self._rotate_and_write(layer, qkv, positions, sequences, tables)
+            self.decode_attention(qkv, positions, tables, k_pages, v_pages, attended, sizes)
+            gemv(attended, weights.o, residual, add=True)
+            gated_gemv(residual, weights.gate_up, weights.post_norm, eps, gated)
+            gemv(gated, weights.down, residual, add=True)
+        if not place.is_last_stage:
+            self._collectives.send_hidden(residual)
+            return None
+        norm, head = self._weights.final_norm, self._weights.head
+        if norm is None or head is None:
+            raise RuntimeError(f"rank {place.rank} is the last stage but holds no head")
+        logits = torch.empty((1, head.shape[0]), dtype=self._dtype, device=self._device)
+        return gemv(residual, head, logits, norm=norm, eps=eps)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        table = self._weights.embedding
+        if table is None:
+            raise RuntimeError(f"rank {self._place.rank} is the first stage but holds no embedding")
+        if self._place.tp == 1:
+            return functional.embedding(token_ids, table)
+        start, stop = self._place.vocab
+        elsewhere = (token_ids < start) | (token_ids >= stop)
+        rows = functional.embedding((token_ids - start).masked_fill(elsewhere, 0), table)
+        return self._collectives.tp_all_reduce(rows.masked_fill(elsewhere[:, None], 0.0))
+
+    def _logits(self, delta: Tensor, residual: Tensor, rows: Tensor | None) -> Tensor | None:
+        norm, head = self._weights.final_norm, self._weights.head
+        if norm is None or head is None:
+            raise RuntimeError(f"rank {self._place.rank} is the last stage but holds no head")
+        if rows is not None:
+            if not len(rows):
+                return None
+            delta, residual = delta.index_select(0, rows), residual.index_select(0, rows)
+        normed = torch.empty_like(residual)
+        add_rms_norm(delta, residual, norm, self._shape.rms_norm_eps, normed)
+        return functional.linear(normed, head)

@@ -1,0 +1,266 @@
+"""Segments that the receiver reads for itself: one kernel (or a batch of copies) from the peer's pages into its own.
+
+No staging, no packing: the sender only says what may be read, and its pages are held until the receiver says that it
+does not read them any more. The sender's pool is opened once and stays open until the peer or this rank is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+import torch
+
+from ..core.kv_layout import Range
+from .kv_pages import KvPages
+from .kv_places import KvCopy, KvPool
+from .kv_runs import copy_in_host_memory, runs_of
+from .transport import TransportCapabilities, checksum_bytes
+from .transport_ends import Desk, Done, End, Receiving, Sending
+from .transport_lane import CudaLane, InlineLane, Lane
+from .transport_segments import Segment
+from .transport_wire import KvPoolAddress
+
+_NO_LIMIT: Final = 1 << 50
+
+Copy = Callable[[KvCopy, Sequence[int], Sequence[int]], None]  # with the block ids of source and destination
+
+
+class PeerMemory(Protocol):
+    """Memory that other processes of this host can open. Raises ValueError or RuntimeError."""
+
+    def export(self, pages: KvPages) -> tuple[bytes, int, int, bytes]:
+        """(handle of the allocation, its bytes, offset of the pool in it, UUID of its device)."""
+
+    def open(self, handle: bytes, device: bytes) -> int:
+        """Where that allocation begins in this process."""
+
+    def close(self, address: int) -> None: ...
+
+
+class CudaMemory:
+    """Device memory through CUDA's IPC handles."""
+
+    def __init__(self, device: torch.device) -> None:
+        from .cuda_ipc import Driver, use_device
+
+        self._index = device.index if device.index is not None else torch.cuda.current_device()
+        self._driver = Driver()
+        self._use = use_device
+
+    def export(self, pages: KvPages) -> tuple[bytes, int, int, bytes]:
+        from .cuda_ipc import device_uuid
+
+        self._use(self._index)
+        address = int(pages.pool.data_ptr())
+        base, size = self._driver.allocation_of(address)
+        return self._driver.export(base), size, address - base, device_uuid(self._index)
+
+    def open(self, handle: bytes, device: bytes) -> int:
+        self._use(self._index)
+        return self._driver.open(handle)
+
+    def close(self, address: int) -> None:
+        self._use(self._index)
+        self._driver.close(address)
+
+
+class PeerReadCarrier:
+    """See `Carrier`. `lane`, `memory` and `copy` make it one of a GPU, or of host memory for tests."""
+
+    name: Final = "cuda_ipc"
+    max_segment_bytes: Final = _NO_LIMIT
+    receiver_reads: Final = True
+
+    def __init__(
+        self,
+        description: str,
+        capabilities: TransportCapabilities,
+        make_lane: Callable[[Desk], Lane],
+        memory: PeerMemory,
+        make_copy: Callable[[Lane], Copy],
+    ) -> None:
+        self.description: Final = description
+        self.capabilities: Final = capabilities
+        self._make_lane = make_lane
+        self._make_copy = make_copy
+        self._memory = memory
+        self._told: dict[int, KvPoolAddress] = {}
+        self._open: dict[int, tuple[int, KvPool]] = {}  # (address of the allocation, the pool)
+        self._desk: Desk
+        self._lane: Lane
+        self._copy: Copy
+
+    def start(self, desk: Desk) -> None:
+        self._desk = desk
+        self._lane = self._make_lane(desk)
+        self._copy = self._make_copy(self._lane)
+
+    # ---- the sender --------------------------------------------------------------------------------------------------
+
+    def own_pool(self) -> KvPoolAddress:
+        pages = self._desk.pages
+        handle, size, offset, device = self._memory.export(pages)
+        layout = pages.layout
+        return KvPoolAddress(
+            handle,
+            size,
+            offset,
+            device,
+            pages.layers,
+            pages.heads,
+            pages.num_blocks,
+            pages.tokens_per_block,
+            layout.head_dim,
+            layout.dtype,
+        )
+
+    def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
+        self._desk.announce(end, index, segment)
+
+    # ---- the receiver ------------------------------------------------------------------------------------------------
+
+    def learn_pool(self, peer: int, pool: KvPoolAddress) -> None:
+        self._told.setdefault(peer, pool)  # what is open must not be closed under a kernel
+
+    def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
+        if end.is_over:
+            arrived(None)
+            return
+        try:
+            source = self._pool_of(end.key[0])
+            self._check_source(source, end)
+        except (ValueError, RuntimeError) as error:
+            arrived(str(error))
+            return
+        desk = self._desk
+
+        def done(error: str | None) -> None:
+            desk.release(end)
+            arrived(error)
+
+        desk.hold(end)
+        self._lane.run(lambda: self._read(end, segment, source), done)
+
+    def _read(self, end: Receiving, segment: Segment, source: KvPool) -> Any:
+        pages = self._desk.pages
+        if end.tables is None:
+            end.tables = tables_of(pages.device, end.source_blocks, end.blocks)
+        first, last = segment.tokens
+        own = KvPool.of(pages)
+        for layers, heads in end.outline.pieces_of(segment):
+            self._copy(
+                KvCopy(
+                    source.place(layers, heads, first, end.tables[0].data_ptr()),
+                    own.place(layers, heads, first, end.tables[1].data_ptr()),
+                    layers[1] - layers[0],
+                    heads[1] - heads[0],
+                    last - first,
+                    own.row_bytes,
+                ),
+                end.source_blocks,
+                end.blocks,
+            )
+        return end.tables
+
+    def _check_source(self, source: KvPool, end: Receiving) -> None:
+        """What a peer says is not believed where believing it would read beyond its pool."""
+        blocks, size = end.source_blocks, source.tokens_per_block
+        if len(blocks) != -(-end.outline.num_tokens // size):
+            raise ValueError(f"{end.outline.num_tokens} tokens in {len(blocks)} blocks of {size} at rank {end.key[0]}")
+        if max(blocks) >= source.num_blocks:
+            raise ValueError(f"rank {end.key[0]} named block {max(blocks)} of a pool of {source.num_blocks}")
+        for layers, heads in end.outline.ranges:
+            if not source.holds(layers, heads):
+                raise ValueError(f"layers {layers}, heads {heads} are not in the pool of rank {end.key[0]}")
+
+    def _pool_of(self, peer: int) -> KvPool:
+        known = self._open.get(peer)
+        if known is not None:
+            return known[1]
+        told = self._told.get(peer)
+        if told is None:
+            raise ValueError(f"rank {peer} has not told where its pages are")
+        pages = self._desk.pages
+        if (told.head_dim, told.dtype) != (pages.layout.head_dim, pages.layout.dtype):
+            raise ValueError(f"rank {peer} keeps KV as {told.head_dim} x {told.dtype}, this rank does not")
+        layers: Range = told.layers
+        own = KvPool.of(pages)
+        pool = KvPool(0, layers, told.heads, told.num_blocks, told.tokens_per_block, own.row_bytes)
+        if layers[0] >= layers[1] or told.heads[0] >= told.heads[1] or told.offset % 16:
+            raise ValueError(f"rank {peer} told of a pool that cannot be: {told.layers}, {told.heads}, {told.offset}")
+        if told.offset + pool.nbytes > told.allocation_bytes:
+            raise ValueError(f"rank {peer} told of a pool of {pool.nbytes} bytes in {told.allocation_bytes}")
+        base = self._memory.open(told.handle, told.device)
+        pool = KvPool(base + told.offset, layers, told.heads, told.num_blocks, told.tokens_per_block, own.row_bytes)
+        self._open[peer] = (base, pool)
+        return pool
+
+    def checksums(self, end: End, tokens_per_block: int) -> bytes:
+        pages, outline = self._desk.pages, end.outline
+        return self._lane.wait(
+            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block)
+        )
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def peer_down(self, peer: int) -> None:
+        # Behind what the lane still reads: a pool must not be closed under a kernel.
+        self._lane.run(lambda: None, lambda error: self._forget(peer))
+
+    def close(self) -> None:
+        self._lane.close()
+        for peer in list(self._open):
+            self._forget(peer)
+
+    def _forget(self, peer: int) -> None:
+        self._told.pop(peer, None)
+        known = self._open.pop(peer, None)
+        if known is not None:
+            try:
+                self._memory.close(known[0])
+            except RuntimeError:
+                pass  # the driver takes it back when this process ends
+
+
+def cuda_carrier(device: torch.device, description: str, copy: str = "kernel") -> PeerReadCarrier:
+    """Reads over NVLink or PCIe. `copy`: "kernel", or "batch" for copy engines."""
+    return PeerReadCarrier(
+        description,
+        TransportCapabilities(device_memory=True, survives_peer_loss=True),
+        lambda desk: CudaLane(device, desk.post),
+        CudaMemory(device),
+        batch_copy if copy == "batch" else kernel_copy,
+    )
+
+
+def host_carrier(memory: PeerMemory) -> PeerReadCarrier:
+    """The same over shared host memory, for tests of all but the device."""
+    return PeerReadCarrier(
+        "shared host memory",
+        TransportCapabilities(device_memory=False, survives_peer_loss=True),
+        lambda desk: InlineLane(),
+        memory,
+        lambda lane: copy_in_host_memory,
+    )
+
+
+def kernel_copy(lane: Lane) -> Copy:
+    from .kv_kernels import copy_rows
+
+    return lambda copy, source_blocks, destination_blocks: copy_rows(copy)
+
+
+def batch_copy(lane: Lane) -> Copy:
+    from .cuda_ipc import Driver
+
+    driver = Driver()
+    return lambda copy, source, destination: driver.copy_runs(runs_of(copy, source, destination), lane.stream)
+
+
+def tables_of(device: torch.device, *tables: Sequence[int]) -> tuple[Any, ...]:
+    """Block ids where a kernel reads them, without waiting for the device."""
+    made = [torch.tensor(table, dtype=torch.int32) for table in tables]
+    if device.type == "cpu":
+        return tuple(made)
+    return tuple(table.pin_memory().to(device, non_blocking=True) for table in made)

@@ -1,0 +1,148 @@
+"""`disagg bench transfer` and `disagg bench engine`: their options, their table and their file.
+
+The measuring is the runtime's and has its own tests; here it is replaced by one that returns two rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from disagg.experiments import cli
+from disagg.runtime.launcher import LaunchError
+from disagg.runtime.transport import TransportError
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    measured: float
+    ceiling: float | None
+    ratio: float | None
+    goal: float | None
+    met: bool | None
+    unit: str
+    note: str = ""
+
+
+ROWS = [
+    Row("copy, 134 MB", 350.0, 374.0, 0.936, 0.93, True, "GB/s"),
+    Row("slow one [x]", 10.0, 374.0, 0.027, 0.8, False, "GB/s", "a note"),
+]
+FUNCTIONS = {"transfer": ("bench_transfer", "run_transfer_bench"), "engine": ("bench_engine", "run_engine_bench")}
+
+
+@pytest.fixture
+def disagg(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def call(*arguments: str | Path) -> int:
+        monkeypatch.setattr("sys.argv", ["disagg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        return code if isinstance(code, int) else 0
+
+    return call
+
+
+@pytest.fixture
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+    """Put a function where the benchmarks of the runtime are."""
+
+    def replace(function: Callable[..., Any]) -> None:
+        for module, name in FUNCTIONS.values():
+            stand_in = ModuleType(f"disagg.runtime.{module}")
+            setattr(stand_in, name, function)
+            monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+
+    return replace
+
+
+@pytest.mark.parametrize("which", ["transfer", "engine"])
+def test_rows_are_printed_as_one_table_and_written_with_command_and_date(
+    which: str,
+    disagg: Callable[..., int],
+    measuring: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: dict[str, Any] = {}
+    measuring(lambda **options: asked.update(options) or ROWS)
+    out = tmp_path / "rows.json"
+    assert disagg("bench", which, "--quick", "--device", "cpu", "--out", out) == 0
+    printed = capsys.readouterr().out
+    for words in ("floor", "measured", "ratio", "goal", "met", "copy, 134 MB", "slow one [x]", "NO", "a note"):
+        assert words in printed
+    assert (asked["quick"], asked["device"]) == (True, "cpu")
+    rows = json.loads(out.read_text())
+    wanted = {"name", "measured", "ceiling", "ratio", "goal", "met", "command", "date"}
+    assert all(wanted <= row.keys() for row in rows)
+    assert rows[0]["command"].startswith(f"disagg bench {which} --quick")
+    assert [row["met"] for row in rows] == [True, False]
+
+
+def test_json_is_all_that_is_printed(
+    disagg: Callable[..., int], measuring: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+    measuring(lambda **options: asked.update(options) or ROWS)
+    backends = ["--backend", "mpi", "--backend", "host", "--backend", "mpi"]
+    assert disagg("bench", "transfer", "--device", "cpu", "--json", *backends) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == [row.name for row in ROWS]
+    assert asked["backends"] == ["mpi", "host"]
+    assert disagg("bench", "engine", "--device", "cpu", "--json", "--tp", "2", "--model", "tiny-llama") == 0
+    assert (asked["tp"], asked["model"]) == (2, "tiny-llama")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("transfer --backend tcp", "--backend tcp: must be one of"),
+        ("transfer --backend cuda_ipc --device cpu", "--backend cuda_ipc needs --device cuda"),
+        ("transfer --device tpu", "--device tpu: must be one of cuda, cpu"),
+        ("transfer --out /nonexistent/folder/rows.json", "--out /nonexistent/folder/rows.json: there is no folder"),
+        ("engine --model gpt-9", "--model gpt-9: unknown"),
+        ("engine --tp 0", "--tp 0: must divide the 32 attention heads"),
+        ("engine --tp 3", "--tp 3: must divide the 32 attention heads"),
+        ("engine --device tpu", "--device tpu"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(
+    disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: str, told: str
+) -> None:
+    assert disagg("bench", *arguments.split()) == 2
+    printed = capsys.readouterr().err
+    assert told in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("which", ["transfer", "engine"])
+def test_a_gpu_that_is_not_here_is_a_missing_resource(
+    which: str, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert disagg("bench", which, "--device", "cuda") == 3
+    assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(TransportError("needs ucx"), 2), (LaunchError("no mpiexec"), 3)])
+def test_what_the_runtime_refuses_is_told_without_a_traceback(
+    error: Exception,
+    code: int,
+    disagg: Callable[..., int],
+    measuring: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(**options: Any) -> Any:
+        raise error
+
+    measuring(refuse)
+    assert disagg("bench", "transfer", "--device", "cpu") == code
+    assert f"error: {error}" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""The fused kernels compute what plain torch does: by themselves, and as an engine, on a GPU or in the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from disagg.policies.vocabulary import SamplingConfig
+from disagg.runtime.decode_attention import DecodeAttention, SplitSizes, split_sizes
+from disagg.runtime.fused_stepper import ladder
+from disagg.runtime.model_kernels import argmax_rows
+from disagg.runtime.model_place import Place
+from disagg.runtime.weights import random_weights
+from tests.fused_models import SHAPES, fused_engine
+from tests.tiny_models import MIN_MARGIN, Script, make_engine, prompts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("window", [None, 10])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("sizes", [SplitSizes(16, 16, 4), SplitSizes(16, 64, 4), SplitSizes(16, 16, 2)])
+def test_decode_attention_over_scattered_pages_equals_softmax_over_the_tokens(
+    window: int | None, sizes: SplitSizes, fused: bool
+) -> None:
+    torch.manual_seed(0)
+    num_query, num_kv, dim, tokens, blocks = 8, 2, 16, 4, 40
+    k_pages, v_pages = torch.randn(2, blocks, num_kv, tokens, dim, device=DEVICE)
+    lengths = [0, 1, 7, 37, 30, 48]
+    tables = torch.stack([torch.randperm(blocks)[:12] for _ in lengths]).int().to(DEVICE)
+    positions = torch.tensor([length - 1 for length in lengths], dtype=torch.int32, device=DEVICE)
+    qkv = torch.randn(len(lengths), (num_query + 2 * num_kv) * dim, device=DEVICE)
+    attention = DecodeAttention(8, num_query, num_kv, dim, window, torch.device(DEVICE))
+    out = torch.full((len(lengths), num_query * dim), torch.nan, device=DEVICE)
+    for _ in range(2):  # the second finds the counters as the first left them
+        attention(qkv, positions, tables, k_pages, v_pages, out, replace(sizes, fused=fused))
+    for i, length in enumerate(lengths):
+        if length == 0:
+            assert bool((out[i] == 0).all())
+            continue
+        k, v = (p[tables[i].long()].transpose(0, 1).reshape(num_kv, -1, dim)[:, :length] for p in (k_pages, v_pages))
+        if window is not None:
+            k, v = k[:, -window:], v[:, -window:]
+        q = qkv[i, : num_query * dim].view(num_kv, -1, dim)
+        expected = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(dim), -1) @ v
+        torch.testing.assert_close(out[i].view(num_kv, -1, dim), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_the_greatest_logit_is_found_and_of_equals_the_first() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(5, 3011, device=DEVICE)
+    logits[0, [7, 2000]] = 9.0
+    logits[1, 3000] = 50.0  # past the vocabulary
+    logits[2, 0] = logits[2, 2999] = 8.0
+    found = argmax_rows(logits, 3000)
+    assert found.tolist()[0] == 7
+    assert found.tolist()[2] == 0
+    assert found.tolist() == logits[:, :3000].argmax(dim=-1).tolist()
+
+
+def test_a_launch_is_cut_by_the_batch_size_alone_and_fills_the_device() -> None:
+    for batch in (1, 4, 16, 64, 256):
+        sizes = split_sizes(batch, 8)
+        parts = min(sizes.max_splits, max(1, 1024 // sizes.min_split))
+        assert batch * 8 * parts >= 64
+        assert sizes.min_split & (sizes.min_split - 1) == 0
+
+
+def test_the_ladder_ends_with_the_largest_batch_and_pads_little() -> None:
+    assert ladder(1) == (1,)
+    assert ladder(3) == (1, 2, 3)
+    steps = ladder(256)
+    assert steps[-1] == 256
+    assert all(b - a <= max(8, a // 4) for a, b in itertools.pairwise(steps))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_fused_engine_yields_the_tokens_of_the_plain_one(name: str) -> None:
+    """Joins, leaves, chunks with KV before them, chunks beside decodes, and spans of several steps."""
+    shape = SHAPES[name]
+    weights = random_weights(Place.of(shape), 3, DEVICE)
+    plain = make_engine(shape, weights, record_margins=True, device=DEVICE)
+    fused = fused_engine(shape, weights, device=DEVICE, record_margins=True)
+    tokens = []
+    for engine in (plain, fused):
+        script = Script([engine])
+        for request, text in enumerate(prompts(shape, [9, 14, 3], seed=8)):
+            script.prefill(request, text, 5, len(text) + 40)
+            script.run(joined=[request], num_steps=4)
+        script.run(left=[1], num_steps=6)
+        tokens.append(script.tokens)
+    assert min(margin for _, margin in plain.margins) > MIN_MARGIN
+    assert tokens[1] == tokens[0]
+    seen = [[margin for _, margin in sorted(engine.margins)] for engine in (fused, plain)]
+    assert seen[0] == pytest.approx(seen[1], abs=2e-4)
+
+
+def test_steps_launched_one_behind_the_other_are_those_of_one_at_a_time() -> None:
+    shape = SHAPES["llama"]
+    tokens = []
+    for ahead in (1, 5):
+        engine = fused_engine(shape, device=DEVICE)
+        script = Script([engine])
+        for request, text in enumerate(prompts(shape, [9, 6], seed=2)):
+            script.prefill(request, text, 16, len(text) + 30)
+            script.run(joined=[request], num_steps=1)
+        script.run(num_steps=10, ahead=ahead)
+        tokens.append(script.tokens)
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0][0]) == 14  # first, beside the other's chunk, and 12 steps
+
+
+def test_chance_is_drawn_alike_by_both_engines() -> None:
+    hot = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=5)
+    shape = SHAPES["llama"]
+    weights = random_weights(Place.of(shape), 3, DEVICE)
+    drawn = []
+    for engine in (make_engine(shape, weights, device=DEVICE), fused_engine(shape, weights, device=DEVICE)):
+        script = Script([engine])
+        for request, text in enumerate(prompts(shape, [9, 6], seed=4)):
+            sampling = hot if request else SamplingConfig()
+            script.prefill(request, text, 16, len(text) + 30, sampling=sampling)
+            script.run(joined=[request], num_steps=5, sampling=sampling)
+        drawn.append(script.tokens)
+    assert drawn[0] == drawn[1]

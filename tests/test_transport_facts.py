@@ -1,0 +1,95 @@
+"""Which transport can work where, and which one `auto` takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from disagg.runtime.transport import BACKENDS
+from disagg.runtime.transport_facts import (
+    TransportFacts,
+    choose_backend,
+    cuda_mpi_problem,
+    gather_facts,
+    pml_of,
+    transport_problem,
+)
+
+
+def facts(
+    *, peers: bool = True, ucx: bool = True, cuda: bool = True, triton: bool = True, libcuda: bool = True
+) -> TransportFacts:
+    access = tuple(tuple(a == b or peers for b in range(2)) for a in range(2))
+    folder = "/site/libucx/lib" if ucx else None
+    return TransportFacts(
+        cuda, 2, access, libcuda, triton, folder, "1.22.0", None if cuda else "torch finds no GPU here"
+    )
+
+
+def test_with_everything_there_every_transport_works() -> None:
+    assert [transport_problem(backend, facts()) for backend in BACKENDS] == [None] * len(BACKENDS)
+
+
+@pytest.mark.parametrize(
+    ("backend", "here", "words"),
+    [
+        ("cuda_ipc", facts(peers=False), "read each other's memory.*allowed here: mpi, host"),
+        ("cuda_ipc", facts(libcuda=False), "libcuda.so.1"),
+        ("mpi", facts(ucx=False), "pip install libucx-cu13.*or choose cuda_ipc or host"),
+        ("host", facts(cuda=False), "torch finds no GPU here; allowed here: device: cpu"),
+        ("host", facts(triton=False), "pip install triton"),
+    ],
+)
+def test_what_is_missing_is_named_with_what_to_do(backend: str, here: TransportFacts, words: str) -> None:
+    problem = transport_problem(backend, here)
+    assert problem is not None
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(problem)
+
+
+def test_on_a_cpu_all_but_cuda_ipc_work_without_looking_at_gpus() -> None:
+    nothing = TransportFacts()
+    problems = {backend: transport_problem(backend, nothing, "cpu") for backend in BACKENDS}
+    assert [name for name, problem in problems.items() if problem] == ["cuda_ipc"]
+    assert "cuda_ipc needs device: cuda, not cpu; allowed here: mpi, host, auto" in str(problems["cuda_ipc"])
+
+
+@pytest.mark.parametrize(
+    ("here", "one_host", "pml", "expected"),
+    [
+        (facts(), True, "ob1", "cuda_ipc"),
+        (facts(), True, None, "cuda_ipc"),
+        (facts(peers=False), True, None, "mpi"),
+        (facts(peers=False), True, "ob1", "host"),
+        (facts(peers=False, ucx=False), True, None, "host"),
+        (facts(), False, "ucx", "mpi"),
+        (facts(), False, "ob1", "host"),
+    ],
+)
+def test_auto_takes_the_best_that_works(here: TransportFacts, one_host: bool, pml: str | None, expected: str) -> None:
+    backend, why = choose_backend(here, "cuda", one_host=one_host, pml=pml)
+    assert backend == expected
+    assert why
+
+
+def test_auto_looks_only_at_the_gpus_that_are_used() -> None:
+    lonely = facts(peers=False)
+    assert choose_backend(lonely, "cuda", one_host=True, pml="ob1", devices=[1, 1])[0] == "cuda_ipc"
+    assert choose_backend(lonely, "cpu", one_host=True, pml="ob1")[0] == "mpi"
+
+
+def test_device_memory_is_given_to_mpi_only_over_ucx_with_its_cuda_module() -> None:
+    assert "pml 'ob1'" in str(cuda_mpi_problem("ob1", "libucp.so libuct_cuda.so"))
+    assert "no libucp" in str(cuda_mpi_problem("ucx", ""))
+    assert "UCX_MODULE_DIR" in str(cuda_mpi_problem("ucx", "libucp.so.0"))
+    assert cuda_mpi_problem("ucx", "libucp.so.0 libuct_cuda.so.0") is None
+
+
+def test_the_layer_of_mpi_is_read_from_the_environment() -> None:
+    assert pml_of({}) == "ob1"
+    assert pml_of({"OMPI_MCA_pml": "ucx"}) == "ucx"
+
+
+def test_facts_are_gathered_on_any_machine() -> None:
+    found = gather_facts()
+    assert found.num_devices == len(found.peer_access)
+    assert found.has_cuda or found.why_no_cuda

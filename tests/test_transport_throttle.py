@@ -1,0 +1,132 @@
+"""A throttle stands for a slower network, and does so alike in both worlds."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from disagg.core.kv_layout import KvLayout
+from disagg.runtime.transport_throttle import FairLink, Throttle, rank_share
+from disagg.simulator.calls import Environment
+from disagg.simulator.link import Link
+
+PS_PER_NS = 1000
+DISAGG = Path(sys.executable).with_name("disagg")
+THROTTLED = """
+schema_version: 1
+name: throttled
+seed: 1
+model: {id: tiny-llama, dtype: float32, weights: random, seed: 0}
+device: cpu
+cluster:
+  profile: spec:cpu-2core
+  context_servers:
+    num_instances: 1
+    scheduler: {max_batch_size: 4, max_num_tokens: 512}
+    kv_cache: {tokens_per_block: 16, max_tokens: 8192}
+  generation_servers:
+    num_instances: 1
+    scheduler: {max_batch_size: 8}
+    kv_cache: {tokens_per_block: 16, max_tokens: 8192}
+  cache_transceiver: {backend: auto, throttle_gb_per_s: 0.0005}
+policy: {router: round_robin}
+workload:
+  dataset: {type: synthetic, isl: {type: fixed, value: 256}, osl: {type: fixed, value: 4}}
+  max_tokens: 4
+  phases:
+    - {name: profiling, type: constant, rate: 2, requests: 4}
+"""
+
+
+class Clock:
+    now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def test_transfers_on_a_throttle_end_when_they_end_on_the_simulators_link() -> None:
+    rng = random.Random(3)
+    arrivals = [(rng.randrange(5_000_000), rng.randrange(1, 4_000_000)) for _ in range(200)]
+    env = Environment()
+    link = Link(env, 2e9, latency=0, rank=0)
+    simulated: dict[int, int] = {}
+    for number, (at, size) in enumerate(arrivals):
+
+        def done(number: int) -> None:
+            simulated[number] = env.now // PS_PER_NS
+
+        def arrive(event: object, number: int = number, size: int = size) -> None:
+            link.transfer(size, done, number)
+
+        env.timeout(at * PS_PER_NS).callbacks.append(arrive)
+    env.run()
+
+    throttled: dict[int, int] = {}
+    fair = FairLink(2e9, 0)
+    tickets = {}
+    waiting = sorted((at, number) for number, (at, _) in enumerate(arrivals))
+    while waiting or len(throttled) < len(arrivals):
+        end = fair.next_end()
+        if waiting and (end is None or waiting[0][0] <= end):
+            at, number = waiting.pop(0)
+            for ticket in fair.advance(at):
+                throttled[tickets[ticket]] = at
+            tickets[fair.enter(arrivals[number][1], at)] = number
+        else:
+            assert end is not None
+            for ticket in fair.advance(end):
+                throttled[tickets[ticket]] = end
+    assert throttled.keys() == simulated.keys()
+    assert max(abs(throttled[n] - simulated[n]) for n in throttled) <= 200  # nanoseconds, of roundings
+
+
+def test_news_of_an_end_waits_for_the_throttle_and_for_the_bytes() -> None:
+    clock = Clock()
+    throttle = Throttle(1.0, 0.5, lambda rank: rank // 2, clock)  # half of 1e9 bytes/s
+    told: list[str] = []
+    first = throttle.enter(2, 1000, False)
+    second = throttle.enter(3, 1000, False)  # of the same executor: they share
+    other = throttle.enter(4, 1000, False)
+    throttle.when_through(first, lambda: told.append("first"))
+    throttle.when_through(other, lambda: told.append("other"))
+    clock.now = 1999
+    assert throttle.due() == []
+    clock.now = 2000
+    for then in throttle.due():
+        then()
+    assert told == ["other"]
+    clock.now = 4000
+    for then in throttle.due():
+        then()
+    assert told == ["other", "first"]
+    throttle.when_through(second, lambda: told.append("second"))  # its bytes came late
+    assert told == ["other", "first", "second"]
+    assert throttle.seconds_to_next() is None
+
+
+@pytest.mark.parametrize(("tp", "stages"), [(1, (5,)), (2, (3, 2)), (8, (5,))])
+def test_the_ranks_of_an_executor_share_its_rate_out_completely(tp: int, stages: tuple[int, ...]) -> None:
+    layout = KvLayout(tp, len(stages), stages, 4, 8, "float32")
+    assert sum(rank_share(layout, rank) for rank in range(layout.num_ranks)) == pytest.approx(1)
+
+
+@pytest.mark.mpi
+def test_one_file_with_a_throttle_gives_the_same_transfer_times_in_both_worlds(tmp_path: Path) -> None:
+    (tmp_path / "throttled.yaml").write_text(THROTTLED)
+    seconds = {}
+    for world in ("simulation", "hardware"):
+        command = [DISAGG, "run", "throttled.yaml", "--backend", world, "--output", world]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = pd.read_parquet(tmp_path / world / "transfers.parquet").sort_values("request_id")
+        assert rows["ok"].all()
+        seconds[world] = (rows["end_s"] - rows["start_s"]).tolist()
+    for simulated, real in zip(*seconds.values(), strict=True):
+        assert simulated > 1.0  # half a MB/ms: the throttle, not the machine
+        assert real == pytest.approx(simulated, rel=0.10)
