@@ -89,8 +89,8 @@ class EngineBench:
         self.weights: ModelWeights = random_weights(place, 0, device)
         num_blocks = (self.max_batch * (CONTEXT + 128)) // _BLOCK + 8
         self.pages = KvPages(place.layout, place.rank, num_blocks, _BLOCK, device)
-        self.stepper = FusedStepper(place, self.weights, self.pages, collectives, self.device, self.max_batch)
-        self.stepper.warm_up(8192)
+        self.stepper = FusedStepper(place, self.weights, self.pages, collectives, self.device, self.max_batch, 8192)
+        self.stepper.warm_up()
         self.engine = Engine(shape, self.weights, place, self.pages, collectives, device, stepper=self.stepper)
         self.copy_rate = self._copy_rate()
         self._plan = 0

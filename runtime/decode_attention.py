@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent_launch import overlaps, wait_for_kernel_before
+
 
 @triton.jit
 def _split(  # type: ignore[no-untyped-def]
@@ -43,7 +45,9 @@ def _split(  # type: ignore[no-untyped-def]
     GROUP_PADDED: tl.constexpr,
     FUSED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_kernel_before(PDL)
     head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -156,7 +160,9 @@ def _merge(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_kernel_before(PDL)
     sequence = tl.program_id(1).to(tl.int64)
     length = tl.load(positions + sequence) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
@@ -250,10 +256,19 @@ class DecodeAttention:
             FUSED=sizes.fused,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps,
+            **overlaps(),
             num_stages=sizes.num_stages,
             **shared,
         )
         if not sizes.fused:
             _merge[(self._num_kv, batch)](
-                positions, self._partial, self._sums, out, self._num_kv, self._window, num_warps=4, **shared
+                positions,
+                self._partial,
+                self._sums,
+                out,
+                self._num_kv,
+                self._window,
+                num_warps=4,
+                **overlaps(),
+                **shared,
             )

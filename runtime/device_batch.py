@@ -6,6 +6,8 @@ written again; within a span the device advances them by itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ class DeviceBatch:
         self._state[1] = -1
         self.tables = torch.zeros((max_batch + max_chunks, width), dtype=torch.int32, device=device)
         self._host_state = torch.zeros((2, max_batch), dtype=torch.int32, pin_memory=pinned)
-        self._host_tables = torch.zeros((max_batch + max_chunks, width), dtype=torch.int32, pin_memory=pinned)
+        rows = 2 * (max_batch + max_chunks)  # in two halves, written by turns: a launch may do both
+        self._host_tables = torch.zeros((rows, width + 1), dtype=torch.int32, pin_memory=pinned)
+        self._half = 0
         self.sequences = torch.arange(max_batch, dtype=torch.int32, device=device)
         self.decodes: list[Decode] = []  # by slot
         self._slot_of: dict[int, int] = {}
@@ -63,9 +67,9 @@ class DeviceBatch:
                 slot = self._slot_of[request_id] = len(self.decodes)
                 self.decodes.append(batch[request_id])
                 dirty.add(slot)
-        for slot in sorted(dirty):
-            self.decodes[slot] = decode = batch[self.decodes[slot].request_id]
-            self._write_table(slot, decode.blocks)
+        for slot in dirty:
+            self.decodes[slot] = batch[self.decodes[slot].request_id]
+        self._write_tables([(slot, self.decodes[slot].blocks) for slot in sorted(dirty)])
         tokens, positions = self._host_state.numpy()
         num = len(self.decodes)
         tokens[:num] = [decode.token for decode in self.decodes]
@@ -75,13 +79,22 @@ class DeviceBatch:
 
     def set_chunks(self, tables: list[tuple[int, ...]]) -> list[Tensor]:
         """Put these chunks' block tables below the batch's; the device's row of each, as long as its blocks."""
-        rows = []
-        for i, blocks in enumerate(tables):
-            self._write_table(self.max_batch + i, blocks)
-            rows.append(self.tables[self.max_batch + i, : len(blocks)])
-        return rows
+        rows = [(self.max_batch + i, blocks) for i, blocks in enumerate(tables)]
+        self._write_tables(rows)
+        return [self.tables[row, : len(blocks)] for row, blocks in rows]
 
-    def _write_table(self, row: int, blocks: list[int] | tuple[int, ...]) -> None:
-        num = len(blocks)
-        self._host_tables[row, :num] = torch.tensor(blocks, dtype=torch.int32)
-        self.tables[row, :num].copy_(self._host_tables[row, :num], non_blocking=True)
+    def _write_tables(self, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """One copy to the device for all of them, whose first columns say where each goes, and one there."""
+        if not rows:
+            return
+        width = max(len(blocks) for _, blocks in rows)
+        self._half = 1 - self._half
+        half = self._host_tables.view(2, -1)[self._half]
+        packed = half[: len(rows) * (width + 1)].view(len(rows), width + 1)
+        values = packed.numpy()
+        for i, (row, blocks) in enumerate(rows):
+            values[i, 0] = row
+            values[i, 1 : len(blocks) + 1] = blocks
+            values[i, len(blocks) + 1 :] = 0
+        moved = packed.to(self.tables.device, non_blocking=True)
+        self.tables[:, :width].index_copy_(0, moved[:, 0].long(), moved[:, 1:])

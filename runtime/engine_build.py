@@ -92,12 +92,12 @@ def _on_gpu(
 
     from .fused_stepper import FusedStepper
 
-    def stepper_over(pages: KvPages, num_tokens: int) -> FusedStepper:
-        max_batch = config.scheduler.max_batch_size
+    def stepper_over(pages: KvPages) -> FusedStepper:
+        limits = (config.scheduler.max_batch_size, config.scheduler.max_num_tokens)
         made = FusedStepper(
-            place, weights, pages, collectives, torch.device(device), max_batch, record_margins=record_margins
+            place, weights, pages, collectives, torch.device(device), *limits, record_margins=record_margins
         )
-        made.warm_up(num_tokens)
+        made.warm_up()
         return made
 
     num_blocks = config.num_blocks
@@ -108,7 +108,7 @@ def _on_gpu(
         trial_blocks = -(-max(most, _TRIAL_TOKENS) // config.tokens_per_block)
         pages = KvPages(place.layout, place.rank, trial_blocks, config.tokens_per_block, device)
         pool_bytes = pages.nbytes
-        trial = stepper_over(pages, most)
+        trial = stepper_over(pages)
         torch.cuda.synchronize()
         taken = before - torch.cuda.mem_get_info(device)[0] - pool_bytes  # kernels, graphs, the largest step
         del trial, pages
@@ -117,7 +117,7 @@ def _on_gpu(
         left = before - taken - rotation_bytes - _MARGIN_BYTES
         num_blocks = _least(_blocks_in(place, config, left, fraction, device), group)
     pages = KvPages(place.layout, place.rank, num_blocks, config.tokens_per_block, device)
-    stepper = stepper_over(pages, most)
+    stepper = stepper_over(pages)
     return Built(pages, stepper, torch.cuda.mem_get_info(device)[0])
 
 

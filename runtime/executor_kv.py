@@ -101,11 +101,12 @@ class RankTransfers:
         self.checksums: list[ChecksumRow] = []
 
     def serve(self, order: ServeKvOrder) -> None:
+        """Send this rank's part. How much of an early one is written only this rank's own engine knows: a chunk that
+        yields no token is reported by the leader's stage before the stages behind it have computed it.
+        """
         parts = self._pairs.parts(self._executor, order.reader, self._rank)
         early_tokens = order.num_tokens if order.is_early else None
         self._begin(order.request_id, True, order.reader_id, parts, order.blocks, order.num_tokens, early_tokens)
-        if order.is_early and order.num_written:
-            self._advance(order.request_id, self._layers, order.num_written)
 
     def written(self, order: KvWrittenOrder) -> None:
         """All KV of an early transfer is there: what the engine said of single layers may have come before its order."""
@@ -256,7 +257,6 @@ class ExecutorTransfers:
             command.num_tokens,
             command.blocks,
             command.is_early,
-            command.num_written or 0,
         )
         ranks = self._pairs.ranks(self._executor, command.reader, senders=True)
         self._begin(_Transfer(command.request_id, True, command.reader, ranks, order))

@@ -29,7 +29,13 @@ from .stepper import Launched, LayersHook
 from .weights import ModelWeights
 
 _LAYERS_AT_ONCE: Final = 4  # layers told of together while a prompt is computed
+_PAD_FROM: Final = 64
+_PAD_TO: Final = 64  # rows of a step with chunks
 _RING: Final = 64  # results that may wait for the host
+
+
+def _padded(rows: int) -> int:
+    return rows if rows <= _PAD_FROM else -(-rows // _PAD_TO) * _PAD_TO
 
 
 class DeviceCollectives(Collectives, Protocol):
@@ -50,7 +56,8 @@ def ladder(max_batch: int) -> tuple[int, ...]:
 class FusedStepper:
     """One rank's steps. Used from one thread, whose CUDA stream it makes; `wait` of what it launches from any.
 
-    `max_batch` decodes and `max_batch` chunks a step at most. `warm_up` before the first step.
+    A step has `max_batch` decodes, as many chunks and `max_num_tokens` tokens of chunks at most. `warm_up` before the
+    first step.
     """
 
     def __init__(
@@ -61,17 +68,20 @@ class FusedStepper:
         collectives: Collectives,
         device: torch.device,
         max_batch: int,
+        max_num_tokens: int,
         *,
         record_margins: bool = False,
         graphs: bool = True,
     ) -> None:
-        self.model = FusedModel(place, weights, pages, collectives, device, max_batch)
+        max_rows = _padded(max_num_tokens + max_batch)
+        self.model = FusedModel(place, weights, pages, collectives, device, max_batch, max_rows)
         width = -(-self.model.max_positions // pages.tokens_per_block)
         self._place = place
         self._pages = pages
         self._collectives = collectives
         self._device = device
         self._max_batch = max_batch
+        self._max_num_tokens = max_num_tokens
         self._record_margins = record_margins
         self._is_cuda = device.type == "cuda"
         self._batch = DeviceBatch(max_batch, max_batch, width, device)
@@ -92,11 +102,11 @@ class FusedStepper:
 
     # ---- warm-up -----------------------------------------------------------------------------------------------------
 
-    def warm_up(self, max_num_tokens: int) -> None:
+    def warm_up(self) -> None:
         """Run every kernel once, a chunk of the largest size too, and record every graph. KV block 0 is written."""
         with self._on_stream():
             self._eager_decode(min(2, self._max_batch))
-            block = self._pages.tokens_per_block
+            block, max_num_tokens = self._pages.tokens_per_block, self._max_num_tokens
             for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens), max_num_tokens}:
                 self._dummy_chunk(num_tokens, 0)
             for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens)}:
@@ -124,6 +134,7 @@ class FusedStepper:
         if self._graph_pool is None:
             self._graph_pool = graph.pool()
         self._graphs[size] = graph
+        graph.replay()  # the first one uploads it
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
@@ -203,10 +214,15 @@ class FusedStepper:
             where.append(torch.stack((span, torch.full_like(span, self._max_batch + i))))
             if chunk.is_last:
                 sampled_rows.append(num + len(ids) - 1)
-        new = self._to_device(torch.cat((torch.tensor([ids], dtype=torch.int32), torch.cat(where, dim=1))))
-        token_ids = torch.cat((own.tokens[:num], new[0]))
-        positions = torch.cat((own.positions[:num], new[1]))
-        sequences = torch.cat((own.sequences[:num], new[2]))
+        # Padding to a common size costs the products nothing, and spares cuBLAS a search for each new size.
+        padding = _padded(num + len(ids)) - num - len(ids)
+        where.append(torch.tensor([[-1], [0]], dtype=torch.int32).expand(2, padding))
+        ids += [0] * padding
+        new = torch.cat((torch.tensor([ids], dtype=torch.int32), torch.cat(where, dim=1)))
+        both = torch.cat(
+            (torch.stack((own.tokens[:num], own.positions[:num], own.sequences[:num])), self._to_device(new)), 1
+        )
+        token_ids, positions, sequences = both
         prefill: PrefillBatch = prefill_batch(rows, self._device)
         hook = self._layer_hook(chunks, on_layers)
         picked = self._to_device(torch.tensor(sampled_rows, dtype=torch.int64))

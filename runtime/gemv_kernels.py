@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent_launch import overlaps, wait_for_kernel_before
+
 
 @triton.jit
 def _scale_of(x, length, eps, PADDED: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -46,7 +48,9 @@ def _gemv(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = row < rows
     scale = 1.0
@@ -84,7 +88,9 @@ def _gated_gemv(  # type: ignore[no-untyped-def]
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = row < rows
     scale = _scale_of(x, length, eps, PADDED)
@@ -150,6 +156,7 @@ def gemv(
         ROWS=rows_each,
         BLOCK=block,
         num_warps=num_warps,
+        **overlaps(),
     )
     return out
 
@@ -179,5 +186,6 @@ def gated_gemv(
         ROWS=rows_each,
         BLOCK=block,
         num_warps=num_warps,
+        **overlaps(),
     )
     return out

@@ -68,15 +68,14 @@ def _copy_rows(  # type: ignore[no-untyped-def]
 def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs: int = DEFAULT_PROGRAMS) -> None:
     """Launch `copy` on the current device and stream.
 
-    `tile`: tokens a step of a program; `max_programs`: at most so many run, to leave the device to others.
+    `tile`: tokens a step of a program; `max_programs`: at most so many run, to leave the device to others. Whatever is
+    copied between such places, it is one compiled kernel: the first small transfer warms all.
     """
     word = 4 if copy.row_bytes % 4 == 0 else 2
     if copy.row_bytes % word:
         raise ValueError(f"rows of {copy.row_bytes} bytes; allowed: an even number")
     source, destination = copy.source, copy.destination
     words = copy.row_bytes // word
-    while tile > 16 and tile >= 2 * copy.num_tokens:
-        tile //= 2
     num_tiles = copy.num_layers * 2 * copy.num_heads * -(-copy.num_tokens // tile)
     # 128-bit loads where every row begins on 16 bytes; the strides are multiples of a row
     align = 16 if (copy.row_bytes | source.address | destination.address) % 16 == 0 else word

@@ -35,7 +35,7 @@ def can_fuse(shape: ModelShape) -> bool:
 
 
 class FusedModel:
-    """This rank's part. `max_batch` decodes a step at most. Every rank of the executor runs the same step."""
+    """This rank's part. A step has `max_batch` decodes and `max_rows` tokens at most. Every rank runs the same step."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class FusedModel:
         collectives: Collectives,
         device: torch.device,
         max_batch: int,
+        max_rows: int,
     ) -> None:
         shape = place.shape
         self._place = place
@@ -63,6 +64,14 @@ class FusedModel:
         self._prefill_attention = PrefillAttention(self._num_query, self._num_kv, shape.head_dim, window)
         self.max_positions = min(pages.num_blocks * pages.tokens_per_block, max(shape.max_position_embeddings, 1))
         self._rotation = self._rotations()
+        # One set of activations for all steps: an allocation in the middle of a step may wait for the device.
+        self._inner = place.intermediate[1] - place.intermediate[0]
+        sizes = {"residual": shape.hidden_size, "normed": shape.hidden_size, "delta": shape.hidden_size}
+        sizes |= {"qkv": (self._num_query + 2 * self._num_kv) * shape.head_dim, "gate_up": 2 * self._inner}
+        sizes |= {"attended": self._num_query * shape.head_dim, "gated": self._inner}
+        self._space = {
+            name: torch.zeros(max_rows, width, dtype=self._dtype, device=device) for name, width in sizes.items()
+        }
 
     def _rotations(self) -> tuple[Tensor, Tensor]:
         """cos and sin of every position, [positions, head_dim / 2] in the model's dtype."""
@@ -98,21 +107,19 @@ class FusedModel:
         rows = token_ids.shape[0]
         if rows == num_decodes == 1 and place.tp == 1 and sampled_rows is None:
             return self._forward_one(token_ids, positions, sequences, tables, sizes)
-        if place.is_first_stage:
-            residual = self._embed(token_ids)
-        else:
-            residual = self._collectives.recv_hidden(rows, shape.hidden_size, self._dtype, self._device)
+        space = {name: whole[:rows] for name, whole in self._space.items()}
+        normed, qkv, attended, gated = (space[name] for name in ("normed", "qkv", "attended", "gated"))
+        residual = self._enter(token_ids, space["residual"])
         delta: Tensor | None = None
-        normed = torch.empty_like(residual)
-        inner = place.intermediate[1] - place.intermediate[0]
-        gated = torch.empty((rows, inner), dtype=self._dtype, device=self._device)
-        attended = torch.empty((rows, self._num_query * shape.head_dim), dtype=self._dtype, device=self._device)
         for layer, weights in enumerate(self._weights.layers):
             if delta is None:
                 rms_norm(residual, weights.input_norm, eps, normed)
             else:
                 add_rms_norm(delta, residual, weights.input_norm, eps, normed)
-            qkv = functional.linear(normed, weights.qkv, weights.qkv_bias)
+            if weights.qkv_bias is None:
+                torch.mm(normed, weights.qkv.t(), out=qkv)
+            else:
+                torch.addmm(weights.qkv_bias, normed, weights.qkv.t(), out=qkv)
             k_pages, v_pages = self._rotate_and_write(layer, qkv, positions, sequences, tables)
             if num_decodes:
                 self.decode_attention(
@@ -133,16 +140,31 @@ class FusedModel:
                 )
             if on_layer is not None:
                 on_layer(layer)
-            delta = self._collectives.tp_all_reduce(functional.linear(attended, weights.o))
+            delta = self._collectives.tp_all_reduce(torch.mm(attended, weights.o.t(), out=space["delta"]))
             add_rms_norm(delta, residual, weights.post_norm, eps, normed)
-            silu_mul(functional.linear(normed, weights.gate_up), gated)
-            delta = self._collectives.tp_all_reduce(functional.linear(gated, weights.down))
+            silu_mul(torch.mm(normed, weights.gate_up.t(), out=space["gate_up"]), gated)
+            delta = self._collectives.tp_all_reduce(torch.mm(gated, weights.down.t(), out=space["delta"]))
         if delta is None:
             raise RuntimeError("a pipeline stage without layers")
         if not place.is_last_stage:
             self._collectives.send_hidden(residual.add_(delta))
             return None
         return self._logits(delta, residual, sampled_rows)
+
+    def _enter(self, token_ids: Tensor, residual: Tensor) -> Tensor:
+        """What goes into the first layer here: the tokens' embeddings, or what the stage before says; into `residual`."""
+        if not self._place.is_first_stage:
+            shape = (token_ids.shape[0], self._shape.hidden_size)
+            return residual.copy_(self._collectives.recv_hidden(*shape, self._dtype, self._device))
+        table = self._weights.embedding
+        if table is None:
+            raise RuntimeError(f"rank {self._place.rank} is the first stage but holds no embedding")
+        if self._place.tp == 1:
+            return torch.index_select(table, 0, token_ids, out=residual)
+        start, stop = self._place.vocab
+        elsewhere = (token_ids < start) | (token_ids >= stop)
+        rows = functional.embedding((token_ids - start).masked_fill(elsewhere, 0), table)
+        return residual.copy_(self._collectives.tp_all_reduce(rows.masked_fill(elsewhere[:, None], 0.0)))
 
     def _rotate_and_write(
         self, layer: int, qkv: Tensor, positions: Tensor, sequences: Tensor, tables: Tensor
@@ -171,16 +193,9 @@ class FusedModel:
         self, token_ids: Tensor, positions: Tensor, sequences: Tensor, tables: Tensor, sizes: SplitSizes | None
     ) -> Tensor | None:
         """A step of one decode alone, whose products are of one row."""
-        place, shape, eps = self._place, self._shape, self._shape.rms_norm_eps
-        if place.is_first_stage:
-            residual = self._embed(token_ids)
-        else:
-            residual = self._collectives.recv_hidden(1, shape.hidden_size, self._dtype, self._device)
-        width = (self._num_query + 2 * self._num_kv) * shape.head_dim
-        qkv, attended, gated = (
-            torch.empty((1, size), dtype=self._dtype, device=self._device)
-            for size in (width, self._num_query * shape.head_dim, shape.intermediate_size)
-        )
+        place, eps = self._place, self._shape.rms_norm_eps
+        residual = self._enter(token_ids, self._space["residual"][:1])
+        qkv, attended, gated = (self._space[name][:1] for name in ("qkv", "attended", "gated"))
         for layer, weights in enumerate(self._weights.layers):
             gemv(residual, weights.qkv, qkv, bias=weights.qkv_bias, norm=weights.input_norm, eps=eps)
             k_pages, v_pages = self._rotate_and_write(layer, qkv, positions, sequences, tables)
@@ -196,17 +211,6 @@ class FusedModel:
             raise RuntimeError(f"rank {place.rank} is the last stage but holds no head")
         logits = torch.empty((1, head.shape[0]), dtype=self._dtype, device=self._device)
         return gemv(residual, head, logits, norm=norm, eps=eps)
-
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        table = self._weights.embedding
-        if table is None:
-            raise RuntimeError(f"rank {self._place.rank} is the first stage but holds no embedding")
-        if self._place.tp == 1:
-            return functional.embedding(token_ids, table)
-        start, stop = self._place.vocab
-        elsewhere = (token_ids < start) | (token_ids >= stop)
-        rows = functional.embedding((token_ids - start).masked_fill(elsewhere, 0), table)
-        return self._collectives.tp_all_reduce(rows.masked_fill(elsewhere[:, None], 0.0))
 
     def _logits(self, delta: Tensor, residual: Tensor, rows: Tensor | None) -> Tensor | None:
         norm, head = self._weights.final_norm, self._weights.head

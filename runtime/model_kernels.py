@@ -1,5 +1,8 @@
 """The small kernels of a step, in Triton: each reads and writes its tensors once.
 
+On Hopper and later each is launched while the kernel before it still runs (programmatic dependent launch), and waits
+inside for that one's results: a step is some 400 kernels, and the device would idle for a microsecond between any two.
+
 The matrices go to cuBLAS through torch; what lies between them is bound by memory, so that every tensor that is not
 materialised is time saved. All kernels also run in Triton's interpreter, on which the tests compare them with torch.
 """
@@ -11,9 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent_launch import overlaps, wait_for_kernel_before
+
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, out, hidden, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_rms_norm(x, residual, weight, out, hidden, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden
@@ -34,7 +40,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     """x / rms(x) · weight of each row of x [rows, hidden], into `out`."""
     rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
-    _add_rms_norm[(rows,)](x, x, weight, out, hidden, eps, ADD=False, BLOCK=block, num_warps=_norm_warps(block))
+    _add_rms_norm[(rows,)](
+        x, x, weight, out, hidden, eps, ADD=False, BLOCK=block, num_warps=_norm_warps(block), **overlaps()
+    )
     return out
 
 
@@ -42,7 +50,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     """residual += x, then `rms_norm` of the residual into `out` (which may be x); [rows, hidden] each."""
     rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
-    _add_rms_norm[(rows,)](x, residual, weight, out, hidden, eps, ADD=True, BLOCK=block, num_warps=_norm_warps(block))
+    _add_rms_norm[(rows,)](
+        x, residual, weight, out, hidden, eps, ADD=True, BLOCK=block, num_warps=_norm_warps(block), **overlaps()
+    )
     return out
 
 
@@ -51,7 +61,8 @@ def _norm_warps(block: int) -> int:
 
 
 @triton.jit
-def _silu_mul(gate_up, out, inner, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_mul(gate_up, out, inner, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < inner
@@ -64,7 +75,7 @@ def _silu_mul(gate_up, out, inner, BLOCK: tl.constexpr):  # type: ignore[no-unty
 def silu_mul(gate_up: Tensor, out: Tensor) -> Tensor:
     """silu(gate) · up of gate_up [rows, 2 · inner] into out [rows, inner]."""
     rows, inner = out.shape
-    _silu_mul[(rows, triton.cdiv(inner, 1024))](gate_up, out, inner, BLOCK=1024, num_warps=4)
+    _silu_mul[(rows, triton.cdiv(inner, 1024))](gate_up, out, inner, BLOCK=1024, num_warps=4, **overlaps())
     return out
 
 
@@ -104,7 +115,9 @@ def _rope_write(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + row)
     if position >= 0:
@@ -186,11 +199,23 @@ def rope_write(
         HEADS=heads,
         NORM=norms is not None,
         num_warps=2,
+        **overlaps(),
     )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _gather_pages(pages, table, out, num_tokens, num_kv, TOKENS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gather_pages(  # type: ignore[no-untyped-def]
+    pages,
+    table,
+    out,
+    num_tokens,
+    num_kv,
+    TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_kernel_before(PDL)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1)
     inside = token < num_tokens
@@ -206,11 +231,14 @@ def gather_pages(pages: Tensor, table: Tensor, out: Tensor) -> None:
     """Copy one sequence's pages [blocks, KV heads, tokens, head_dim] along `table` into out [tokens, KV heads, head_dim]."""
     num_tokens, num_kv, dim = out.shape
     grid = (triton.cdiv(num_tokens, 32), num_kv)
-    _gather_pages[grid](pages, table, out, num_tokens, num_kv, TOKENS=pages.shape[2], DIM=dim, BLOCK=32, num_warps=4)
+    _gather_pages[grid](
+        pages, table, out, num_tokens, num_kv, TOKENS=pages.shape[2], DIM=dim, BLOCK=32, num_warps=4, **overlaps()
+    )
 
 
 @triton.jit(do_not_specialize=["num"])
-def _advance(tokens, positions, sampled, COUNT: tl.constexpr, num):  # type: ignore[no-untyped-def]
+def _advance(tokens, positions, sampled, COUNT: tl.constexpr, num, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_kernel_before(PDL)
     at = tl.arange(0, COUNT)
     inside = at < num
     position = tl.load(positions + at, mask=inside, other=-1)
@@ -221,11 +249,12 @@ def _advance(tokens, positions, sampled, COUNT: tl.constexpr, num):  # type: ign
 def advance(tokens: Tensor, positions: Tensor, sampled: Tensor) -> None:
     """tokens = sampled and positions += 1 for every row that is no padding; [rows], int32, int32 and int64."""
     num = sampled.shape[0]
-    _advance[(1,)](tokens, positions, sampled, COUNT=triton.next_power_of_2(num), num=num)
+    _advance[(1,)](tokens, positions, sampled, COUNT=triton.next_power_of_2(num), num=num, **overlaps())
 
 
 @triton.jit
-def _argmax_part(logits, stride, num, best, index, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _argmax_part(logits, stride, num, best, index, SPLITS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     per_split = tl.cdiv(num, SPLITS)
@@ -245,7 +274,8 @@ def _argmax_part(logits, stride, num, best, index, SPLITS: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _argmax_merge(best, index, out, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _argmax_merge(best, index, out, SPLITS: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    wait_for_kernel_before(PDL)
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     values = tl.load(best + row * SPLITS + split)
@@ -260,6 +290,8 @@ def argmax_rows(logits: Tensor, num: int) -> Tensor:
     best = torch.empty((rows, splits), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, splits), dtype=torch.int32, device=logits.device)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _argmax_part[(rows, splits)](logits, logits.stride(0), num, best, index, SPLITS=splits, BLOCK=1024, num_warps=4)
-    _argmax_merge[(rows,)](best, index, out, SPLITS=splits, num_warps=1)
+    _argmax_part[(rows, splits)](
+        logits, logits.stride(0), num, best, index, SPLITS=splits, BLOCK=1024, num_warps=4, **overlaps()
+    )
+    _argmax_merge[(rows,)](best, index, out, SPLITS=splits, num_warps=1, **overlaps())
     return out

@@ -153,9 +153,10 @@ def make_transport(
     `verify` compares the checksum of every (layer, KV head, block) at both ends. A progressive send waits for
     `min_segment_bytes` to be written while something of it is on its way. Raises TransportError.
     """
-    from .transport_worker import MIN_SEGMENT_BYTES, SegmentTransport
+    from .transport_desk import MIN_SEGMENT_BYTES
+    from .transport_worker import SegmentTransport
 
-    carrier = _carrier(check_backend(backend), progress, pages.device, survives_peer_loss)
+    carrier = _carrier(check_backend(backend), progress, pages.pool.device, survives_peer_loss)
     least = MIN_SEGMENT_BYTES if min_segment_bytes is None else min_segment_bytes
     return SegmentTransport(progress, pages, carrier, verify=verify, min_segment_bytes=least, throttle=throttle)
 

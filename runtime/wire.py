@@ -128,7 +128,7 @@ class KvOver(Struct, frozen=True, tag="kv_over", array_like=True):
 class ServeKvOrder(Struct, frozen=True, tag="serve_kv_order", array_like=True):
     """Leader to the ranks of its executor: send your parts of these blocks to executor `reader`.
 
-    `is_early`: only `num_written` of the tokens are written; send the others as the engine writes them.
+    `is_early`: the context phase still runs; send what this rank's engine says is written, when it does.
     """
 
     request_id: RequestId
@@ -137,7 +137,6 @@ class ServeKvOrder(Struct, frozen=True, tag="serve_kv_order", array_like=True):
     num_tokens: NumTokens
     blocks: Blocks
     is_early: bool = False
-    num_written: NumTokens = 0
 
 
 class KvWrittenOrder(Struct, frozen=True, tag="kv_written_order", array_like=True):

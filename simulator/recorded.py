@@ -65,7 +65,10 @@ class Recording:
         self._step_ends = step_ends
         self._epoch: dict[int, int] = {}
         self._arrivals: dict[tuple[int, int], deque[tuple[int, int]]] = {}
-        self._transfers: dict[tuple[str, int, int], tuple[int, int]] = {}
+        self._transfers: dict[
+            tuple[str, int, int], tuple[int, int]
+        ] = {}  # by which end, its core, the reader's request
+        self._readers: dict[tuple[int, int], int] = {}  # (source, its request): the reader's request, as last served
         self._wakes: dict[int, list[tuple[int, int]]] = {core: [] for core in logs}
         self._pair()
 
@@ -81,6 +84,9 @@ class Recording:
             for frame in frames:
                 for place, event in enumerate(frame.events):
                     self._attribute(core, frame.now, place, event, sent)
+                for command in frame.commands:
+                    if isinstance(command, ServeKv) and command.ok:
+                        self._readers[core, command.request_id] = command.reader_id
 
     def _note(self, core: int, now: int, command: Any, sent: dict[tuple[int, int], deque[tuple[int, Any]]]) -> None:
         if isinstance(command, Send):
@@ -106,7 +112,8 @@ class Recording:
                 self._wakes[core].append((now, place))
                 return
             case KvTaken(ok=True):
-                self._transfers["taken", core, event.request_id] = (now, place)
+                reader_id = self._readers.get((core, event.request_id), -1)
+                self._transfers["taken", core, reader_id] = (now, place)
                 return
             case KvReceived(ok=True):
                 self._transfers["received", core, event.request_id] = (now, place)
@@ -144,7 +151,7 @@ class Recording:
     def transfer_ends(self, source: int, command: ServeKv) -> tuple[tuple[int, int], tuple[int, int]]:
         never = (self.never, source)
         received = self._transfers.get(("received", command.reader, command.reader_id), never)
-        return received, self._transfers.get(("taken", source, command.request_id), never)
+        return received, self._transfers.get(("taken", source, command.reader_id), never)
 
 
 def conform(recording: Recording, launch: Mapping[int, tuple[int, int]] | None = None) -> int:

@@ -62,8 +62,15 @@ def fused_engine(
     weights = random_weights(place, 3, device) if weights is None else weights
     collectives = SingleRank() if collectives is None else collectives
     stepper = FusedStepper(
-        place, weights, pages, collectives, torch.device(device), max_batch, record_margins=record_margins
+        place,
+        weights,
+        pages,
+        collectives,
+        torch.device(device),
+        max_batch,
+        max_num_tokens,
+        record_margins=record_margins,
     )
     if device != "cpu" if warm is None else warm:
-        stepper.warm_up(max_num_tokens)
+        stepper.warm_up()
     return Engine(shape, weights, place, pages, collectives, device, stepper=stepper, record_margins=record_margins)

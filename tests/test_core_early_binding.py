@@ -94,6 +94,7 @@ def test_kv_that_is_taken_before_its_context_phase_is_reported_done_is_not_held(
     desk = source().give(context(1, 8), asks(1))
     desk.give(KvTaken(1), at=9)
     assert desk.free == 98
+    assert not desk.give(asks(1, 8, 60)).served.ok  # it will not be kept for another
     desk.end_steps(at=10)
     assert desk.response.context_phase_params is not None
     assert desk.free == 100

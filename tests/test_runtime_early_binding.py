@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from disagg.core.commands import PrepareReceive, ServeKv
+from disagg.core.commands import PrepareReceive, ReceiveKv, ServeKv
 from disagg.core.config import PolicySpec, SchedulerConfig
 from disagg.core.event_log import Frame, read_log, replay, replay_frames
 from disagg.core.events import ContextStarted, FirstTokens, KvReceived, KvWithdrawn
@@ -89,19 +89,34 @@ def test_kv_that_travels_while_it_is_computed_is_the_kv_that_one_engine_computes
     result = run(layouts, submissions(PROMPTS, 6, every_ms=2), binding)
     assert [row.token_ids for row in result.sends] == [expected(prompt, 6) for prompt in PROMPTS]
     served = commands(result, ServeKv)
-    assert len(served) == len(PROMPTS)
-    assert all(command.ok for command in served)
-    # a short prompt is computed before a question asked at its beginning has come
-    least = len(PROMPTS) // 2 if binding == "at_arrival" else 1
+    assert sum(command.ok for command in served) == len(PROMPTS)
+    # a question may overtake the context phase that it is about, and a short prompt be computed before one has come
+    assert all(command.ok or "is not held here" in command.error for command in served)
+    least = 2 if binding == "at_arrival" else 0
     assert sum(command.is_early for command in served) >= least
-    assert len(commands(result, PrepareReceive)) >= least
-    assert len(events(result, FirstTokens)) == len(PROMPTS)
+    assert len(commands(result, PrepareReceive)) + len(commands(result, ReceiveKv)) == len(served)
+    assert least <= len(events(result, FirstTokens)) <= len(PROMPTS)
+    assert {row.num_attempts for row in result.rows if isinstance(row, RequestRow)} == {1}
     assert len(events(result, ContextStarted)) == (len(PROMPTS) if binding == "at_context_start" else 0)
     checks = [part for parts in result.parts.values() for _, part in parts]
-    assert all(part.ok and part.num_checked > 0 for part in checks)
+    assert all(part.num_checked > 0 if part.ok else "is not held here" in (part.error or "") for part in checks)
     for log in result.logs.values():
         assert replay(log) > 0
     assert conform(Recording(result.logs, step_ends(result)), {1: (1, source[1]), 2: (1, reader[1])}) > 30
+
+
+def test_a_long_prompt_bound_at_context_start_is_sent_while_it_is_computed() -> None:
+    slow = SchedulerConfig(max_batch_size=8, max_num_tokens=2)  # 75 steps: time to ask in, on any machine
+    (text,) = prompts(SHAPE, [150], seed=4)
+    layouts = [context(1, 2, scheduler=slow), generation(2, 1)]
+    result = run(layouts, submissions([text], 6), "at_context_start")
+    assert result.sends[0].token_ids == expected(text, 6)
+    (served,) = commands(result, ServeKv)
+    assert served.is_early
+    (row,) = [row for row in result.rows if isinstance(row, RequestRow)]
+    assert row.kv_transfer_overlap_ps is not None
+    assert row.kv_transfer_overlap_ps > 0
+    assert row.num_attempts == 1
 
 
 def test_without_layer_wise_sending_blocks_are_reserved_early_and_kv_moves_when_the_context_is_done() -> None:
@@ -166,7 +181,7 @@ def test_where_blocks_are_scarce_early_reservations_come_and_go_and_every_reques
     result = run(layouts, submissions(texts, 10, every_ms=1), "at_arrival")
     assert [row.token_ids for row in result.sends] == [expected(prompt, 10) for prompt in texts]
     assert all(row.overlap_ps <= row.end_ps - row.start_ps for row in result.rows if isinstance(row, TransferRow))
-    assert all(event.ok for event in events(result, KvReceived))
+    assert all(event.ok or "is not held here" in (event.error or "") for event in events(result, KvReceived))
     check_all_blocks_are_free(result, [1, 2, 3])
     assert conform(Recording(result.logs, step_ends(result))) > 30
 

@@ -119,7 +119,7 @@ def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(length:
         with torch.inference_mode():
             logits[dtype] = theirs(torch.tensor([prompt], device="cuda")).logits[0, -1].float()
     engine = fused_engine(
-        shape, load_weights(folder, Place.of(shape), "cuda"), num_blocks=256, tokens_per_block=16, device="cuda"
+        shape, load_weights(folder, Place.of(shape), "cuda"), num_blocks=256, tokens_per_block=16, max_num_tokens=2048, device="cuda"
     )
     seen: list[torch.Tensor] = []
     stepper: Any = engine._stepper

@@ -87,12 +87,6 @@ def test_a_rank_that_is_asked_early_sends_what_its_engine_says_is_written() -> N
     assert transport.taken() == []
 
 
-def test_a_rank_that_is_asked_in_mid_prompt_sends_at_once_what_is_written() -> None:
-    transfers, transport, _ = rank_transfers()
-    transfers.serve(ServeKvOrder(7, 2, 8, 10, (0, 1, 2), True, 4))
-    assert transport.taken()[2:] == [("advance", 8, (0, 3), 4)]
-
-
 def test_a_rank_that_was_asked_too_late_to_hear_of_a_layer_is_told_when_all_is_written() -> None:
     transfers, transport, _ = rank_transfers()
     transfers.serve(EARLY)
@@ -131,7 +125,7 @@ def test_a_leader_tells_the_ranks_that_still_send_that_all_is_written() -> None:
     transfers = ExecutorTransfers(ROSTER, 1, lambda rank, order: orders.append((rank, order)))
     transfers.serve(ServeKv(7, 2, 8, 10, (0, 1, 2), True, None, 4))
     transfers.serve(ServeKv(6, 2, 9, 10, (3, 4, 5), True))
-    assert orders[0] == (1, ServeKvOrder(7, 2, 8, 10, (0, 1, 2), True, 4))
+    assert orders[0] == (1, ServeKvOrder(7, 2, 8, 10, (0, 1, 2), is_early=True))
     assert transfers.part_done(2, KvPart(7, True, True)) is None
     del orders[:]
     for request_id in (5, 6, 7):

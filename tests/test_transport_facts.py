@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
-from disagg.runtime.transport import BACKENDS
+from disagg.runtime import transport_world
+from disagg.runtime.executor_spec import ModelSource, check_spec
+from disagg.runtime.launcher import LaunchError
+from disagg.runtime.transport import BACKENDS, TransportError
 from disagg.runtime.transport_facts import (
     TransportFacts,
     choose_backend,
@@ -13,6 +17,11 @@ from disagg.runtime.transport_facts import (
     pml_of,
     transport_problem,
 )
+from disagg.runtime.transport_world import WorldNeeds, over_ucx, world_needs
+from tests.runtime_programs.clusters import cluster, context, generation
+from tests.tiny_models import SHAPES
+
+PAIR = cluster(ModelSource(SHAPES["llama"], seed=3), [context(), generation()])
 
 
 def facts(
@@ -93,3 +102,40 @@ def test_facts_are_gathered_on_any_machine() -> None:
     found = gather_facts()
     assert found.num_devices == len(found.peer_access)
     assert found.has_cuda or found.why_no_cuda
+
+
+def test_cuda_ipc_on_a_cpu_and_a_throttle_of_nothing_are_refused_before_anything_starts() -> None:
+    with pytest.raises(TransportError, match="cuda_ipc needs device: cuda, not cpu; allowed here: mpi, host, auto"):
+        check_spec(replace(PAIR, transport="cuda_ipc"))
+    with pytest.raises(TransportError, match="throttle_gb_per_s 0 must be positive"):
+        check_spec(replace(PAIR, throttle_gb_per_s=0.0))
+
+
+def test_a_cluster_on_gpus_is_refused_where_they_cannot_do_what_it_wants() -> None:
+    def needs(transport: str, here: TransportFacts) -> WorldNeeds:
+        return world_needs(check_spec(replace(PAIR, transport=transport, device="cuda")), one_host=True, facts=here)
+
+    assert needs("cuda_ipc", facts()) == needs("auto", facts()) == needs("host", facts(ucx=False)) == WorldNeeds()
+    for transport, here, words in (
+        ("cuda_ipc", facts(peers=False), "read each other's memory"),
+        ("mpi", facts(ucx=False), "libucx-cu13"),
+        ("auto", facts(cuda=False), "no GPU"),
+    ):
+        with pytest.raises(TransportError, match=rf"cache_transceiver.backend {transport}: .*{words}"):
+            needs(transport, here)
+
+
+def test_a_cluster_on_cpus_needs_nothing_of_its_world() -> None:
+    assert world_needs(check_spec(replace(PAIR, transport="auto")), one_host=True) == WorldNeeds()
+
+
+def test_a_world_over_ucx_finds_the_wheel_before_any_other_ucx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_world, "find_ucx", lambda: "/site/libucx/lib")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/other")
+    world = over_ucx()
+    assert (world.pml, world.fault_tolerant) == ("ucx", False)  # ULFM crashes over UCX
+    assert world.env["LD_LIBRARY_PATH"].split(":") == ["/site/libucx/lib", "/other"]
+    assert world.env["UCX_MODULE_DIR"] == "/site/libucx/lib/ucx"
+    monkeypatch.setattr(transport_world, "find_ucx", lambda: None)
+    with pytest.raises(LaunchError, match="pip install libucx-cu13"):
+        over_ucx()
