@@ -94,6 +94,13 @@ class ContextStarted(Struct, frozen=True, tag="context_started", array_like=True
     request_id: int
 
 
+class FirstTokenOut(Struct, frozen=True, tag="first_token_out", array_like=True):
+    """A streaming request that is served whole here has its first token, and goes on; its Response comes at its end."""
+
+    request_id: int
+    context_start: int | None = None
+
+
 class Response(Struct, frozen=True, tag="response", array_like=True):
     """The one final answer of an executor to one `Enqueue`. A context phase answers at the end of its compute."""
 
@@ -196,8 +203,19 @@ class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
 
 
 MessageToExecutor = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown
-MessageToOrchestrator = Response | Report | ContextStarted
-Message = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown | Response | Report | ContextStarted
+MessageToOrchestrator = Response | Report | ContextStarted | FirstTokenOut
+Message = (
+    Enqueue
+    | Cancel
+    | LeaseRenewed
+    | FirstTokens
+    | KvWithdrawn
+    | Shutdown
+    | Response
+    | Report
+    | ContextStarted
+    | FirstTokenOut
+)
 ExecutorEvent = (
     Enqueue
     | Cancel
@@ -212,7 +230,9 @@ ExecutorEvent = (
     | PeerDown
     | Wake
 )
-OrchestratorEvent = Arrive | Response | Report | ContextStarted | Cancel | PeerDown | RoleChanged | Shutdown | Wake
+OrchestratorEvent = (
+    Arrive | Response | Report | ContextStarted | FirstTokenOut | Cancel | PeerDown | RoleChanged | Shutdown | Wake
+)
 Event = (
     Enqueue
     | Cancel
@@ -220,6 +240,7 @@ Event = (
     | FirstTokens
     | KvWithdrawn
     | ContextStarted
+    | FirstTokenOut
     | Shutdown
     | Response
     | Report

@@ -39,6 +39,7 @@ from .events import (
     ContextStarted,
     Enqueue,
     ExecutorEvent,
+    FirstTokenOut,
     FirstTokens,
     KvReceived,
     KvRequested,
@@ -237,6 +238,9 @@ class ExecutorCore:
             else:
                 visit.advance(Cause.GENERATE_HERE)
                 self.scheduler.joining.append(visit)
+                whole = visit.request.request_type is RequestType.CONTEXT_AND_GENERATION
+                if whole and visit.request.streaming and visit.num_generated == 1 and visit.doom is None:
+                    self._out.append(Send(ORCHESTRATOR, FirstTokenOut(visit.id, visit.started_at)))
 
     def _context_done(self, visit: Visit, token: int | None, now: int) -> None:
         """Answer with the first token, and hold the KV under a lease, unless it has all been read already."""

@@ -36,6 +36,7 @@ from .events import (
     Cancel,
     ContextStarted,
     Enqueue,
+    FirstTokenOut,
     FirstTokens,
     LeaseRenewed,
     OrchestratorEvent,
@@ -181,6 +182,8 @@ class OrchestratorCore:
                 self._answered(event, now)
             case ContextStarted():
                 self._context_started(event, now)
+            case FirstTokenOut():
+                self._first_token_out(event, now)
             case Arrive():
                 self._arrive(event.request, now)
             case Cancel():
@@ -455,6 +458,14 @@ class OrchestratorCore:
             task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
         elif not isinstance(answer, Hold):  # holding means to decide when the context phase is done
             raise PolicyError(f"a generation phase cannot be bound early by {answer!r}; allowed: Route, Hold")
+
+    def _first_token_out(self, event: FirstTokenOut, now: int) -> None:
+        task, _, executor = self._visits.get(event.request_id, (None, None, None))
+        if task is None or executor is None or task.first_token_at is not None:
+            return
+        task.context_start = event.context_start
+        task.first_token_at = now
+        self._out.append(Deliver(task.request.id, None, 1, executor, event.request_id))
 
     def _context_started(self, event: ContextStarted, now: int) -> None:
         task, _, _ = self._visits.get(event.request_id, (None, None, None))

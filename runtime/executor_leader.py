@@ -30,6 +30,7 @@ from ..core.events import (
     Cancel,
     Enqueue,
     ExecutorEvent,
+    FirstTokenOut,
     FirstTokens,
     KvReceived,
     KvRequested,
@@ -280,7 +281,8 @@ class LeaderSession:
             if sequence is not None and sequence.num_sent < len(sequence.generated) and message.error is None:
                 tokens = tuple(sequence.generated[sequence.num_sent :])
                 self._to_user(TokenChunk(message.request_id, sequence.num_sent, tokens))
-        self._to_user(message)
+        if not isinstance(message, FirstTokenOut) or not self._roster.spec.leader_mode:  # there its token says as much
+            self._to_user(message)
 
     def _receive_kv(self, command: ReceiveKv | PrepareReceive) -> None:
         if command.source in self._gone:

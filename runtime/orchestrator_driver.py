@@ -21,6 +21,7 @@ from ..core.events import (
     Cancel,
     ContextStarted,
     Enqueue,
+    FirstTokenOut,
     OrchestratorEvent,
     PeerDown,
     Report,
@@ -342,7 +343,7 @@ class OrchestratorDriver:
         elif isinstance(body, Report):
             self.reports[executor] = body
             self._events.append((MESSAGE, executor, body))
-        elif isinstance(body, ContextStarted):
+        elif isinstance(body, (ContextStarted, FirstTokenOut)):
             self._events.append((MESSAGE, executor, body))
         elif isinstance(body, RecordsChunk):
             self._keep(rank, body)

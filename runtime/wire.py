@@ -20,6 +20,7 @@ from ..core.events import (
     Cancel,
     ContextStarted,
     Enqueue,
+    FirstTokenOut,
     FirstTokens,
     KvWithdrawn,
     LeaseRenewed,
@@ -245,6 +246,7 @@ _WireBody = (
     | Response
     | Report
     | ContextStarted
+    | FirstTokenOut
     | Hello
     | Ready
     | PlanGrant
@@ -323,6 +325,7 @@ _CORE_TYPES: Final = (
     Response,
     Report,
     ContextStarted,
+    FirstTokenOut,
 )
 _ANY_64_BIT: Final = frozenset({"seed", "block_hashes", "cache_events", "client_id"})
 _OR_MINUS_ONE: Final = frozenset({"end_id", "pad_id"})  # "none" in the words of some checkpoints

@@ -17,6 +17,7 @@ from disagg.core.events import (
     Cancel,
     ContextStarted,
     Enqueue,
+    FirstTokenOut,
     FirstTokens,
     KvWithdrawn,
     LeaseRenewed,
@@ -442,6 +443,9 @@ class NaiveExecutor:
             else:
                 v.place = JOINING
                 self.joining.append(v)
+                whole = v.type is RequestType.CONTEXT_AND_GENERATION
+                if whole and v.request.streaming and v.generated == 1 and v.doom is None:
+                    self.cluster.send(self.id, 0, FirstTokenOut(v.id, v.started_at))
 
     def plan(self) -> None:
         """Once an instant, if no step is running."""

@@ -20,7 +20,11 @@ from tests.runtime_programs.clusters import Layout, cluster, context, generation
 from tests.tiny_models import MIN_MARGIN, Script, oracle, prompts
 
 NUM_GPUS = torch.cuda.device_count()
-pytestmark = [pytest.mark.gpu, pytest.mark.mpi, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.mpi,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 TWO = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
 SHAPE = SHAPES["llama"]
 NUM_TOKENS = 24
@@ -118,9 +122,8 @@ def test_bfloat16_logits_are_as_near_to_float32_as_those_of_transformers(length:
         theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda").eval()
         with torch.inference_mode():
             logits[dtype] = theirs(torch.tensor([prompt], device="cuda")).logits[0, -1].float()
-    engine = fused_engine(
-        shape, load_weights(folder, Place.of(shape), "cuda"), num_blocks=256, tokens_per_block=16, max_num_tokens=2048, device="cuda"
-    )
+    weights = load_weights(folder, Place.of(shape), "cuda")
+    engine = fused_engine(shape, weights, num_blocks=256, tokens_per_block=16, max_num_tokens=2048, device="cuda")
     seen: list[torch.Tensor] = []
     stepper: Any = engine._stepper
     forward = stepper.model.forward
