@@ -24,7 +24,7 @@ from .model_fused import FusedModel
 from .model_kernels import advance, argmax_rows
 from .model_place import Place
 from .model_sampling import margins, sample
-from .prefill_attention import PrefillBatch, prefill_batch
+from .prefill_attention import CUDNN_MULTIPLE, PrefillBatch, prefill_batch
 from .stepper import Launched, LayersHook
 from .weights import ModelWeights
 
@@ -107,7 +107,8 @@ class FusedStepper:
         with self._on_stream():
             self._eager_decode(min(2, self._max_batch))
             block, max_num_tokens = self._pages.tokens_per_block, self._max_num_tokens
-            for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens), max_num_tokens}:
+            once = {1, min(63, max_num_tokens), min(1024, max_num_tokens), max_num_tokens}
+            for num_tokens in sorted({*once, *range(CUDNN_MULTIPLE, max_num_tokens + 1, CUDNN_MULTIPLE)}):
                 self._dummy_chunk(num_tokens, 0)
             for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens)}:
                 self._dummy_chunk(num_tokens, block)  # with KV before it

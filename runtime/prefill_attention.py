@@ -21,9 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .model_attention import ChunkRows, StepTokens, TorchAttention
 from .model_kernels import gather_pages
 
-# cuDNN makes a plan for each new shape, which takes it 50 ms: only lengths of which there are few go there.
-_CUDNN_FROM: Final = 4096
-_CUDNN_MULTIPLE: Final = 1024
+# cuDNN makes a plan for each new shape, which takes it 50 to 100 ms: only lengths of which there are few go there.
+CUDNN_MULTIPLE: Final = 4096
 
 
 @dataclass(slots=True)
@@ -138,7 +137,7 @@ class PrefillAttention:
 
 
 def _for_cudnn(length: int) -> bool:
-    return length >= _CUDNN_FROM and length % _CUDNN_MULTIPLE == 0
+    return length % CUDNN_MULTIPLE == 0
 
 
 Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, "int | None"], Tensor]
