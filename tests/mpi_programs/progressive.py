@@ -127,7 +127,7 @@ def main() -> None:
     if peers and not all(outcome.num_checked for outcome in outcomes):
         errors.append("a transfer without a compared checksum")
     if is_source:
-        early = [o for o in outcomes if 0 < o.bytes_after_written < o.num_bytes]
+        early = [o for o in outcomes if o.bytes_after_written < o.num_bytes]
         if peers and not early:
             errors.append("nothing was sent before everything was written")
     else:
