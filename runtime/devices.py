@@ -10,6 +10,7 @@ from ..core.config import ExecutorConfig
 from .executor_spec import DeviceError, Roster
 from .kv_pages import KvPages, needed_bytes
 from .model_place import Place
+from .weights import needed_weight_bytes
 
 
 def check_device(device: str) -> None:
@@ -27,10 +28,14 @@ def check_device(device: str) -> None:
 
 def check_machine(roster: Roster) -> None:
     """Raises DeviceError if this machine alone cannot hold the cluster: no such device, or less memory than KV."""
+    if roster.spec.device != "cpu":
+        _check_one_gpu_a_rank(roster)
     for rank in roster.executor_of:
         check_device(roster.device_of(rank))
+    if roster.spec.device != "cpu":
+        return
     memory = _memory_bytes()
-    if roster.spec.device != "cpu" or memory is None:
+    if memory is None:
         return
     needed = {executor: _pool_bytes(roster, executor) for executor in roster.configs}
     if sum(needed.values()) > memory:
@@ -40,6 +45,31 @@ def check_machine(roster: Roster) -> None:
             f"the KV caches need {sum(needed.values())} bytes, but this machine has {memory} bytes of memory; the largest"
             f" is executor {largest}'s, {needed[largest]} bytes for kv_cache.max_tokens"
             f" {config.num_blocks * config.tokens_per_block}: lower it"
+        )
+
+
+def _check_one_gpu_a_rank(roster: Roster) -> None:
+    """Ranks of one executor talk through NCCL, which wants a device of its own for each of them."""
+    for executor, placement in roster.placements.items():
+        devices = [roster.device_of(rank) for rank in placement.participant_ids]
+        if len(set(devices)) < len(devices):
+            raise DeviceError(
+                f"executor {executor} has device_ids {list(placement.device_ids)} for {len(devices)} ranks; allowed: a GPU of"
+                " its own for each rank of an executor (several executors may share one)"
+            )
+
+
+def check_weights_fit(place: Place, device: str) -> None:
+    """Raises DeviceError, before anything is loaded, if a GPU has no room for this rank's weights."""
+    if torch.device(device).type != "cuda":
+        return
+    needed = needed_weight_bytes(place)
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    if needed > free:
+        raise DeviceError(
+            f"{device}: the weights of {place.shape.name} need {needed >> 20} MiB on each rank with tensor_parallel_size"
+            f" {place.tp} and pipeline_parallel_size {place.layout.pp}, and {free >> 20} MiB of {total >> 20} MiB are free;"
+            " raise tensor_parallel_size or pipeline_parallel_size, choose a smaller model, or free the device"
         )
 
 

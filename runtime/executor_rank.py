@@ -14,7 +14,7 @@ from ..core.events import Report, Response
 from .clock import Clock, monotonic_ns
 from .clock_offsets import answer_probes
 from .collectives import Collectives, SingleRank
-from .devices import check_device
+from .devices import check_device, check_weights_fit
 from .engine import Engine
 from .engine_build import build_stepper, executor_collectives
 from .executor_engine import EngineThread
@@ -125,6 +125,7 @@ class ExecutorRank:
         device = self._device
         check_device(device)
         self.post.start()
+        check_weights_fit(self._place, device)
         self._collectives = executor_collectives(self._group, self._place.tp, device)
         if spec.model.folder is not None:
             self._weights = load_weights(spec.model.folder, self._place, device)
