@@ -60,6 +60,7 @@ class RankInfo(Struct, frozen=True):
     kv_heads: tuple[int, int]
     num_blocks: int = 0
     free_bytes: int | None = None  # of the device, once everything has its place; None for host memory
+    transport: str | None = None  # how KV travels here, and why so
 
 
 class RankRecord(Struct, frozen=True):
@@ -164,6 +165,7 @@ class ExecutorRank:
             self._pages.heads,
             self._pages.num_blocks,
             built.free_bytes,
+            None if self._transport is None else self._transport.description,
         )
 
     def new_engine(self) -> None:
