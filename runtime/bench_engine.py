@@ -26,7 +26,7 @@ from .engine import Engine
 from .kv_pages import KvPages
 from .model_batch import ChunkFeed, JoinedFeed, PlanFeed
 from .model_place import Place
-from .prefill_attention import _varlen
+from .prefill_attention import varlen_attention
 from .weights import ModelWeights, random_weights
 
 DECODES: Final = ((1, 1.15), (64, 1.10), (256, 1.08))  # (batch, most that the step may take, in floors)
@@ -45,16 +45,14 @@ def run_engine_bench(model: str, tp: int = 1, device: str = "cuda", quick: bool 
 
     if model not in PRESETS:
         raise ModelError(f"model {model!r} is unknown; allowed: {', '.join(PRESETS)}")
-    if not device.startswith("cuda"):
+    if device != "cuda":
         raise DeviceError(f"bench engine measures a GPU; device: {device} has no such kernels; allowed: cuda")
     for rank in range(tp):
-        check_device(device if device == "cpu" else f"{device}:{rank}")
+        check_device(f"{device}:{rank}")
     shape = PRESETS[model]
     Place.of(shape, tp)
     if tp == 1:
-        return EngineBench(shape, Place.of(shape), SingleRank(), device if device == "cpu" else f"{device}:0").rows(
-            quick
-        )
+        return EngineBench(shape, Place.of(shape), SingleRank(), f"{device}:0").rows(quick)
     return _in_world(model, tp, device, quick)
 
 
@@ -190,7 +188,7 @@ class EngineBench:
             found.append((self._timed(attend), backend.name))
         q1, k1, v1 = (x.transpose(1, 2).reshape(-1, x.shape[1], dim).contiguous() for x in (q, k, v))
         sums = torch.arange(0, prompts * tokens + 1, tokens, dtype=torch.int32, device=self.device)
-        found.append((self._timed(lambda: _varlen()(q1, k1, v1, sums, sums, tokens, tokens, None)), "varlen"))
+        found.append((self._timed(lambda: varlen_attention()(q1, k1, v1, sums, sums, tokens, tokens, None)), "varlen"))
         seconds, name = min(found)
         return seconds * len(self.weights.layers), name
 

@@ -20,7 +20,7 @@ def main() -> int:
     model, device, quick, result = sys.argv[1:5]
     world = MpiWorld()
     shape = PRESETS[model]
-    own = device if device == "cpu" else f"{device}:{world.rank}"
+    own = f"{device}:{world.rank}"
     collectives = executor_collectives(world.group(range(world.size)), world.size, own)
     bench = EngineBench(shape, Place.of(shape, world.size, 1, world.rank), collectives, own)
     rows = bench.rows(quick == "1")

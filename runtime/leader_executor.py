@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -39,11 +40,11 @@ def join(spec: HardwareSpec, world: MpiWorld | None) -> tuple[Roster, MpiWorld]:
     return roster, world
 
 
-class Closing:
+class Closing(ABC):
     """`with`: an orderly shutdown at the end, one that waits for nothing after an exception."""
 
-    def shutdown(self, drain: bool = True) -> object:
-        raise NotImplementedError
+    @abstractmethod
+    def shutdown(self, drain: bool = True) -> object: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

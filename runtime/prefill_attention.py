@@ -104,7 +104,9 @@ class PrefillAttention:
         if not batch.is_plain:
             k, v = self._gathered(batch, layer, pages)
         out.copy_(
-            _varlen()(q, k, v, batch.cu_q, batch.cu_k, batch.max_q, batch.max_k, self._window if windowed else None)
+            varlen_attention()(
+                q, k, v, batch.cu_q, batch.cu_k, batch.max_q, batch.max_k, self._window if windowed else None
+            )
         )
 
     def _by_cudnn(self, q: Tensor, k: Tensor, v: Tensor, length: int, out: Tensor) -> None:
@@ -144,7 +146,7 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, "int | None
 
 
 @cache
-def _varlen() -> Varlen:
+def varlen_attention() -> Varlen:
     """Flash attention over sequences of different lengths, as this torch offers it.
 
     The operator itself where it takes what torch 2.11's does: `varlen_attn` around it costs 60 µs of the host a layer.

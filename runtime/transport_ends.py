@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ Key = tuple[int, int]  # (peer rank, transfer id)
 Done = Callable[[str | None], None]  # with an error, or None
 
 
-class End:
+class End(ABC):
     """One end of a transfer with one peer. `num_holding` operations are touching its pages at this moment."""
 
     def __init__(
@@ -45,8 +46,8 @@ class End:
         """The blocks that tokens [0, num_tokens) lie in."""
         return self.blocks[: -(-num_tokens // tokens_per_block)]
 
-    def outcome(self) -> TransferOutcome:
-        raise NotImplementedError
+    @abstractmethod
+    def outcome(self) -> TransferOutcome: ...
 
     def _outcome(self, is_sender: bool, sent: bytes, left: int = 0, since: int = 0) -> TransferOutcome:
         now = time.monotonic_ns()

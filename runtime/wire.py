@@ -10,24 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from enum import Enum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
 from ..core.commands import RunSteps
 from ..core.events import (
-    Cancel,
-    ContextStarted,
-    Enqueue,
-    FirstTokenOut,
-    FirstTokens,
-    KvWithdrawn,
-    LeaseRenewed,
     Message,
-    Report,
-    Response,
-    Shutdown,
 )
 
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -236,36 +226,6 @@ Control = (
     | Goodbye
 )
 Body = Message | Control
-_WireBody = (
-    Enqueue
-    | Cancel
-    | LeaseRenewed
-    | FirstTokens
-    | KvWithdrawn
-    | Shutdown
-    | Response
-    | Report
-    | ContextStarted
-    | FirstTokenOut
-    | Hello
-    | Ready
-    | PlanGrant
-    | StepResults
-    | KvAsk
-    | KvAnswer
-    | KvOver
-    | ServeKvOrder
-    | KvWrittenOrder
-    | ReceiveKvOrder
-    | AbortKvOrder
-    | KvPart
-    | TokenChunk
-    | RecordsChunk
-    | HiddenStop
-    | HealthPing
-    | Fault
-    | Goodbye
-)
 
 
 class Envelope(Struct, frozen=True, array_like=True):
@@ -274,7 +234,7 @@ class Envelope(Struct, frozen=True, array_like=True):
     sender: Rank
     sequence: Count
     sent_at: Instant
-    body: _WireBody
+    body: Body
 
     @property
     def kind(self) -> str:
@@ -315,18 +275,7 @@ def decode(frame: bytes | bytearray | memoryview) -> Envelope:
 
 # ---- bounds of the core's own structs, which state none --------------------------------------------------------------
 
-_CORE_TYPES: Final = (
-    Enqueue,
-    Cancel,
-    LeaseRenewed,
-    FirstTokens,
-    KvWithdrawn,
-    Shutdown,
-    Response,
-    Report,
-    ContextStarted,
-    FirstTokenOut,
-)
+_CORE_TYPES: Final = get_args(Message)
 _ANY_64_BIT: Final = frozenset({"seed", "block_hashes", "cache_events", "client_id"})
 _OR_MINUS_ONE: Final = frozenset({"end_id", "pad_id"})  # "none" in the words of some checkpoints
 _SIGNED: Final = frozenset(

@@ -1,9 +1,27 @@
-"""Before any test is imported: where there is no GPU, Triton's kernels run in its interpreter."""
+"""Where there is no GPU, Triton's kernels run in its interpreter; and what tests of the command line share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+@pytest.fixture
+def disagg(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line in this process: its exit code for these arguments."""
+    from disagg.experiments import cli
+
+    def call(*arguments: str | Path) -> int:
+        monkeypatch.setattr("sys.argv", ["disagg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        code = exit_.value.code
+        return code if isinstance(code, int) else 0
+
+    return call

@@ -54,18 +54,6 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def disagg(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def call(*arguments: str | Path) -> int:
-        monkeypatch.setattr("sys.argv", ["disagg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        code = exit_.value.code
-        return code if isinstance(code, int) else 0
-
-    return call
-
-
 def expanded(file: Path, **options: Any) -> dict[str, Any]:
     return load_experiment(file, edit=BenchOptions(**options).apply).experiment.expanded()
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from disagg.core.tables import RequestRow
-from disagg.experiments import cli, cli_run
+from disagg.experiments import cli_run
 from disagg.experiments.config import Experiment
 from disagg.experiments.errors import ResourceError
 from disagg.experiments.run_directory import RunDirectory
@@ -40,18 +40,6 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "experiment.yaml"
     path.write_text(TEXT)
     return path
-
-
-@pytest.fixture
-def disagg(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def call(*arguments: str | Path) -> int:
-        monkeypatch.setattr("sys.argv", ["disagg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        code = exit_.value.code
-        return code if isinstance(code, int) else 0
-
-    return call
 
 
 def finish_all(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:
