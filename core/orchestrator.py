@@ -6,10 +6,8 @@ harmless, and it keeps the KV of a finished context phase alive until a generati
 
 from __future__ import annotations
 
-import heapq
 from typing import Any, Final
 
-import numpy as np
 from msgspec.structs import replace
 
 from ..policies import registry
@@ -31,6 +29,7 @@ from ..policies.vocabulary import (
 )
 from .commands import ORCHESTRATOR, Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send, WakeAt
 from .config import OrchestratorConfig, PolicySpec
+from .decisions import decision_row
 from .events import (
     Arrive,
     Cancel,
@@ -48,69 +47,13 @@ from .events import (
     Wake,
 )
 from .fleet import Fleet
+from .held_tasks import HeldTasks
 from .life_cycle import Cause, State, advance
-from .tables import DecisionRow, RequestRow
+from .task import Task
 from .timers import Timers
 
 AT_ARRIVAL: Final = "at_arrival"
 AT_CONTEXT_START: Final = "at_context_start"
-_MAX_LISTED: Final = 16  # candidates whose report versions a decision lists one by one
-
-
-class _Task:
-    """One user request, from its arrival to its end."""
-
-    __slots__ = (
-        "admitted",
-        "attempts",
-        "cancelled",
-        "context_executor",
-        "context_id",
-        "context_start",
-        "dispatch_at",
-        "first_token_at",
-        "generation_executor",
-        "generation_id",
-        "held_at_change",
-        "held_for",
-        "kv_overlap",
-        "kv_usable",
-        "num_tokens",
-        "order_key",
-        "params",
-        "request",
-        "serial",
-        "shown",
-        "state",
-        "transfer_start",
-    )
-
-    def __init__(self, request: Request, serial: int, order_key: Any, now: int) -> None:
-        self.request = request
-        self.shown = request if request.input_token_ids is None else replace(request, input_token_ids=None)
-        self.serial = serial
-        self.order_key = order_key
-        self.state = State.QUEUED
-        self.dispatch_at = now
-        self.admitted = False
-        self.attempts = 0
-        self.cancelled = False
-        self.held_for: Stage | None = None
-        self.held_at_change = 0
-        self.num_tokens = 0
-        self.first_token_at: int | None = None
-        self.forget_attempt()
-
-    def forget_attempt(self) -> None:
-        self.context_executor: int | None = None
-        self.context_id: int | None = None
-        self.generation_executor: int | None = None
-        self.generation_id: int | None = None
-        self.params: ContextPhaseParams | None = None
-        self.context_start: int | None = None
-        self.transfer_start: int | None = None
-        self.kv_usable: int | None = None
-        self.kv_overlap: int | None = None
 
 
 class OrchestratorCore:
@@ -122,13 +65,12 @@ class OrchestratorCore:
         self._routers: dict[Stage, RoutingPolicy] = self._make_routers()
         self._admission: AdmissionPolicy = self._make(config.admission, "admission", "admission")
         self._order: QueueOrder = self._make(config.queue_order, "queue_order", "queue")
-        self.tasks: dict[int, _Task] = {}
-        self._visits: dict[int, tuple[_Task, Stage, int]] = {}  # executor-level id: (task, stage, executor)
+        self.tasks: dict[int, Task] = {}
+        self._visits: dict[int, tuple[Task, Stage, int]] = {}  # executor-level id: (task, stage, executor)
         self._by_executor: dict[int, dict[int, None]] = {e.id: {} for e in config.executors}  # its visits, in order
-        self._held: dict[Stage, list[tuple[Any, int, _Task]]] = {Stage.CONTEXT: [], Stage.GENERATION: []}
-        self._num_held = 0
+        self._held = HeldTasks()
         self._num_changes = 0  # of what policies see: a held request is asked about again once this has grown
-        self._waiting_for_generation: dict[int, _Task] = {}
+        self._waiting_for_generation: dict[int, Task] = {}
         self._next_id = 0
         self._serial = 0
         self._lease = min((e.lease for e in config.executors), default=0)
@@ -162,7 +104,7 @@ class OrchestratorCore:
         if event is not None:
             self._take(event, now)
         if not more:
-            if self._num_held:
+            if len(self._held):
                 self._try_held(now)
             if self._closing and not self._drained and not self.tasks:
                 self._drained = True
@@ -204,7 +146,7 @@ class OrchestratorCore:
 
     def _arrive(self, request: Request, now: int) -> None:
         self._serial += 1
-        task = _Task(request, self._serial, self._order.key(request, now), now)
+        task = Task(request, self._serial, self._order.key(request, now), now)
         if self._closing or request.id in self.tasks:
             why = "the orchestrator is shutting down" if self._closing else f"request id {request.id} is in use"
             self._out.append(Deliver(request.id, FinishReason.ERROR, 0, error=why))
@@ -212,7 +154,7 @@ class OrchestratorCore:
         self.tasks[request.id] = task
         if request.allotted_time is not None:
             self._timers.set(now + request.allotted_time, "allotted", request.id)
-        first = self._first_held(Stage.CONTEXT)
+        first = self._held.first(Stage.CONTEXT)
         if first is not None and task.order_key >= first.order_key:
             self._hold(task, Stage.CONTEXT, None, now)  # whoever came first is still waiting
         else:
@@ -257,7 +199,7 @@ class OrchestratorCore:
                 self._first_token(task, executor, response, now)
             self._end(task, Cause.FINISH, response.finish_reason, None, now, executor, response.request_id)
 
-    def _visit_over(self, request_id: int, task: _Task, stage: Stage, executor: int, ok: bool, now: int) -> None:
+    def _visit_over(self, request_id: int, task: Task, stage: Stage, executor: int, ok: bool, now: int) -> None:
         """An executor owes no answer for this id any more."""
         del self._by_executor[executor][request_id]
         self.fleet.answered(executor)
@@ -266,7 +208,7 @@ class OrchestratorCore:
     def _router(self, stage: Stage) -> RoutingPolicy:
         return self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
 
-    def _context_done(self, task: _Task, response: Response, now: int) -> None:
+    def _context_done(self, task: Task, response: Response, now: int) -> None:
         task.params = response.context_phase_params
         task.num_tokens = 1
         task.state = advance(task.state, Cause.CONTEXT_ENDS)
@@ -280,12 +222,12 @@ class OrchestratorCore:
         else:
             self._route_generation(task, now)
 
-    def _first_token(self, task: _Task, executor: int, response: Response, now: int) -> None:
+    def _first_token(self, task: Task, executor: int, response: Response, now: int) -> None:
         if task.first_token_at is None:
             task.first_token_at = now
             self._out.append(Deliver(task.request.id, None, 1, executor, response.request_id))
 
-    def _failed(self, task: _Task, error: str, recomputable: bool, now: int) -> None:
+    def _failed(self, task: Task, error: str, recomputable: bool, now: int) -> None:
         retry = self.config.retry
         if task.cancelled:
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
@@ -295,7 +237,7 @@ class OrchestratorCore:
             self._release(task)
             self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
 
-    def _retry(self, task: _Task, now: int) -> None:
+    def _retry(self, task: Task, now: int) -> None:
         """Run it again from its prompt; what an executor may still hold for it is given up."""
         if task.state is State.CONTEXT_DONE:
             task.state = advance(task.state, Cause.ROUTE_GENERATION)
@@ -317,7 +259,7 @@ class OrchestratorCore:
         else:
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
 
-    def _release(self, task: _Task) -> bool:
+    def _release(self, task: Task) -> bool:
         """Tell executors that hold anything for this task to let go; whether one of them still owes an answer."""
         owed = False
         visits = ((task.generation_id, task.generation_executor), (task.context_id, task.context_executor))
@@ -360,12 +302,12 @@ class OrchestratorCore:
         elif what == "renew":
             self._renew(now)
 
-    def _abandon(self, task: _Task, error: str, now: int) -> None:
+    def _abandon(self, task: Task, error: str, now: int) -> None:
         """Fail a task at once, without waiting for the answers of executors that work on it."""
         self._release(task)
         self._end(task, Cause.FAIL, FinishReason.ERROR, error, now)
 
-    def _forget_visits(self, task: _Task, now: int) -> None:
+    def _forget_visits(self, task: Task, now: int) -> None:
         """Answers that executors still owe for this task are not waited for."""
         for request_id in (task.context_id, task.generation_id):
             known = self._visits.pop(request_id, None) if request_id is not None else None
@@ -391,7 +333,7 @@ class OrchestratorCore:
 
     # ---- routing ----------------------------------------------------------------------------------------------------
 
-    def _start(self, task: _Task, now: int) -> None:
+    def _start(self, task: Task, now: int) -> None:
         """Admit the request if it is not yet, and route its context phase."""
         fleet = self.fleet.at(now)
         if not task.admitted:
@@ -433,7 +375,7 @@ class OrchestratorCore:
             case _:
                 raise PolicyError(f"a context phase cannot be routed by {answer!r}")
 
-    def _skip_context(self, task: _Task, now: int) -> None:
+    def _skip_context(self, task: Task, now: int) -> None:
         """A canned first token and KV left as it is: the generation phase alone, for benchmarks of it."""
         task.attempts += 1
         task.state = advance(advance(task.state, Cause.START), Cause.CONTEXT_ENDS)
@@ -447,7 +389,7 @@ class OrchestratorCore:
         else:
             self._route_generation(task, now)
 
-    def _bind_early(self, task: _Task, now: int) -> None:
+    def _bind_early(self, task: Task, now: int) -> None:
         fleet = self.fleet.at(now)
         pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
         if not pool.num_healthy:
@@ -477,7 +419,7 @@ class OrchestratorCore:
 
     # ---- promises: generation phases that are sent to their executor before their context phase is done --------------
 
-    def _promise(self, task: _Task, now: int) -> None:
+    def _promise(self, task: Task, now: int) -> None:
         """Have the executor that the generation phase is bound to reserve blocks and get ready for its KV."""
         executor = task.generation_executor
         if executor is None or task.context_id is None or task.context_executor is None:
@@ -498,22 +440,22 @@ class OrchestratorCore:
         )
         self._send_off(task, Stage.GENERATION, executor, Enqueue(sent), now)
 
-    def _is_promise(self, task: _Task) -> bool:
+    def _is_promise(self, task: Task) -> bool:
         """Whether its generation phase was sent off before its context phase, which is still owed, is done."""
         return not task.cancelled and task.context_id in self._visits and task.generation_id is not None
 
-    def _keep_promise(self, task: _Task) -> None:
+    def _keep_promise(self, task: Task) -> None:
         if task.generation_id is None or task.generation_executor is None or task.params is None:
             return
         task.state = advance(task.state, Cause.ROUTE_GENERATION)
         self._out.append(Send(task.generation_executor, FirstTokens(task.generation_id, task.params.first_gen_tokens)))
 
-    def _unbind(self, request_id: int, task: _Task, executor: int, now: int) -> None:
+    def _unbind(self, request_id: int, task: Task, executor: int, now: int) -> None:
         """An early binding came to nothing and nothing is lost: the generation phase is routed when it is due."""
         self._visit_over(request_id, task, Stage.GENERATION, executor, False, now)
         task.generation_executor = task.generation_id = None
 
-    def _route_generation(self, task: _Task, now: int) -> None:
+    def _route_generation(self, task: Task, now: int) -> None:
         fleet = self.fleet.at(now)
         pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
         if not pool.num_healthy:
@@ -551,7 +493,7 @@ class OrchestratorCore:
             raise PolicyError(f"{answer!r} names executor {executor} ({state}); allowed here: {can}")
         return executor
 
-    def _dispatch(self, task: _Task, stage: Stage, executor: int, now: int) -> None:
+    def _dispatch(self, task: Task, stage: Stage, executor: int, now: int) -> None:
         self._next_id += 1
         request_id = self._next_id
         request = task.request
@@ -579,7 +521,7 @@ class OrchestratorCore:
             sent = replace(request, id=request_id, client_id=request.id, request_type=kind)
         self._send_off(task, stage, executor, Enqueue(sent, announces), now)
 
-    def _send_off(self, task: _Task, stage: Stage, executor: int, message: Enqueue, now: int) -> None:
+    def _send_off(self, task: Task, stage: Stage, executor: int, message: Enqueue, now: int) -> None:
         request_id, num_tokens = message.request.id, message.request.num_prompt_tokens
         self._visits[request_id] = (task, stage, executor)
         self._by_executor[executor][request_id] = None
@@ -588,22 +530,12 @@ class OrchestratorCore:
         self._out.append(Send(executor, message))
         self._router(stage).on_dispatched(task.shown, stage, executor, self.fleet.at(now))
 
-    def _hold(self, task: _Task, stage: Stage, until: int | None, now: int) -> None:
+    def _hold(self, task: Task, stage: Stage, until: int | None, now: int) -> None:
         if until is not None and until <= now:
             raise PolicyError(f"Hold(until={until}) at {now}: the instant to ask again must lie in the future")
-        task.held_for = stage
-        task.held_at_change = self._num_changes
-        heapq.heappush(self._held[stage], (task.order_key, task.serial, task))
-        self._num_held += 1
+        self._held.put(task, stage, self._num_changes)
         if until is not None:
             self._timers.set(until, "held")
-
-    def _first_held(self, stage: Stage) -> _Task | None:
-        queue = self._held[stage]
-        while queue and (queue[0][2].held_for is not stage):  # ended meanwhile
-            heapq.heappop(queue)
-            self._num_held -= 1
-        return queue[0][2] if queue else None
 
     def _try_held(self, now: int) -> None:
         """Ask again for held requests, generation phases first (their KV fills an executor), each queue in its order.
@@ -611,10 +543,8 @@ class OrchestratorCore:
         A queue stops at the first that must wait on: whoever is behind it came later.
         """
         for stage in (Stage.GENERATION, Stage.CONTEXT):
-            while (task := self._first_held(stage)) is not None and task.held_at_change < self._num_changes:
-                heapq.heappop(self._held[stage])
-                self._num_held -= 1
-                task.held_for = None
+            while (task := self._held.first(stage)) is not None and task.held_at_change < self._num_changes:
+                self._held.take(stage)
                 if stage is Stage.GENERATION:
                     self._route_generation(task, now)
                 else:
@@ -624,42 +554,12 @@ class OrchestratorCore:
 
     # ---- records ----------------------------------------------------------------------------------------------------
 
-    def _decided(self, task: _Task, stage: str, answer: Any, pool: ExecutorPool | None, now: int) -> None:
-        executor: int | None = None
-        generation: int | None = None
-        if isinstance(answer, Route):
-            executor = answer.context if stage == "context" else answer.generation
-            generation = answer.generation if stage == "context" else None
-        elif isinstance(answer, RouteMixed):
-            executor = answer.executor
-        reason = answer.reason if isinstance(answer, Reject) else None
-        versions: tuple[int, ...] = ()
-        age = None
-        if pool is not None and len(pool):
-            if pool.vectorised:
-                age = now - int(np.min(pool.received_at))
-            else:
-                versions = tuple(pool.num_reports)
-                age = now - min(pool.received_at)
-        self._out.append(
-            Record(
-                DecisionRow(
-                    task.request.id,
-                    stage,
-                    _ANSWERS.get(type(answer), "?"),
-                    None if executor is None else int(executor),
-                    None if generation is None else int(generation),
-                    reason,
-                    now,
-                    versions,
-                    age,
-                )
-            )
-        )
+    def _decided(self, task: Task, stage: str, answer: Any, pool: ExecutorPool | None, now: int) -> None:
+        self._out.append(Record(decision_row(task.request.id, stage, answer, pool, now)))
 
     def _end(
         self,
-        task: _Task,
+        task: Task,
         cause: Cause,
         reason: FinishReason,
         error: str | None,
@@ -667,39 +567,11 @@ class OrchestratorCore:
         executor: int | None = None,
         executor_request: int | None = None,
     ) -> None:
-        request = task.request
+        request_id = task.request.id
         self._forget_visits(task, now)
         task.state = advance(task.state, cause)
         task.held_for = None
-        del self.tasks[request.id]
-        self._waiting_for_generation.pop(request.id, None)
-        self._out.append(Deliver(request.id, reason, task.num_tokens, executor, executor_request, error))
-        self._out.append(
-            Record(
-                RequestRow(
-                    request.id,
-                    "",
-                    request.traffic_class,
-                    request.session,
-                    request.num_prompt_tokens,
-                    request.max_tokens,
-                    task.num_tokens,
-                    reason.value,
-                    error,
-                    task.attempts,
-                    task.context_executor,
-                    task.generation_executor,
-                    request.arrival,
-                    task.dispatch_at,
-                    task.context_start,
-                    task.first_token_at,
-                    task.transfer_start,
-                    task.kv_usable,
-                    now,
-                    task.kv_overlap,
-                )
-            )
-        )
-
-
-_ANSWERS: Final[dict[type, str]] = {Route: "route", RouteMixed: "mixed", Hold: "hold", Reject: "reject"}
+        del self.tasks[request_id]
+        self._waiting_for_generation.pop(request_id, None)
+        self._out.append(Deliver(request_id, reason, task.num_tokens, executor, executor_request, error))
+        self._out.append(Record(task.row(reason, error, now)))

@@ -1,0 +1,93 @@
+"""One user request as its orchestrator sees it, from its arrival to its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request, Stage
+from .life_cycle import State
+from .tables import RequestRow
+
+
+class Task:
+    """All instants in picoseconds; None where it has not come to that."""
+
+    __slots__ = (
+        "admitted",
+        "attempts",
+        "cancelled",
+        "context_executor",
+        "context_id",
+        "context_start",
+        "dispatch_at",
+        "first_token_at",
+        "generation_executor",
+        "generation_id",
+        "held_at_change",
+        "held_for",
+        "kv_overlap",
+        "kv_usable",
+        "num_tokens",
+        "order_key",
+        "params",
+        "request",
+        "serial",
+        "shown",
+        "state",
+        "transfer_start",
+    )
+
+    def __init__(self, request: Request, serial: int, order_key: Any, now: int) -> None:
+        self.request = request
+        self.shown = request if request.input_token_ids is None else replace(request, input_token_ids=None)
+        self.serial = serial
+        self.order_key = order_key
+        self.state = State.QUEUED
+        self.dispatch_at = now
+        self.admitted = False
+        self.attempts = 0
+        self.cancelled = False
+        self.held_for: Stage | None = None
+        self.held_at_change = 0
+        self.num_tokens = 0
+        self.first_token_at: int | None = None
+        self.forget_attempt()
+
+    def forget_attempt(self) -> None:
+        self.context_executor: int | None = None
+        self.context_id: int | None = None
+        self.generation_executor: int | None = None
+        self.generation_id: int | None = None
+        self.params: ContextPhaseParams | None = None
+        self.context_start: int | None = None
+        self.transfer_start: int | None = None
+        self.kv_usable: int | None = None
+        self.kv_overlap: int | None = None
+
+    def row(self, reason: FinishReason, error: str | None, now: int) -> RequestRow:
+        """What is recorded of it at its end, which is `now`."""
+        request = self.request
+        return RequestRow(
+            request.id,
+            "",
+            request.traffic_class,
+            request.session,
+            request.num_prompt_tokens,
+            request.max_tokens,
+            self.num_tokens,
+            reason.value,
+            error,
+            self.attempts,
+            self.context_executor,
+            self.generation_executor,
+            request.arrival,
+            self.dispatch_at,
+            self.context_start,
+            self.first_token_at,
+            self.transfer_start,
+            self.kv_usable,
+            now,
+            self.kv_overlap,
+        )
