@@ -27,6 +27,7 @@ def _split(  # type: ignore[no-untyped-def]
     table_width,
     k_pages,
     v_pages,
+    block_stride,
     partial,
     sums,
     arrived,
@@ -74,7 +75,7 @@ def _split(  # type: ignore[no-untyped-def]
             token = first + tl.arange(0, BLOCK)
             inside = token < stop
             block = tl.load(table + token // TOKENS, mask=inside, other=0).to(tl.int64)
-            page = ((block * num_kv + head) * TOKENS + token % TOKENS) * DIM
+            page = block * block_stride + (head * TOKENS + token % TOKENS) * DIM
             k = tl.load(k_pages + page[:, None] + at[None, :], mask=inside[:, None], other=0.0)
             v = tl.load(v_pages + page[:, None] + at[None, :], mask=inside[:, None], other=0.0)
             scores = tl.dot(query, tl.trans(k), input_precision=PRECISION) * scale
@@ -227,7 +228,7 @@ class DecodeAttention:
         """out[i] = attention of q[i] over tokens 0 … positions[i] of tables[i]; a row of position -1 gives zeros.
 
         q [sequences, ≥ query heads · head_dim] with rows of any stride; positions int32 [sequences]; tables int32
-        [sequences, width]; k_pages, v_pages [blocks, KV heads, tokens, head_dim]; out [sequences, query heads ·
+        [sequences, width]; k_pages, v_pages [blocks, KV heads, tokens, head_dim], each block contiguous; out [sequences, query heads ·
         head_dim], contiguous.
         """
         batch = positions.shape[0]
@@ -244,6 +245,7 @@ class DecodeAttention:
             tables.stride(0),
             k_pages,
             v_pages,
+            k_pages.stride(0),
             self._partial,
             self._sums,
             self._arrived,

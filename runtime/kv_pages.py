@@ -30,7 +30,11 @@ def needed_bytes(layout: KvLayout, rank: int, num_blocks: int, tokens_per_block:
 
 
 class KvPages:
-    """`pool`: [local layers, 2 (K, V), num_blocks, local KV heads, tokens_per_block, head_dim], zeroed."""
+    """`pool`: [local layers, 2 (K, V), num_blocks, local KV heads, tokens_per_block, head_dim], zeroed.
+
+    It is a view: in memory the block comes first, then the layer, so that what a request holds of all layers lies in one
+    piece per block. Copy engines then carry a transfer in few large copies, which leave the multiprocessors to decoding.
+    """
 
     def __init__(
         self, layout: KvLayout, rank: int, num_blocks: int, tokens_per_block: int, device: str | torch.device = "cpu"
@@ -45,15 +49,15 @@ class KvPages:
         self.tokens_per_block = tokens_per_block
         self.device = torch.device(device)
         self.pool = torch.zeros(
+            num_blocks,
             self.layers[1] - self.layers[0],
             2,
-            num_blocks,
             self.heads[1] - self.heads[0],
             tokens_per_block,
             layout.head_dim,
             dtype=TORCH_DTYPES[layout.dtype],
             device=self.device,
-        )
+        ).permute(1, 2, 0, 3, 4, 5)
 
     @property
     def nbytes(self) -> int:

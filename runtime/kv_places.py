@@ -1,6 +1,6 @@
 """Where the KV of a request lies, as addresses: in the pages of a pool, or packed in a buffer. No device needed.
 
-Offsets within a place are in bytes. A pool is [layers, 2, num_blocks, heads, tokens_per_block, head_dim], a packed buffer
+Offsets within a place are in bytes. A pool is [num_blocks, layers, 2, heads, tokens_per_block, head_dim], a packed buffer
 [layers, 2, heads, tokens, head_dim], both contiguous; layer and head ranges are global and half-open.
 """
 
@@ -52,13 +52,18 @@ class KvPool:
         return cls(address, pages.layers, pages.heads, pages.num_blocks, pages.tokens_per_block, row_bytes)
 
     @property
-    def block_bytes(self) -> int:
-        """One block of one layer's K."""
+    def page_bytes(self) -> int:
+        """One block of one layer's K: all heads."""
         return (self.heads[1] - self.heads[0]) * self.tokens_per_block * self.row_bytes
 
     @property
+    def block_bytes(self) -> int:
+        """One block: K and V of all layers."""
+        return (self.layers[1] - self.layers[0]) * 2 * self.page_bytes
+
+    @property
     def nbytes(self) -> int:
-        return (self.layers[1] - self.layers[0]) * 2 * self.num_blocks * self.block_bytes
+        return self.num_blocks * self.block_bytes
 
     def holds(self, layers: Range, heads: Range) -> bool:
         return all(
@@ -69,7 +74,7 @@ class KvPool:
         """These layers and heads of the request whose block ids lie at `table`, from `first_token` on."""
         if not self.holds(layers, heads):
             raise ValueError(f"layers {layers}, heads {heads} are not in a pool of {self.layers}, {self.heads}")
-        kv_bytes = self.num_blocks * self.block_bytes
+        kv_bytes = self.page_bytes
         head_bytes = self.tokens_per_block * self.row_bytes
         start = (layers[0] - self.layers[0]) * 2 * kv_bytes + (heads[0] - self.heads[0]) * head_bytes
         return KvPlace(

@@ -8,42 +8,77 @@ from typing import Any
 
 import numpy as np
 
-from .kv_places import KvCopy, KvPlace
+from .kv_places import PACKED, KvCopy, KvPlace
 
 Runs = tuple[Any, Any, Any]  # int64 [runs] each: addresses of the source, of the destination, bytes
 
 
 def runs_of(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> Runs:
-    """`copy` in as few runs as there are; neighbouring block ids at both ends make one. A packed place has no blocks."""
+    """`copy` in as few runs as there are; neighbouring block ids at both ends make one. A packed place has no blocks.
+
+    Where blocks are of one size at both ends, they are copied whole: the rows of the first and the last that were not
+    asked for are either the same at both ends already, or nothing yet.
+    """
+    source, destination, count = _stretches(copy)
     row = copy.row_bytes
-    source = _rows(copy.source, copy, source_blocks)
-    destination = _rows(copy.destination, copy, destination_blocks)
-    order = np.argsort(source, kind="stable")
-    source, destination = source[order], destination[order]
-    starts = np.flatnonzero(np.concatenate(([True], (np.diff(source) != row) | (np.diff(destination) != row))))
-    sizes = np.diff(np.append(starts, len(source))) * row
-    offsets = [_planes(place, copy) for place in (copy.source, copy.destination)]
-    addresses = [
-        (plane[:, None] + rows[starts][None, :]).reshape(-1)
-        for plane, rows in zip(offsets, (source, destination), strict=True)
+    starts = [
+        _offsets(place, tokens, blocks, row)
+        for place, tokens, blocks in (
+            (copy.source, source, source_blocks),
+            (copy.destination, destination, destination_blocks),
+        )
     ]
-    return addresses[0], addresses[1], np.tile(sizes, len(offsets[0]))
+    sizes = count * row
+    # From the inside out: a dimension whose stride is what one run holds, at both ends, makes longer runs, not more.
+    for num, strides in (
+        (copy.num_heads, (copy.source.head_bytes, copy.destination.head_bytes)),
+        (2, (copy.source.kv_bytes, copy.destination.kv_bytes)),
+        (copy.num_layers, (copy.source.layer_bytes, copy.destination.layer_bytes)),
+    ):
+        starts, sizes = _widened(starts, sizes, num, strides)
+    starts, sizes = _joined(starts, sizes)
+    return starts[0] + copy.source.address, starts[1] + copy.destination.address, sizes
 
 
-def _rows(place: KvPlace, copy: KvCopy, blocks: Sequence[int]) -> Any:
-    """Offsets of the rows [heads, tokens], flat, in one plane of one layer and K or V."""
-    token = np.arange(copy.num_tokens, dtype=np.int64) + place.first_token
-    within = token % place.tokens_per_block * copy.row_bytes
+def _stretches(copy: KvCopy) -> tuple[Any, Any, Any]:
+    """The copy's tokens cut at both ends' block bounds: first token at the source, at the destination, tokens."""
+    ends = (copy.source, copy.destination)
+    first = [place.first_token for place in ends]
+    sizes = [place.tokens_per_block for place in ends]
+    num = copy.num_tokens
+    if sizes[0] == sizes[1] != PACKED and (first[0] - first[1]) % sizes[0] == 0:
+        skipped = first[0] % sizes[0]
+        first = [each - skipped for each in first]
+        num = -(-(num + skipped) // sizes[0]) * sizes[0]
+    bounds = [np.arange(-start % size, num, size, dtype=np.int64) for start, size in zip(first, sizes, strict=True)]
+    at = np.unique(np.concatenate(([0], *bounds)))
+    return at + first[0], at + first[1], np.diff(np.append(at, num))
+
+
+def _offsets(place: KvPlace, tokens: Any, blocks: Sequence[int], row: int) -> Any:
+    within = tokens % place.tokens_per_block * row
     if place.block_bytes:
-        within += np.asarray(blocks, dtype=np.int64)[token // place.tokens_per_block] * place.block_bytes
-    head = np.arange(copy.num_heads, dtype=np.int64) * place.head_bytes
-    return (head[:, None] + within[None, :]).reshape(-1)
+        within = within + np.asarray(blocks, dtype=np.int64)[tokens // place.tokens_per_block] * place.block_bytes
+    return within
 
 
-def _planes(place: KvPlace, copy: KvCopy) -> Any:
-    layer = np.arange(copy.num_layers, dtype=np.int64) * place.layer_bytes
-    kv = np.arange(2, dtype=np.int64) * place.kv_bytes
-    return (place.address + layer[:, None] + kv[None, :]).reshape(-1)
+def _widened(starts: list[Any], sizes: Any, num: int, strides: tuple[int, int]) -> tuple[list[Any], Any]:
+    """The same runs `num` times, `strides` apart; in one where nothing lies between them."""
+    if num == 1 or bool(np.all(sizes == strides[0])) and strides[0] == strides[1]:
+        return starts, sizes * num
+    steps = np.arange(num, dtype=np.int64)
+    return [
+        (each[:, None] + (steps * stride)[None, :]).reshape(-1) for each, stride in zip(starts, strides, strict=True)
+    ], np.repeat(sizes, num)
+
+
+def _joined(starts: list[Any], sizes: Any) -> tuple[list[Any], Any]:
+    """Runs that follow each other at both ends become one."""
+    order = np.argsort(starts[0], kind="stable")
+    source, destination, sizes = starts[0][order], starts[1][order], sizes[order]
+    apart = (np.diff(source) != sizes[:-1]) | (np.diff(destination) != sizes[:-1])
+    first = np.flatnonzero(np.concatenate(([True], apart)))
+    return [source[first], destination[first]], np.add.reduceat(sizes, first)
 
 
 def copy_in_host_memory(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> None:

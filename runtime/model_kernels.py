@@ -107,6 +107,7 @@ def _rope_write(  # type: ignore[no-untyped-def]
     k_norm,
     k_pages,
     v_pages,
+    block_stride,
     eps,
     num_query,
     num_kv,
@@ -146,11 +147,11 @@ def _rope_write(  # type: ignore[no-untyped-def]
         tl.store(own + head * DIM + at, left, mask=turned)
         tl.store(own + head * DIM + half + at, right, mask=turned)
         is_key = turned & (head >= num_query)
-        page = ((block * num_kv + (head - num_query)) * TOKENS + offset) * DIM
+        page = block * block_stride + ((head - num_query) * TOKENS + offset) * DIM
         tl.store(k_pages + page + at, left, mask=is_key)
         tl.store(k_pages + page + half + at, right, mask=is_key)
         is_value = (head >= num_query + num_kv) & (head < num_query + 2 * num_kv) & inside
-        page = ((block * num_kv + (head - num_query - num_kv)) * TOKENS + offset) * DIM
+        page = block * block_stride + ((head - num_query - num_kv) * TOKENS + offset) * DIM
         tl.store(v_pages + page + at, tl.load(own + head * DIM + at, mask=is_value), mask=is_value)
         tl.store(v_pages + page + half + at, tl.load(own + head * DIM + half + at, mask=is_value), mask=is_value)
 
@@ -171,7 +172,8 @@ def rope_write(
 
     qkv [rows, (query + 2 · KV heads) · head_dim]; positions int32 [rows], negative for a row that is padding;
     sequences int32 [rows], the row of `tables` (int32 [sequences, width], block ids) that the token belongs to;
-    rotation: cos and sin [positions, head_dim / 2]; k_pages, v_pages [blocks, KV heads, tokens, head_dim].
+    rotation: cos and sin [positions, head_dim / 2]; k_pages, v_pages [blocks, KV heads, tokens, head_dim], of the same
+    strides, each block contiguous.
     """
     _, num_kv, tokens, dim = k_pages.shape
     rows = qkv.shape[0]
@@ -190,6 +192,7 @@ def rope_write(
         k_norm,
         k_pages,
         v_pages,
+        k_pages.stride(0),
         eps,
         num_query,
         num_kv,
@@ -210,6 +213,7 @@ def _gather_pages(  # type: ignore[no-untyped-def]
     out,
     num_tokens,
     num_kv,
+    block_stride,
     TOKENS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -220,7 +224,7 @@ def _gather_pages(  # type: ignore[no-untyped-def]
     head = tl.program_id(1)
     inside = token < num_tokens
     block = tl.load(table + token // TOKENS, mask=inside, other=0).to(tl.int64)
-    source = ((block * num_kv + head) * TOKENS + token % TOKENS) * DIM
+    source = block * block_stride + (head * TOKENS + token % TOKENS) * DIM
     target = (token.to(tl.int64) * num_kv + head) * DIM
     at = tl.arange(0, DIM)
     values = tl.load(pages + source[:, None] + at[None, :], mask=inside[:, None], other=0.0)
@@ -228,11 +232,24 @@ def _gather_pages(  # type: ignore[no-untyped-def]
 
 
 def gather_pages(pages: Tensor, table: Tensor, out: Tensor) -> None:
-    """Copy one sequence's pages [blocks, KV heads, tokens, head_dim] along `table` into out [tokens, KV heads, head_dim]."""
+    """Copy one sequence's pages [blocks, KV heads, tokens, head_dim] along `table` into out [tokens, KV heads, head_dim].
+
+    Each block of the pages is contiguous.
+    """
     num_tokens, num_kv, dim = out.shape
     grid = (triton.cdiv(num_tokens, 32), num_kv)
     _gather_pages[grid](
-        pages, table, out, num_tokens, num_kv, TOKENS=pages.shape[2], DIM=dim, BLOCK=32, num_warps=4, **overlaps()
+        pages,
+        table,
+        out,
+        num_tokens,
+        num_kv,
+        pages.stride(0),
+        TOKENS=pages.shape[2],
+        DIM=dim,
+        BLOCK=32,
+        num_warps=4,
+        **overlaps(),
     )
 
 
