@@ -1,4 +1,4 @@
-"""`disagg bench transfer` and `disagg bench engine`: checks their options, prints their rows, writes them to a file."""
+"""`disagg bench transfer`, `engine`, `overlap` and `idle`: checks their options, prints their rows, writes them to a file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 DEVICES: Final = ("cuda", "cpu")
 BACKENDS: Final = ("mpi", "cuda_ipc", "host")
+MOST_PROGRAMS: Final = 1 << 20
 _RUNTIME: Final = ("torch", "mpi4py", "safetensors", "triton")
 
 
@@ -40,20 +42,121 @@ def bench_transfer(
     _tell("KV transfer", rows, out, as_json)
 
 
-def bench_engine(model: str, tp: int, device: str | None, *, quick: bool, out: Path | None, as_json: bool) -> None:
-    """As `bench_transfer`, for the engine."""
+def bench_engine(
+    model: str,
+    tp: int,
+    device: str | None,
+    *,
+    quick: bool,
+    out: Path | None,
+    as_json: bool,
+    in_run: bool = False,
+    reference: bool = False,
+    output: Path | None = None,
+) -> None:
+    """As `bench_transfer`, for the engine; `in_run` and `reference` add rows, of `disagg run` and of transformers."""
+    _check_model(model)
+    heads = PRESETS[model].num_attention_heads
+    if tp < 1 or heads % tp:
+        raise ConfigError(f"--tp {tp}: must divide the {heads} attention heads of {model}")
+    if output is not None and not in_run:
+        raise ConfigError("--output is where --in-run leaves its runs; allowed: both, or neither")
+    _check_out(out)
+    chosen = _device(device)
+    if in_run and chosen != "cuda":
+        raise ResourceError("--in-run measures a GPU; torch finds none here")
+    run = _function("bench_engine", "run_engine_bench")
+    # first, while the device is empty: the engine's own process keeps its memory
+    steps = _in_run_steps(model, tp, output, as_json) if in_run else {}
+    rows = _measured(lambda: run(model=model, tp=tp, device=chosen, quick=quick))
+    if steps:
+        from .bench_in_run import with_in_run_rows
+
+        rows = with_in_run_rows(rows, steps, tp)
+    if reference:
+        rows = [*rows, *_reference(model, chosen)]
+    _tell(f"engine, {model}, tp {tp}", rows, out, as_json)
+
+
+def _in_run_steps(model: str, tp: int, output: Path | None, as_json: bool) -> dict[str, list[float]]:
+    from ..runtime.bench_engine import CONTEXT, DECODES, PREFILLS
+    from .bench_in_run import in_run_steps
+
+    overrides = [f"model.id={model}", f"cluster.mixed_servers.tensor_parallel_size={tp}"]
+    prompts = [(count, tokens) for count, tokens, _ in PREFILLS]
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        steps = in_run_steps([batch for batch, _ in DECODES], prompts, CONTEXT, overrides, output)
+    for name, found in steps.items():
+        if not found:
+            print(f"warning: {name}: the run had no such step", file=sys.stderr)
+    return steps
+
+
+def _reference(model: str, device: str) -> list[BenchRow]:
+    from ..runtime.bench_reference import ReferenceMissing, run_reference_bench
+
+    _release(device)
+    try:
+        return run_reference_bench(model, device)
+    except ReferenceMissing as error:
+        print(f"warning: no reference: {error}", file=sys.stderr)
+        return []
+
+
+def _release(device: str) -> None:
+    """Give the device back what the benchmark before held."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def bench_overlap(
+    model: str, programs: Sequence[int], device: str | None, *, quick: bool, out: Path | None, as_json: bool
+) -> None:
+    """As `bench_transfer`, for decode steps while KV arrives."""
+    _check_model(model)
+    for number in programs:
+        if not 1 <= number <= MOST_PROGRAMS:
+            raise ConfigError(f"--programs {number}: allowed: 1 to {MOST_PROGRAMS}")
+    _check_out(out)
+    chosen = _device(device)
+    if chosen != "cuda":
+        raise ResourceError("bench overlap measures a GPU; torch finds none here")
+    run = _function("bench_overlap", "run_overlap_bench")
+    more: dict[str, Any] = {"programs": list(dict.fromkeys(programs))} if programs else {}
+    rows = _measured(lambda: run(model=model, device=chosen, quick=quick, **more))
+    _tell(f"decode while receiving, {model}", rows, out, as_json)
+
+
+def bench_idle(
+    file: Path,
+    overrides: Sequence[str],
+    after_s: float,
+    window_s: float,
+    *,
+    output: Path | None,
+    timeout_s: float | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """As `bench_transfer`, for the time without a kernel in a serving run of `file`."""
+    from .bench_idle import measure_idle
+
+    _check_out(out)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        rows = measure_idle(file, overrides, after_s, window_s, output, timeout_s)
+    _tell(f"idle time, {file.name}", rows, out, as_json)
+
+
+def _check_model(model: str) -> None:
     if model not in PRESETS:
         raise ConfigError(
             f"--model {model}: unknown{did_you_mean(model, PRESETS)} (allowed: {', '.join(sorted(PRESETS))})"
         )
-    heads = PRESETS[model].num_attention_heads
-    if tp < 1 or heads % tp:
-        raise ConfigError(f"--tp {tp}: must divide the {heads} attention heads of {model}")
-    _check_out(out)
-    chosen = _device(device)
-    run = _function("bench_engine", "run_engine_bench")
-    rows = _measured(lambda: run(model=model, tp=tp, device=chosen, quick=quick))
-    _tell(f"engine, {model}, tp {tp}", rows, out, as_json)
 
 
 def _check_out(out: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`disagg bench …`: the options of its three commands. Each does its work in a module loaded when called."""
+"""`disagg bench …`: the options of its commands. Each does its work in a module loaded when called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 bench_app = typer.Typer(
     name="bench",
-    help="Benchmarks: of a cluster, of the engine, of the KV transfer.",
+    help="Benchmarks: of a cluster, of the engine, of the KV transfer, of the two at once, of a GPU's idle time.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -130,10 +130,54 @@ def engine(
     model: Annotated[str, typer.Option(help="A preset; `disagg list models` lists them.")] = "llama-3.1-8b",
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
+    in_run: Annotated[bool, typer.Option("--in-run", help="Also the same steps inside `disagg run`.")] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also transformers' generate on the same work.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="With --in-run: keep the run directories there.")] = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
     """Measure the engine's steps beside the time that its GEMMs and its memory traffic alone need."""
     from .bench_rows_table import bench_engine
 
-    bench_engine(model, tp, device, quick=quick, out=out, as_json=json)
+    bench_engine(
+        model, tp, device, quick=quick, in_run=in_run, reference=reference, output=output, out=out, as_json=json
+    )
+
+
+@bench_app.command()
+def overlap(
+    quick: Quick = False,
+    model: Annotated[str, typer.Option(help="A preset; `disagg list models` lists them.")] = "llama-3.1-8b",
+    programs: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", help="Programs of the copy kernel; may be repeated; the first is judged."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure decode steps while KV arrives from another GPU at full rate, and what of its arrival they cover."""
+    from .bench_rows_table import bench_overlap
+
+    bench_overlap(model, programs or [], device, quick=quick, out=out, as_json=json)
+
+
+@bench_app.command()
+def idle(
+    file: Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)],
+    after: Annotated[float, typer.Option(metavar="SECONDS", help="From an executor's start to the window.")] = 4.0,
+    window: Annotated[float, typer.Option(metavar="SECONDS", help="How long to look.")] = 5.0,
+    output: Annotated[Path | None, typer.Option(help="Keep the runs and the profiles there.")] = None,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up a run after this long.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the file.")
+    ] = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Measure how much of the time a GPU runs no kernel while an experiment's sequences decode."""
+    from .bench_rows_table import bench_idle
+
+    bench_idle(file, sets or [], after, window, output=output, timeout_s=timeout, out=out, as_json=json)

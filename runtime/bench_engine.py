@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch.nn import functional
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..core.commands import Chunk, Joined, RunSteps
 from ..core.model_shapes import PRESETS, ModelError, ModelShape
 from .bench_rows import BenchRow
+from .bench_timing import device_seconds
 from .collectives import Collectives, SingleRank
 from .engine import Engine
 from .kv_pages import KvPages
@@ -73,9 +73,24 @@ def _in_world(model: str, tp: int, device: str, quick: bool) -> list[BenchRow]:
 
 
 class EngineBench:
-    """One rank's measurements. With several ranks all of them call the same methods in the same order."""
+    """One rank's measurements. With several ranks all of them call the same methods in the same order.
 
-    def __init__(self, shape: ModelShape, place: Place, collectives: Collectives, device: str) -> None:
+    `max_batch`, `max_num_tokens`: largest steps that are warmed up. `spare_blocks`: blocks of the pool, its last, that no
+    decode step touches.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        place: Place,
+        collectives: Collectives,
+        device: str,
+        *,
+        max_batch: int = DECODES[-1][0],
+        max_num_tokens: int = 8192,
+        context: int = CONTEXT,
+        spare_blocks: int = 0,
+    ) -> None:
         from .fused_stepper import FusedStepper
 
         self.shape = shape
@@ -83,11 +98,12 @@ class EngineBench:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.max_batch = max(batch for batch, _ in DECODES)
+        self.context = context
         self.weights: ModelWeights = random_weights(place, 0, device)
-        num_blocks = (self.max_batch * (CONTEXT + 128)) // _BLOCK + 8
-        self.pages = KvPages(place.layout, place.rank, num_blocks, _BLOCK, device)
-        self.stepper = FusedStepper(place, self.weights, self.pages, collectives, self.device, self.max_batch, 8192)
+        self.decode_blocks = max(max_batch * (context + 128), max_num_tokens) // _BLOCK + 8
+        self.pages = KvPages(place.layout, place.rank, self.decode_blocks + spare_blocks, _BLOCK, device)
+        limits = (max_batch, max_num_tokens)
+        self.stepper = FusedStepper(place, self.weights, self.pages, collectives, self.device, *limits)
         self.stepper.warm_up()
         self.engine = Engine(shape, self.weights, place, self.pages, collectives, device, stepper=self.stepper)
         self.copy_rate = self._copy_rate()
@@ -106,11 +122,11 @@ class EngineBench:
 
     def decode_row(self, batch: int, goal: float) -> list[BenchRow]:
         gemms = self.gemms(batch)
-        kv_bytes = batch * CONTEXT * self.pages.layout.kv_bytes_per_token(self.place.rank, self.shape.dtype_bytes)
+        kv_bytes = batch * self.context * self.pages.layout.kv_bytes_per_token(self.place.rank, self.shape.dtype_bytes)
         floor = gemms + kv_bytes / self.copy_rate
-        measured = self.decode_step(batch, CONTEXT)
+        measured = self.decode_step(batch, self.context)
         ratio = measured / floor
-        name = f"decode step, batch {batch}, context {CONTEXT}{self._tp_text}"
+        name = f"decode step, batch {batch}, context {self.context}{self._tp_text}"
         return [
             BenchRow(
                 f"matrix products alone, {batch} tokens{self._tp_text}", gemms * 1e3, None, None, None, None, "ms", ""
@@ -123,7 +139,7 @@ class EngineBench:
     def decode_step(self, batch: int, context: int, num_steps: int = 24) -> float:
         """Median seconds of a step of a running batch whose steps are launched one behind the other."""
         per_request = -(-(context + 2 * num_steps) // _BLOCK)
-        order = torch.randperm(self.pages.num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
+        order = torch.randperm(self.decode_blocks, generator=torch.Generator().manual_seed(1)).tolist()
         joined = tuple(
             Joined(i, context - num_steps // 2, tuple(order[i * per_request : (i + 1) * per_request]))
             for i in range(batch)
@@ -185,10 +201,14 @@ class EngineBench:
                 with sdpa_kernel(backend):
                     functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-            found.append((self._timed(attend), backend.name))
+            found.append((device_seconds(attend, self.device), backend.name))
         q1, k1, v1 = (x.transpose(1, 2).reshape(-1, x.shape[1], dim).contiguous() for x in (q, k, v))
         sums = torch.arange(0, prompts * tokens + 1, tokens, dtype=torch.int32, device=self.device)
-        found.append((self._timed(lambda: varlen_attention()(q1, k1, v1, sums, sums, tokens, tokens, None)), "varlen"))
+
+        def varlen() -> None:
+            varlen_attention()(q1, k1, v1, sums, sums, tokens, tokens, None)
+
+        found.append((device_seconds(varlen, self.device), "varlen"))
         seconds, name = min(found)
         return seconds * len(self.weights.layers), name
 
@@ -211,35 +231,13 @@ class EngineBench:
             if head is not None:
                 functional.linear(x[:head_rows], head)
 
-        return self._timed(products, graph=tokens <= 512)
+        return device_seconds(products, self.device, graph=tokens <= 512)
 
     def _copy_rate(self) -> float:
         """Bytes read plus bytes written a second by a device-to-device copy."""
-        source = torch.randn(1 << 29, dtype=torch.float32, device=self.device)
+        source = torch.randn(1 << (29 if self.device.type == "cuda" else 20), dtype=torch.float32, device=self.device)
         target = torch.empty_like(source)
-        return 2 * source.numel() * 4 / self._timed(lambda: target.copy_(source))
-
-    def _timed(self, work: Callable[[], Any], graph: bool = False, repeats: int = 7) -> float:
-        """Median seconds of `work` on the device."""
-        with torch.inference_mode():
-            work()
-            torch.cuda.synchronize()
-            call = work
-            if graph:
-                recorded = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(recorded):
-                    work()
-                call = recorded.replay
-            call()
-            times: list[float] = []
-            for _ in range(repeats):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call()
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end) * 1e-3)
-        return statistics.median(times)
+        return 2 * source.numel() * 4 / device_seconds(lambda: target.copy_(source), self.device)
 
     # ---- plans -------------------------------------------------------------------------------------------------------
 

@@ -151,7 +151,10 @@ class ExecutorRank:
             )
         self._transfers = RankTransfers(self.roster, self.rank, self._transport, self._on_part, spec.verify_kv)
         self._profile = KernelProfile(
-            self.rank, device, lambda: self._engine.num_decodes if self._engine is not None else 0
+            self.rank,
+            device,
+            lambda: self._engine.num_decodes if self._engine is not None else 0,
+            lambda: self.clock.origin_ns,
         )
         return RankInfo(
             self.rank,

@@ -1,4 +1,4 @@
-"""`disagg bench transfer` and `disagg bench engine`: their options, their table and their file.
+"""`disagg bench transfer`, `engine`, `overlap` and `idle`: their options, their table and their file.
 
 The measuring is the runtime's and has its own tests; here it is replaced by one that returns two rows.
 """
@@ -38,6 +38,10 @@ ROWS = [
     Row("slow one [x]", 10.0, 374.0, 0.027, 0.8, False, "GB/s", "a note"),
 ]
 FUNCTIONS = {"transfer": ("bench_transfer", "run_transfer_bench"), "engine": ("bench_engine", "run_engine_bench")}
+
+
+IDLE = Path(__file__).resolve().parent.parent / "benchmarks" / "h200" / "idle.yaml"
+CPU = "--set device=cpu --set cluster.cache_transceiver.backend=mpi --set cluster.profile=spec:cpu-2core"
 
 
 @pytest.fixture
@@ -112,6 +116,12 @@ def test_json_is_all_that_is_printed(
         ("engine --tp 0", "--tp 0: must divide the 32 attention heads"),
         ("engine --tp 3", "--tp 3: must divide the 32 attention heads"),
         ("engine --device tpu", "--device tpu"),
+        ("engine --device cpu --output runs", "--output is where --in-run leaves its runs"),
+        ("overlap --model gpt-9", "--model gpt-9: unknown"),
+        ("overlap --programs 0", "--programs 0: allowed: 1 to"),
+        (f"idle {IDLE} --window 0", "--window 0: allowed: more than 0"),
+        (f"idle {IDLE} --after -1", "--after -1: allowed: 0 to"),
+        (f"idle {IDLE} --out /nonexistent/folder/rows.json", "--out /nonexistent/folder/rows.json: there is no folder"),
     ],
 )
 def test_wrong_options_are_refused_by_name(
@@ -146,3 +156,52 @@ def test_what_the_runtime_refuses_is_told_without_a_traceback(
     measuring(refuse)
     assert disagg("bench", "transfer", "--device", "cpu") == code
     assert f"error: {error}" in capsys.readouterr().err
+
+
+def test_what_has_no_meaning_without_a_gpu_is_refused_before_anything_runs(
+    disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ("engine --in-run --device cpu", "overlap --device cpu", f"idle {IDLE} {CPU}"):
+        assert disagg("bench", *arguments.split()) == 3
+        assert "error: " in capsys.readouterr().err
+
+
+def test_transformers_generate_stands_behind_the_engines_rows_or_a_word_why_not(
+    disagg: Callable[..., int],
+    measuring: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from disagg.runtime import bench_reference
+
+    measuring(lambda **options: ROWS)
+
+    def reference(model: str, device: str) -> list[Any]:
+        assert (model, device) == ("tiny-llama", "cpu")
+        return [Row("transformers generate", 61.0, None, None, None, None, "ms")]
+
+    monkeypatch.setattr(bench_reference, "run_reference_bench", reference)
+    call = ("bench", "engine", "--device", "cpu", "--model", "tiny-llama", "--reference", "--json")
+    assert disagg(*call) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)][2:] == ["transformers generate"]
+
+    def missing(model: str, device: str) -> list[Any]:
+        raise bench_reference.ReferenceMissing("transformers cannot be imported")
+
+    monkeypatch.setattr(bench_reference, "run_reference_bench", missing)
+    assert disagg(*call) == 0
+    captured = capsys.readouterr()
+    assert "no reference: transformers cannot be imported" in captured.err
+    assert len(json.loads(captured.out)) == 2
+
+
+def test_the_reference_generates_exactly_the_tokens_it_is_asked_for() -> None:
+    pytest.importorskip("transformers")
+    from disagg.runtime.bench_reference import run_reference_bench
+
+    rows = run_reference_bench("tiny-llama", "cpu", batch=2, prompt_tokens=24, new_tokens=4, repeats=3)
+    names = ["prefill", "decode step", "output rate"]
+    assert [any(name in row.name for name in names) for row in rows] == [True] * 3
+    prefill, step, rate = (row.measured for row in rows)
+    assert prefill > 0
+    assert rate == pytest.approx(2 * 4 / ((prefill + 3 * step) / 1e3))
