@@ -146,15 +146,15 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves as (dotted key, value); list elements go by their `name` or index."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from flat_keys(item, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
         for i, item in enumerate(value):
             name = item.get("name", i) if isinstance(item, dict) else i
-            yield from _flat(item, f"{prefix}.{name}")
+            yield from flat_keys(item, f"{prefix}.{name}")
     else:
         yield prefix, json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
 
@@ -188,7 +188,7 @@ def _policy_label(policy: dict[str, Any], varying: set[str]) -> str:
     if not chosen:
         chosen = [key for key in routers if key.endswith("router")] or list(routers)
     names = list(dict.fromkeys(routers[key] for key in chosen))
-    flat = dict(_flat(policy, "policy"))
+    flat = dict(flat_keys(policy, "policy"))
     params = {key: flat[key] for key in sorted(varying) if key in flat and not key.endswith(".name")}
     short = _short_keys(params)
     extra = ", ".join(f"{short[key]}={_plain(value)}" for key, value in params.items() if value is not None)
@@ -204,7 +204,7 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
 
 
 def _section(name: str, runs: Sequence[Run]) -> Section:
-    flats = [dict(_flat({key: value for key, value in run.config.items() if key not in _IDENTITY})) for run in runs]
+    flats = [dict(flat_keys({key: value for key, value in run.config.items() if key not in _IDENTITY})) for run in runs]
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
     varying = [key for key in keys if len({json.dumps(flat.get(key)) for flat in flats}) > 1]
     policy_keys = {key for key in varying if key.startswith("policy.")}

@@ -20,6 +20,7 @@ from .statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure as MatplotlibFigure
 
 # Okabe and Ito's palette without its yellow, which white paper swallows
@@ -88,14 +89,16 @@ _RC: Final[Any] = {
 }
 
 
-def _draw(
+def draw(
     name: str,
     title: str,
     alt: str,
     size: tuple[float, float],
     paint: Callable[[MatplotlibFigure], None],
     layout: Literal["constrained"] | None = "constrained",
+    dpi: int = 150,
 ) -> Drawing:
+    """`paint` on an empty figure of `size` inches, as PNG and SVG."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -106,7 +109,7 @@ def _draw(
         FigureCanvasAgg(figure)
         paint(figure)
         png, svg = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png, format="png", dpi=dpi)
         FigureCanvasSVG(figure)
         figure.savefig(svg, format="svg", metadata={"Date": None})
     return Drawing(name, title, alt, png.getvalue(), svg.getvalue())
@@ -162,7 +165,7 @@ def latency_cdf(name: str, groups: dict[str, list[Case]], styles: dict[str, Styl
             # spans of more than a factor of 20 would hide their short end on a linear axis
             if low > 0 and high and max(high) / low > 20:
                 axes.set_xscale("log")
-                _plain_log_ticks(axes, max(high) / low)
+                plain_log_ticks(axes.xaxis, max(high) / low)
             objectives = {case.run.objectives.get(key) for cases in groups.values() for case in cases}
             for objective in sorted(value for value in objectives if value is not None):
                 if high and objective <= 3 * max(high):
@@ -183,15 +186,16 @@ def latency_cdf(name: str, groups: dict[str, list[Case]], styles: dict[str, Styl
         _legend(figure, panels[0])
 
     alt = "Cumulative distributions of TTFT and TPOT, one curve per policy: " + ", ".join(groups)
-    return _draw(name, title, alt, (9.0, 3.9), paint)
+    return draw(name, title, alt, (9.0, 3.9), paint)
 
 
-def _plain_log_ticks(axes: Axes, span: float) -> None:
+def plain_log_ticks(axis: Axis, span: float) -> None:
+    """Ticks of a logarithmic axis as plain numbers; `span` is its largest value over its smallest."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0), numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0), numticks=9))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 # ---- service levels -------------------------------------------------------------------------------------------------
@@ -264,7 +268,7 @@ def service_levels(
 
     size = (9.0, 3.9) if swept else (9.0, 1.4 + 0.42 * len(policies))
     alt = f"Goodput and SLO attainment with 95 % intervals for {', '.join(policies)}"
-    return _draw(name, title, alt, size, curves if swept else bars)
+    return draw(name, title, alt, size, curves if swept else bars)
 
 
 def _swept_label(key: str) -> str:
@@ -329,7 +333,7 @@ def stage_breakdown(name: str, groups: dict[str, list[Case]], title: str) -> Dra
     alt = "Mean time by stage: " + "; ".join(
         f"{policy} {total * factor:.3g} {unit} in all" for policy, total in totals.items()
     )
-    return _draw(name, title, alt, (9.0, 1.7 + 0.45 * len(means)), paint)
+    return draw(name, title, alt, (9.0, 1.7 + 0.45 * len(means)), paint)
 
 
 def _mean(cases: Sequence[Case], stage: str) -> float:
@@ -397,7 +401,7 @@ def executor_timelines(name: str, case: Case, style: Style, title: str) -> Drawi
     if left_out:
         title += f" (first {MAX_EXECUTORS} of {len(case.run.roles)} executors)"
     # many small panels: the constrained layout of the other figures would take seconds
-    return _draw(name, title, alt, (10.5, 1.15 + 1.15 * len(lines)), paint, layout=None)
+    return draw(name, title, alt, (10.5, 1.15 + 1.15 * len(lines)), paint, layout=None)
 
 
 def _fill(axes: Axes, edges: Any, values: Any, colour: str) -> None:
@@ -453,7 +457,7 @@ def error_bars(
 
     alt = f"Relative error of simulation against hardware by metric for {', '.join(errors)}"
     rows = len(shown) * max(1.0, 0.5 * len(errors))
-    return _draw(name, title, alt, (9.0, 1.5 + 0.28 * rows), paint)
+    return draw(name, title, alt, (9.0, 1.5 + 0.28 * rows), paint)
 
 
 def request_scatter(name: str, pairs: Sequence[Pair], styles: dict[str, Style], title: str) -> Drawing | None:
@@ -498,4 +502,4 @@ def request_scatter(name: str, pairs: Sequence[Pair], styles: dict[str, Style], 
             axes.set_ylabel(f"{label} in simulation ({unit})")
         _legend(figure, panels[0])
 
-    return _draw(name, title, "TTFT and e2e latency of each request, simulation against hardware", (9.0, 4.4), paint)
+    return draw(name, title, "TTFT and e2e latency of each request, simulation against hardware", (9.0, 4.4), paint)

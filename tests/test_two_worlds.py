@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,33 @@ def test_one_report_lays_both_worlds_side_by_side(folder: Path) -> None:
     assert (errors["simulation"] - errors["hardware"]).to_numpy() == pytest.approx(
         errors["error"].to_numpy(), abs=1e-12
     )
+
+
+def test_the_error_of_the_simulation_is_told_by_stage_and_by_cause(folder: Path) -> None:
+    """Timing and decisions are told apart by replaying the hardware's own routes, all of them."""
+    told = json.loads(run(DISAGG, "compare", "simulated", "real", "--json", "--output", "compared", cwd=folder).stdout)
+    (pair,) = told["pairs"]
+    assert pair["num_matched"] == 12
+    *stages, e2e = pair["stages"]
+    assert sum(stage["difference"] for stage in stages) == pytest.approx(e2e["difference"], abs=1e-9)
+    assert pair["split"]["share_forced"] == 1.0
+    rows = {row["key"]: row for row in pair["split"]["rows"]}
+    assert {"mean_ttft_s", "mean_tpot_s", "p50_e2e_latency_s", "throughput"} <= set(rows)
+    for row in rows.values():
+        assert row["diverged"] + row["client"] + row["timing"] == pytest.approx(row["simulated"] - row["measured"])
+    assert (folder / "compared" / "scatter.png").stat().st_size > 10_000
+
+
+def test_the_fidelity_table_holds_every_experiment_of_a_folder(folder: Path) -> None:
+    runs = folder / "fidelity_runs"
+    for world in ("simulated", "real"):
+        shutil.copytree(folder / world, runs / world)
+    run(DISAGG, "fidelity", runs, "--output", "fidelity.md", cwd=folder)
+    data = json.loads((folder / "fidelity.json").read_text())
+    assert len(data["rows"]) == 10
+    (experiment,) = data["experiments"]
+    assert experiment["split"]["share_forced"] == 1.0
+    assert experiment["predicted_before_measured"] is True
 
 
 def joined(folder: Path, num_ranks: int, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:

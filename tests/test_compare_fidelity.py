@@ -1,0 +1,215 @@
+"""The fidelity table, its limits and what it refuses to judge; the held-out experiments; both commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagg.experiments.config import validate_mapping
+from disagg.experiments.config_checks import check_experiment
+from disagg.experiments.config_loader import read_document
+from disagg.reports.fidelity import GOALS, FidelityRow, fidelity_rows, groups_of
+from disagg.reports.runs import ReportError
+from tests.test_reports_runs import MS, config_of, request, serve, write_run
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks" / "h200"
+HELD_OUT = sorted((BENCHMARKS / "heldout").glob("*.yaml"))
+
+
+def put(path: Path, name: str, backend: str, end_ms: int, started: str, **manifest: Any) -> Path:
+    rows = [request(i, arrival_ps=i * 1000 * MS, end_ps=(i * 1000 + end_ms) * MS, first_token_ps=(i * 1000 + 51) * MS,
+                    dispatch_ps=i * 1000 * MS, context_start_ps=None, transfer_start_ps=None, kv_usable_ps=None)
+            for i in range(5)]  # fmt: skip
+    config = config_of(backend=backend, name=name)
+    return write_run(path, config, {"started_at": started, "git_commit": "abc"} | manifest, requests=rows)
+
+
+def rows_of(folder: Path) -> dict[str, FidelityRow]:
+    (group,) = groups_of(folder)
+    return {row.metric: row for row in fidelity_rows(group)}
+
+
+def test_a_single_hardware_run_is_held_to_the_goal(tmp_path: Path) -> None:
+    put(tmp_path / "s", "one", "simulation", 104, "2026-01-01")
+    put(tmp_path / "h", "one", "hardware", 100, "2026-01-02")
+    row = rows_of(tmp_path)["p50_e2e_latency"]
+    assert (row.simulated, row.measured) == pytest.approx((0.104, 0.100))
+    assert row.error == pytest.approx(0.04)
+    assert (row.floor, row.limit, row.met) == (None, 0.05, True)
+    assert rows_of(tmp_path)["mean_tpot"].error == pytest.approx(53 / 49 - 1)
+    assert rows_of(tmp_path)["mean_tpot"].met is False
+
+
+def test_the_limit_is_the_larger_of_the_goal_and_what_hardware_differs_from_itself(tmp_path: Path) -> None:
+    put(tmp_path / "s", "one", "simulation", 118, "2026-01-01")
+    put(tmp_path / "h1", "one", "hardware", 100, "2026-01-02")
+    put(tmp_path / "h2", "one", "hardware", 120, "2026-01-03")
+    row = rows_of(tmp_path)["p50_e2e_latency"]
+    assert row.measured == pytest.approx(0.110)
+    assert row.floor == pytest.approx(20 / 110)
+    assert row.error == pytest.approx(8 / 110)
+    assert row.limit == pytest.approx(20 / 110)
+    assert row.met is True
+
+
+def test_what_the_goals_do_not_cover_is_shown_and_not_judged(tmp_path: Path) -> None:
+    put(tmp_path / "s", "one", "simulation", 104, "2026-01-01")
+    put(tmp_path / "h", "one", "hardware", 100, "2026-01-02")
+    rows = rows_of(tmp_path)
+    assert {goal.metric for goal in GOALS} == set(rows)
+    for metric, why in (
+        ("p99_ttft", "judged from 1000 on"),
+        ("throughput", "below saturation"),
+        ("slo_attainment", "outside 40"),
+    ):
+        assert rows[metric].met is None
+        assert why in rows[metric].note
+        assert rows[metric].error is not None
+
+
+def test_every_experiment_is_listed_also_what_has_no_partner(tmp_path: Path) -> None:
+    put(tmp_path / "s1", "one", "simulation", 100, "2026-01-01")
+    put(tmp_path / "h1", "one", "hardware", 100, "2026-01-02")
+    put(tmp_path / "s2", "two", "simulation", 100, "2026-01-01")
+    put(tmp_path / "h3", "three", "hardware", 100, "2026-01-01")
+    groups = groups_of(tmp_path)
+    assert {group.title: group.missing for group in groups} == {
+        "one": None,
+        "two": "no hardware run",
+        "three": "no simulated run",
+    }
+
+
+def test_a_second_prediction_of_one_experiment_is_refused(tmp_path: Path) -> None:
+    for name in ("s1", "s2"):
+        put(tmp_path / name, "one", "simulation", 100, "2026-01-01")
+    with pytest.raises(ReportError, match="one prediction is allowed"):
+        groups_of(tmp_path)
+
+
+def test_a_copy_of_a_hardware_run_is_no_floor(tmp_path: Path) -> None:
+    for name in ("h1", "h2"):
+        put(tmp_path / name, "one", "hardware", 100, "2026-01-01")
+    with pytest.raises(ReportError, match="there twice"):
+        groups_of(tmp_path)
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+
+def test_fidelity_writes_a_page_its_data_and_small_plots(tmp_path: Path, disagg: Callable[..., int]) -> None:
+    runs = tmp_path / "runs"
+    for policy in ("round_robin", "least_tokens"):
+        manifest = {"point": policy, "values": {"policy.context_router.name": policy}, "git_commit": "abc"}
+        for name, backend, speed, day in (("s", "simulation", 1.0, 1), ("h", "hardware", 0.98, 2)):
+            write_run(
+                runs / name / policy,
+                config_of(policy, 9.0, backend),
+                manifest | {"started_at": f"2026-01-0{day if policy == 'round_robin' else 3 - day}"},
+                **serve(policy, num_requests=80, rate=9.0, speed=speed, jitter=0.02 * (name == "h")),
+            )
+    page = tmp_path / "docs" / "fidelity.md"
+    assert disagg("fidelity", runs, "--output", page, "--no-replay") == 0
+    data = json.loads(page.with_suffix(".json").read_text())
+    assert data["commit"] == "abc"
+    wanted = {"experiment", "metric", "simulated", "measured", "error", "floor", "goal", "limit", "met"}
+    assert all(wanted <= set(row) for row in data["rows"])
+    assert {(row["experiment"], row["metric"]) for row in data["rows"]} == {
+        (f"llama8b-2c2g {policy}", goal.metric) for policy in ("round_robin", "least_tokens") for goal in GOALS
+    }
+    (ranking,) = data["rankings"]
+    assert ranking["tau"] == 1.0
+    text = page.read_text()
+    plots = list((tmp_path / "docs" / "fidelity").glob("*.png"))
+    assert len(plots) == 2
+    assert all(f"(fidelity/{plot.name})" in text and plot.stat().st_size < 60_000 for plot in plots)
+    assert "Simulated only after the hardware had run: llama8b-2c2g least_tokens." in text
+    assert str(tmp_path) not in text + json.dumps(data)
+
+
+def test_compare_prints_json_and_leaves_its_plots(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for backend, speed in (("simulation", 1.0), ("hardware", 0.9)):
+        write_run(tmp_path / backend, config_of(backend=backend), **serve(num_requests=60, speed=speed))
+    arguments = ("compare", tmp_path / "simulation", tmp_path / "hardware", "--no-replay")
+    assert disagg(*arguments, "--json", "--output", tmp_path / "out") == 0
+    told = json.loads(capsys.readouterr().out)
+    (pair,) = told["pairs"]
+    errors = {row["key"]: row for row in pair["errors"]}
+    assert errors["p50_ttft_s"]["error"] == pytest.approx(
+        errors["p50_ttft_s"]["simulated"] / errors["p50_ttft_s"]["measured"] - 1
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "comparison.md",
+        "scatter.png",
+        "scatter.svg",
+    }
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == told
+
+
+def test_two_hardware_runs_give_the_floor(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, jitter in (("one", 0.0), ("two", 0.1)):
+        write_run(tmp_path / name, config_of(backend="hardware"), **serve(num_requests=60, jitter=jitter))
+    assert disagg("compare", tmp_path / "one", tmp_path / "two") == 0
+    assert "both are hardware runs" in capsys.readouterr().out
+
+
+def test_runs_of_different_configuration_end_with_code_2_and_the_keys(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "s", config_of(), requests=[request()])
+    write_run(tmp_path / "h", config_of(rate=9.0, backend="hardware"), requests=[request()])
+    assert disagg("compare", tmp_path / "s", tmp_path / "h") == 2
+    assert "workload.phases.profiling.rate: 8.0 and 9.0" in capsys.readouterr().err
+    assert disagg("compare", tmp_path / "s") == 2
+    assert disagg("compare", tmp_path / "s", tmp_path / "nowhere") == 2
+    assert disagg("fidelity", tmp_path, "--output", tmp_path / "page.html") == 2
+
+
+# ---- the held-out experiments ---------------------------------------------------------------------------------------
+
+
+def loaded(path: Path) -> Any:
+    experiment = validate_mapping(read_document(path).data, {})
+    experiment._root = path.parent
+    return experiment
+
+
+@pytest.mark.parametrize("path", HELD_OUT, ids=[path.stem for path in HELD_OUT])
+def test_a_held_out_experiment_is_valid_and_takes_half_a_minute(path: Path) -> None:
+    experiment = loaded(path)
+    problems = [p.message for p in check_experiment(experiment) if p.severity != "warning"]
+    assert [p for p in problems if "DISAGG_TRACES" not in p] == []  # the trace is public and not everywhere
+    (phase,) = [phase for phase in experiment.workload.phases if not phase.exclude_from_results]
+    if hasattr(phase, "rate"):
+        assert 20 <= phase.requests / phase.rate <= 40
+
+
+def test_there_are_enough_held_out_experiments_of_each_kind() -> None:
+    experiments = [loaded(path) for path in HELD_OUT]
+    assert len(experiments) >= 8
+    assert len({experiment.name for experiment in experiments}) == len(experiments)
+    assert len({experiment.model.id for experiment in experiments}) >= 2
+    throttles = {e.cluster.cache_transceiver.throttle_gb_per_s for e in experiments if e.cluster.cache_transceiver}
+    assert {5.0, 25.0} <= throttles
+    assert any(len(e.sweep.get("policy.router", [])) >= 5 for e in experiments)
+    assert any(phase.type == "trace" for e in experiments for phase in e.workload.phases)
+
+
+def test_disaggregated_held_out_clusters_are_the_calibrated_one() -> None:
+    """Same executors, so that one profile serves all of them and unthrottled ones can share a warm cluster."""
+    base = loaded(BENCHMARKS / "serving_1p1.yaml").cluster
+    for path in HELD_OUT:
+        cluster = loaded(path).cluster
+        if cluster.context_servers is not None:
+            assert cluster.context_servers == base.context_servers
+            assert cluster.generation_servers == base.generation_servers
+            assert cluster.cache_transceiver.backend == base.cache_transceiver.backend
