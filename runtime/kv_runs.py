@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .kv_places import PACKED, KvCopy, KvPlace
+from .kv_places import PACKED, KvCopy
 
 Runs = tuple[Any, Any, Any]  # int64 [runs] each: addresses of the source, of the destination, bytes
 
@@ -19,52 +19,67 @@ def runs_of(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequ
     Where blocks are of one size at both ends, they are copied whole: the rows of the first and the last that were not
     asked for are either the same at both ends already, or nothing yet.
     """
-    source, destination, count = _stretches(copy)
-    row = copy.row_bytes
-    starts = [
-        _offsets(place, tokens, blocks, row)
-        for place, tokens, blocks in (
-            (copy.source, source, source_blocks),
-            (copy.destination, destination, destination_blocks),
-        )
-    ]
-    sizes = count * row
+    starts, sizes = _starts(copy, source_blocks, destination_blocks)
     # From the inside out: a dimension whose stride is what one run holds, at both ends, makes longer runs, not more.
-    for num, strides in (
-        (copy.num_heads, (copy.source.head_bytes, copy.destination.head_bytes)),
-        (2, (copy.source.kv_bytes, copy.destination.kv_bytes)),
-        (copy.num_layers, (copy.source.layer_bytes, copy.destination.layer_bytes)),
-    ):
+    for num, strides in _dimensions(copy):
         starts, sizes = _widened(starts, sizes, num, strides)
     starts, sizes = _joined(starts, sizes)
     return starts[0] + copy.source.address, starts[1] + copy.destination.address, sizes
 
 
-def _stretches(copy: KvCopy) -> tuple[Any, Any, Any]:
-    """The copy's tokens cut at both ends' block bounds: first token at the source, at the destination, tokens."""
-    ends = (copy.source, copy.destination)
-    first = [place.first_token for place in ends]
-    sizes = [place.tokens_per_block for place in ends]
-    num = copy.num_tokens
-    if sizes[0] == sizes[1] != PACKED and (first[0] - first[1]) % sizes[0] == 0:
-        skipped = first[0] % sizes[0]
-        first = [each - skipped for each in first]
-        num = -(-(num + skipped) // sizes[0]) * sizes[0]
-    bounds = [np.arange(-start % size, num, size, dtype=np.int64) for start, size in zip(first, sizes, strict=True)]
-    at = np.unique(np.concatenate(([0], *bounds)))
-    return at + first[0], at + first[1], np.diff(np.append(at, num))
+def run_bytes(copy: KvCopy) -> int:
+    """Bytes of one run of `runs_of` inside a block, where nothing is known of which blocks they are."""
+    source, destination = copy.source, copy.destination
+    size = min(source.tokens_per_block, destination.tokens_per_block, copy.num_tokens) * copy.row_bytes
+    if _are_alike(copy) and source.tokens_per_block != PACKED:
+        size = source.tokens_per_block * copy.row_bytes
+    for num, strides in _dimensions(copy):
+        if num > 1 and strides != (size, size):
+            break
+        size *= num
+    return size
 
 
-def _offsets(place: KvPlace, tokens: Any, blocks: Sequence[int], row: int) -> Any:
-    within = tokens % place.tokens_per_block * row
-    if place.block_bytes:
-        within = within + np.asarray(blocks, dtype=np.int64)[tokens // place.tokens_per_block] * place.block_bytes
-    return within
+def _dimensions(copy: KvCopy) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """(how many, how far apart at the source and at the destination), from the inside out."""
+    source, destination = copy.source, copy.destination
+    return (
+        (copy.num_heads, (source.head_bytes, destination.head_bytes)),
+        (2, (source.kv_bytes, destination.kv_bytes)),
+        (copy.num_layers, (source.layer_bytes, destination.layer_bytes)),
+    )
+
+
+def _are_alike(copy: KvCopy) -> bool:
+    """Whether token t lies at the same place in its block at both ends."""
+    source, destination = copy.source, copy.destination
+    size = source.tokens_per_block
+    return size == destination.tokens_per_block and (source.first_token - destination.first_token) % size == 0
+
+
+def _starts(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> tuple[list[Any], Any]:
+    """Where the rows of the first head of the first K begin, cut at both ends' block bounds, and the bytes of each cut."""
+    places, row = (copy.source, copy.destination), copy.row_bytes
+    tables = [np.asarray(blocks, dtype=np.int64) for blocks in (source_blocks, destination_blocks)]
+    size = copy.source.tokens_per_block
+    if _are_alike(copy) and size != PACKED:
+        num = -(-(copy.num_tokens + copy.source.first_token % size) // size)
+        first = [place.first_token // size for place in places]
+        starts = [table[at : at + num] * p.block_bytes for table, at, p in zip(tables, first, places, strict=True)]
+        return starts, np.full(num, size * row, dtype=np.int64)
+    bounds = [np.arange(-p.first_token % p.tokens_per_block, copy.num_tokens, p.tokens_per_block) for p in places]
+    at = np.unique(np.concatenate(([0], *bounds))).astype(np.int64)
+    starts = []
+    for place, table in zip(places, tables, strict=True):
+        token = at + place.first_token
+        within = token % place.tokens_per_block * row
+        starts.append(within + table[token // place.tokens_per_block] * place.block_bytes if len(table) else within)
+    return starts, np.diff(np.append(at, copy.num_tokens)) * row
 
 
 def _widened(starts: list[Any], sizes: Any, num: int, strides: tuple[int, int]) -> tuple[list[Any], Any]:
     """The same runs `num` times, `strides` apart; in one where nothing lies between them."""
-    if num == 1 or bool(np.all(sizes == strides[0])) and strides[0] == strides[1]:
+    if num == 1 or (bool(np.all(sizes == strides[0])) and strides[0] == strides[1]):
         return starts, sizes * num
     steps = np.arange(num, dtype=np.int64)
     return [

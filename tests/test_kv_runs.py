@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from disagg.core.kv_layout import KvLayout
 from disagg.runtime.kv_pages import KvPages
 from disagg.runtime.kv_places import KvCopy, KvPool, packed_place
-from disagg.runtime.kv_runs import copy_in_host_memory, runs_of
+from disagg.runtime.kv_runs import copy_in_host_memory, run_bytes, runs_of
 
 LAYERS, HEADS, DIM, BLOCKS = 3, 4, 4, 12
 
@@ -78,5 +78,16 @@ def test_runs_into_a_packed_buffer_fill_it_and_nothing_beyond(
 def test_a_request_with_all_its_layers_and_heads_is_one_run_a_block() -> None:
     source, target = pages(4), pages(4)
     places = [KvPool.of(each).place((0, LAYERS), (0, HEADS), 0, 0) for each in (source, target)]
-    _, _, sizes = runs_of(KvCopy(places[0], places[1], LAYERS, HEADS, 10, DIM * 4), [7, 3, 5], [1, 4, 9])
+    copy = KvCopy(places[0], places[1], LAYERS, HEADS, 10, DIM * 4)
+    _, _, sizes = runs_of(copy, [7, 3, 5], [1, 4, 9])
+    assert run_bytes(copy) == sizes[0]
     assert sizes.tolist() == [LAYERS * 2 * HEADS * 4 * DIM * 4] * 3
+
+
+def test_runs_are_short_where_heads_are_re_laid_out() -> None:
+    source, target = pages(4), pages(4)
+    places = [KvPool.of(each).place((0, LAYERS), (1, 3), 0, 0) for each in (source, target)]
+    copy = KvCopy(places[0], places[1], LAYERS, 2, 8, DIM * 4)
+    _, _, sizes = runs_of(copy, [7, 3], [1, 4])
+    assert run_bytes(copy) == sizes[0] == 2 * 4 * DIM * 4
+    assert len(sizes) == 2 * LAYERS * 2
