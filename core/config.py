@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import Struct, field
 
 from ..policies.vocabulary import PS_PER_MS, PS_PER_S, Role
+from .prediction import PredictionConfig
 
 
 class PolicySpec(Struct, frozen=True):
@@ -73,6 +74,7 @@ class OrchestratorConfig(Struct, frozen=True):
     generation_binding: str = "at_context_done"  # or at_context_start, at_arrival: early binding
     retry: RetryConfig = RetryConfig()
     skip_context_phase: bool = False  # canned first token: benchmarks the generation phase alone
+    prediction: PredictionConfig | None = None  # what policies that predict are told; None: reported step times
     seed: int = 0
     policy_root: str = "."  # where relative paths of user policies start
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..policies.prediction import Predictor
 from ..policies.views import ExecutorPool, ExecutorRow, FleetView
 from ..policies.vocabulary import Role
 from .config import ExecutorConfig
 from .events import Report
+from .prefix_index import PrefixIndex
 
 
 class Fleet:
     """Owns the cells of the view. One write per cell and update; a policy only reads."""
 
-    def __init__(self, executors: Sequence[ExecutorConfig], start: int) -> None:
+    def __init__(self, executors: Sequence[ExecutorConfig], start: int, predictor: Predictor | None = None) -> None:
         pools = {role: ExecutorPool(role, [e.id for e in executors if e.role is role]) for role in Role}
         self.view = FleetView(pools[Role.CONTEXT], pools[Role.GENERATION], pools[Role.MIXED])
         self.roles: dict[int, Role] = {}
@@ -21,7 +23,14 @@ class Fleet:
         self._rows: dict[int, ExecutorRow] = {}
         self._sent: dict[int, list[int]] = {}  # executor: [requests, tokens] ever sent
         self._gone: set[int] = set()
+        self.prefixes = PrefixIndex({e.id: e.num_blocks for e in executors})
+        # block hashes come with the block size of the first executor that computes prompts (see the workload)
+        tokens_per_hash = next((e.tokens_per_block for e in executors if e.role is not Role.GENERATION), 1)
+        domains = {name: i for i, name in enumerate(dict.fromkeys(e.domain for e in executors))}
         for pool in self.view.pools:
+            pool.know_prefixes(self.prefixes, tokens_per_hash)
+            if predictor is not None:
+                pool.predictor = predictor
             for row in pool:
                 config = self.configs[row.executor_id]
                 self._rows[config.id] = row
@@ -35,12 +44,14 @@ class Fleet:
                 cells["tensor_parallel_size"][i] = config.tensor_parallel_size
                 cells["pipeline_parallel_size"][i] = config.pipeline_parallel_size
                 cells["device_weight"][i] = config.device_weight
+                cells["domain"][i] = domains[config.domain]
                 cells["received_at"][i] = start
 
     def at(self, now: int) -> FleetView:
         """The view, as of `now`."""
         view = self.view
         view.now = view.context.now = view.generation.now = view.mixed.now = now
+        view.context_executor = None
         return view
 
     def row(self, executor: int) -> ExecutorRow | None:
@@ -49,7 +60,8 @@ class Fleet:
     def is_healthy(self, executor: int) -> bool:
         return bool(self._rows[executor].healthy)
 
-    def dispatched(self, executor: int, num_tokens: int) -> None:
+    def dispatched(self, executor: int, num_tokens: int, block_hashes: Sequence[int] = ()) -> None:
+        """A phase was sent there, of so many tokens; it will hold the KV of these prompt blocks."""
         sent = self._sent[executor]
         sent[0] += 1
         sent[1] += num_tokens
@@ -58,6 +70,9 @@ class Fleet:
         cells["active_requests"][i] += 1
         cells["wire_requests"][i] += 1
         cells["wire_tokens"][i] += num_tokens
+        if block_hashes and self.prefixes.is_asked:
+            self.prefixes.used(executor, block_hashes)
+            cells["prefix_blocks"][i] = self.prefixes.num_blocks(executor)
 
     def answered(self, executor: int) -> None:
         row = self._rows[executor]
@@ -89,6 +104,9 @@ class Fleet:
     def lost(self, executor: int) -> None:
         """It is gone for good."""
         self._gone.add(executor)
+        self.prefixes.lost(executor)
+        row = self._rows[executor]
+        row._cells["prefix_blocks"][row.index] = 0
         self._set_healthy(executor, False)
 
     def is_gone(self, executor: int) -> bool:

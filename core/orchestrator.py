@@ -49,6 +49,7 @@ from .events import (
 from .fleet import Fleet
 from .held_tasks import HeldTasks
 from .life_cycle import Cause, State, advance
+from .prediction import TablePredictor
 from .task import Task
 from .timers import Timers
 
@@ -56,12 +57,20 @@ AT_ARRIVAL: Final = "at_arrival"
 AT_CONTEXT_START: Final = "at_context_start"
 
 
+def _shown(task: Task, router: RoutingPolicy) -> Request:
+    """The request as `router` sees it: without tokens, and without its true output length unless it is an oracle."""
+    return task.told_oracle if router.is_oracle else task.shown
+
+
 class OrchestratorCore:
     """Routes every request of a cluster. `handle` takes an event and gives the commands that follow from it."""
 
     def __init__(self, config: OrchestratorConfig) -> None:
         self.config = config
-        self.fleet = Fleet(config.executors, 0)
+        predictor = None
+        if config.prediction is not None:
+            predictor = TablePredictor(config.prediction, [e.id for e in config.executors])
+        self.fleet = Fleet(config.executors, 0, predictor)
         self._routers: dict[Stage, RoutingPolicy] = self._make_routers()
         self._admission: AdmissionPolicy = self._make(config.admission, "admission", "admission")
         self._order: QueueOrder = self._make(config.queue_order, "queue_order", "queue")
@@ -203,7 +212,8 @@ class OrchestratorCore:
         """An executor owes no answer for this id any more."""
         del self._by_executor[executor][request_id]
         self.fleet.answered(executor)
-        self._router(stage).on_finished(task.shown, stage, executor, ok, self.fleet.at(now))
+        router = self._router(stage)
+        router.on_finished(_shown(task, router), stage, executor, ok, self.fleet.at(now))
 
     def _router(self, stage: Stage) -> RoutingPolicy:
         return self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
@@ -353,7 +363,8 @@ class OrchestratorCore:
         if not pool.num_healthy:
             self._end(task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its context phase", now)
             return
-        answer = self._routers[Stage.CONTEXT].route_context(task.shown, fleet)
+        router = self._routers[Stage.CONTEXT]
+        answer = router.route_context(_shown(task, router), fleet)
         self._decided(task, "context", answer, pool, now)
         match answer:
             case Route(context=context, generation=generation) if context is not None:
@@ -362,7 +373,7 @@ class OrchestratorCore:
                 if generation is not None:
                     task.generation_executor = self._checked(generation, (Role.GENERATION, Role.MIXED), answer)
                 elif binds:
-                    self._bind_early(task, now)
+                    self._bind_early(task, executor, now)
                 self._dispatch(task, Stage.CONTEXT, executor, now)
                 if binds:
                     self._promise(task, now)
@@ -389,12 +400,15 @@ class OrchestratorCore:
         else:
             self._route_generation(task, now)
 
-    def _bind_early(self, task: Task, now: int) -> None:
+    def _bind_early(self, task: Task, context: int, now: int) -> None:
+        """`context`: the executor of its context phase, which is still to be done."""
         fleet = self.fleet.at(now)
         pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
         if not pool.num_healthy:
             return
-        answer = self._routers[Stage.GENERATION].route_generation(task.shown, fleet)
+        router = self._routers[Stage.GENERATION]
+        fleet.context_executor = context
+        answer = router.route_generation(_shown(task, router), fleet)
         self._decided(task, "generation", answer, pool, now)
         if isinstance(answer, Route) and answer.generation is not None:
             task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
@@ -410,11 +424,11 @@ class OrchestratorCore:
         self._out.append(Deliver(task.request.id, None, 1, executor, event.request_id))
 
     def _context_started(self, event: ContextStarted, now: int) -> None:
-        task, _, _ = self._visits.get(event.request_id, (None, None, None))
-        if task is None or task.cancelled or task.generation_id is not None:
+        task, _, executor = self._visits.get(event.request_id, (None, None, None))
+        if task is None or executor is None or task.cancelled or task.generation_id is not None:
             return
         if task.generation_executor is None:
-            self._bind_early(task, now)
+            self._bind_early(task, executor, now)
         self._promise(task, now)
 
     # ---- promises: generation phases that are sent to their executor before their context phase is done --------------
@@ -464,8 +478,9 @@ class OrchestratorCore:
                 task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its generation phase", now
             )
             return
-        shown = replace(task.shown, context_phase_params=task.params)
-        answer = self._routers[Stage.GENERATION].route_generation(shown, fleet)
+        router = self._routers[Stage.GENERATION]
+        fleet.context_executor = task.context_executor
+        answer = router.route_generation(replace(_shown(task, router), context_phase_params=task.params), fleet)
         self._decided(task, "generation", answer, pool, now)
         match answer:
             case Route(generation=generation) if generation is not None:
@@ -510,6 +525,7 @@ class OrchestratorCore:
                 context_phase_params=task.params,
             )
         else:
+            self._order.on_served(task.shown, task.order_key, now)
             task.attempts += 1
             task.state = advance(task.state, Cause.START)
             task.context_executor, task.context_id = executor, request_id
@@ -525,10 +541,11 @@ class OrchestratorCore:
         request_id, num_tokens = message.request.id, message.request.num_prompt_tokens
         self._visits[request_id] = (task, stage, executor)
         self._by_executor[executor][request_id] = None
-        self.fleet.dispatched(executor, num_tokens)
+        self.fleet.dispatched(executor, num_tokens, message.request.block_hashes)
         self._out.append(Dispatched(task.request.id, executor, message.request))
         self._out.append(Send(executor, message))
-        self._router(stage).on_dispatched(task.shown, stage, executor, self.fleet.at(now))
+        router = self._router(stage)
+        router.on_dispatched(_shown(task, router), stage, executor, self.fleet.at(now))
 
     def _hold(self, task: Task, stage: Stage, until: int | None, now: int) -> None:
         if until is not None and until <= now:

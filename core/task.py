@@ -36,12 +36,17 @@ class Task:
         "serial",
         "shown",
         "state",
+        "told_oracle",
         "transfer_start",
     )
 
     def __init__(self, request: Request, serial: int, order_key: Any, now: int) -> None:
+        shown = request if request.input_token_ids is None else replace(request, input_token_ids=None)
+        self.told_oracle = self.shown = shown
+        if request.true_output_tokens is not None:
+            request = replace(request, true_output_tokens=None)
+            self.shown = replace(shown, true_output_tokens=None)
         self.request = request
-        self.shown = request if request.input_token_ids is None else replace(request, input_token_ids=None)
         self.serial = serial
         self.order_key = order_key
         self.state = State.QUEUED

@@ -8,7 +8,7 @@ from .workload import PlannedRequest
 
 
 def request_of(planned: PlannedRequest, config: Experiment) -> Request:
-    """Everything but the true output length, which no core is told. `arrival` is the planned offset, 0 without one."""
+    """Everything but the true output length, which only an oracle is told. `arrival`: the planned offset, 0 without one."""
     return Request(
         planned.id,
         planned.num_prompt_tokens,
@@ -24,6 +24,7 @@ def request_of(planned: PlannedRequest, config: Experiment) -> Request:
         session=planned.session,
         traffic_class=planned.traffic_class,
         block_hashes=planned.block_hashes,
+        true_output_tokens=planned.num_output_tokens if planned.is_told else None,
     )
 
 

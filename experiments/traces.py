@@ -1,8 +1,8 @@
 """Reading public production traces, one row at a time.
 
-Azure LLM inference traces (CSV, 2023 and 2024) and Mooncake traces (JSONL). Both hold arrival, prompt length and output
-length; Mooncake adds ids of 512-token prefix blocks. Rows must stand in order of time. The data set of TensorRT-LLM's
-benchmarks has tokens instead of times.
+Azure LLM inference traces (CSV, 2023 and 2024), BurstGPT (CSV) and Mooncake traces (JSONL). All hold arrival, prompt
+length and output length; Mooncake adds ids of 512-token prefix blocks. Rows must stand in order of time. The data set of
+TensorRT-LLM's benchmarks has tokens instead of times, ShareGPT texts.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from ..policies.vocabulary import PS_PER_MS
 from .config import TraceDataset
 from .errors import ConfigError
 from .samples import read_samples
+from .segments import Segment, mixed_hashes
+from .sharegpt import read_turns
 
 TRACES_VARIABLE: Final = "DISAGG_TRACES"
 SOURCES: Final = {
     "azure": "https://github.com/Azure/AzurePublicDataset, data/AzureLLMInferenceTrace_*.csv (CC-BY 4.0)",
+    "burstgpt": "https://github.com/HPMLL/BurstGPT, data/BurstGPT_*.csv (CC-BY 4.0)",
+    "sharegpt": "any file in ShareGPT's form, e.g. ShareGPT_V3_unfiltered_cleaned_split.json",
     "tensorrt_llm": "benchmarks/cpp/prepare_dataset.py of https://github.com/NVIDIA/TensorRT-LLM",
     "mooncake": "https://github.com/kvcache-ai/Mooncake, FAST25-release/traces/*.jsonl (Apache-2.0)",
 }
@@ -34,9 +38,11 @@ HASH_ID_TOKENS: Final = 512  # tokens that one hash id of a Mooncake trace stand
 _MOST_TOKENS: Final = 1 << 24
 _MOST_LINE: Final = 1 << 24  # characters
 _AZURE_HEADER: Final = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
+_BURSTGPT_COLUMNS: Final = ("Timestamp", "Request tokens", "Response tokens")
 _TIMESTAMP: Final = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?(?:Z|[+-]00:?00)?", re.ASCII
 )
+_SECONDS: Final = re.compile(r"(\d{1,9})(?:\.(\d{0,18}))?", re.ASCII)
 _EPOCH: Final = datetime(1970, 1, 1)
 
 
@@ -48,6 +54,10 @@ class TraceRow(msgspec.Struct, frozen=True):
     num_output_tokens: int
     hash_ids: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()  # of the prompt, where the data set has them
+    segments: tuple[Segment, ...] = ()  # what the prompt is made of, where the data set says so
+    session: str | None = None
+    traffic_class: str = ""
+    priority: float | None = None
 
 
 class _MooncakeLine(msgspec.Struct, frozen=True):
@@ -74,7 +84,7 @@ def trace_path(dataset: TraceDataset, root: Path) -> Path:
 
 def read_trace(kind: str, path: Path) -> Iterator[TraceRow]:
     """Rows of `path` in order. Raises ConfigError with file, line and cause at the first malformed line."""
-    reader = {"azure": _azure_rows, "mooncake": _mooncake_rows, "tensorrt_llm": _sample_rows}[kind]
+    reader = _READERS[kind]
     before: int | None = None
     for number, row in reader(path):
         for name, value in (("input", row.num_prompt_tokens), ("output", row.num_output_tokens)):
@@ -173,6 +183,56 @@ def _sample_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
         yield number, TraceRow(0, len(sample.input_ids), sample.output_len, token_ids=sample.input_ids)
 
 
+def _burstgpt_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
+    """Requests that failed there have no response tokens: they are left out."""
+    places: dict[str, int] = {}
+    for number, text in _lines(path):
+        fields = text.split(",")
+        if number == 1:
+            places = {name.strip(): place for place, name in enumerate(fields)}
+            missing = [name for name in _BURSTGPT_COLUMNS if name not in places]
+            if missing:
+                raise ConfigError(f"{path}:1: the header has no column {', '.join(missing)}: {text[:100]!r}")
+            continue
+        if not text.strip():
+            continue
+        if len(fields) != len(places):
+            raise ConfigError(f"{path}:{number}: {len(fields)} fields; allowed: {len(places)}, as the header has")
+        lengths = []
+        for name in _BURSTGPT_COLUMNS[1:]:
+            field = fields[places[name]].strip()
+            if not (field.isascii() and field.isdigit() and len(field) <= 12):
+                raise ConfigError(f"{path}:{number}: {name} must be a whole number, not {field[:40]!r}")
+            lengths.append(int(field))
+        field = fields[places["Timestamp"]].strip()
+        match = _SECONDS.fullmatch(field)
+        if match is None:
+            raise ConfigError(f"{path}:{number}: Timestamp must be seconds such as 5 or 5.25, not {field[:40]!r}")
+        at = int(match[1]) * 10**12 + int((match[2] or "")[:12].ljust(12, "0"))
+        session = fields[places["Session ID"]].strip() if "Session ID" in places else ""
+        traffic_class = fields[places["Log Type"]].strip() if "Log Type" in places else ""
+        if lengths[1]:
+            yield number, TraceRow(at, lengths[0], lengths[1], session=session or None, traffic_class=traffic_class)
+
+
+def _sharegpt_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
+    for number, turn in read_turns(path):
+        num_prompt_tokens = sum(part.num_tokens for part in turn.segments)
+        yield (
+            number,
+            TraceRow(0, num_prompt_tokens, turn.num_output_tokens, segments=turn.segments, session=turn.session),
+        )
+
+
+_READERS: Final = {
+    "azure": _azure_rows,
+    "burstgpt": _burstgpt_rows,
+    "mooncake": _mooncake_rows,
+    "sharegpt": _sharegpt_rows,
+    "tensorrt_llm": _sample_rows,
+}
+
+
 # ---- prefix blocks --------------------------------------------------------------------------------------------------
 
 
@@ -188,11 +248,7 @@ def block_hashes(hash_ids: tuple[int, ...], num_prompt_tokens: int, tokens_per_b
     last_tokens = np.arange(1, num_blocks + 1, dtype=np.int64) * tokens_per_block - 1
     ids = np.asarray(hash_ids, dtype=np.uint64)[last_tokens // HASH_ID_TOKENS]
     mixed = ids * np.uint64(HASH_ID_TOKENS) + (last_tokens % HASH_ID_TOKENS).astype(np.uint64)
-    # splitmix64's finaliser, a bijection: different (id, end) never collide below 2^55 ids; then kept to 63 bits
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return tuple((mixed >> np.uint64(1)).tolist())
+    return mixed_hashes(mixed)  # a bijection: different (id, end) never collide below 2^55 ids
 
 
 # ---- what a trace holds as a whole ----------------------------------------------------------------------------------

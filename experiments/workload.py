@@ -16,11 +16,15 @@ from msgspec.structs import replace
 from .arrivals import arrival_offsets, scaled
 from .config import ConcurrencyPhase, Experiment, Phase, Quantile, SyntheticDataset, TracePhase
 from .errors import ConfigError
-from .lengths import draw, token_counts
+from .lengths import draw
+from .oracles import uses_oracle
+from .segments import segment_hashes, token_hashes
 from .streams import stream
+from .synthetic import synthetic_rows
 from .traces import HASH_ID_TOKENS, TraceRow, block_hashes, read_trace, summarise_trace, trace_path
 
 _QUANTILE_DRAWS = 100_000
+_KEPT_TOKENS = 1 << 23
 
 
 class PlannedRequest(Struct, frozen=True):
@@ -43,6 +47,7 @@ class PlannedRequest(Struct, frozen=True):
     priority: float = 0.5
     block_hashes: tuple[int, ...] = ()
     input_token_ids: tuple[int, ...] | None = None
+    is_told: bool = False  # an oracle decides: it is told the true output length
 
 
 class PlannedPhase:
@@ -69,6 +74,8 @@ class Workload:
         self._vocab_size = vocab_size
         self._with_block_hashes = with_block_hashes
         self._id_tokens: dict[int, tuple[int, ...]] = {}
+        self._num_kept = 0
+        self._is_told = uses_oracle(config)
         self.counts = phase_counts(config)
         self.num_requests = sum(self.counts)
         self.max_tokens = declared_max_tokens(config)
@@ -108,9 +115,7 @@ class Workload:
             elif isinstance(keys, TracePhase):
                 origin = row.at if origin is None else origin
                 offset = scaled(row.at - origin, keys.speedup)
-            hashes: tuple[int, ...] = ()
-            if row.hash_ids and self._with_block_hashes:
-                hashes = block_hashes(row.hash_ids, row.num_prompt_tokens, tokens_per_block)
+            hashes = self._hashes(row, tokens_per_block) if self._with_block_hashes else ()
             request_id = first_id + number
             yield PlannedRequest(
                 id=request_id,
@@ -121,11 +126,21 @@ class Workload:
                 max_tokens=self.max_tokens,
                 output_cut=row.num_output_tokens > self.max_tokens,
                 excluded=keys.exclude_from_results,
-                traffic_class=keys.traffic_class,
-                priority=keys.priority,
+                session=row.session,
+                traffic_class=keys.traffic_class or row.traffic_class,
+                priority=keys.priority if row.priority is None else row.priority,
                 block_hashes=hashes,
                 input_token_ids=None if self._vocab_size is None else self._token_ids(request_id, row),
+                is_told=self._is_told,
             )
+
+    def _hashes(self, row: TraceRow, tokens_per_block: int) -> tuple[int, ...]:
+        """Of the prompt's full blocks, as far as the data set says what prompts have in common."""
+        if row.segments:
+            return segment_hashes(row.segments, row.num_prompt_tokens, tokens_per_block)
+        if row.token_ids:
+            return token_hashes(row.token_ids[: row.num_prompt_tokens], tokens_per_block)
+        return block_hashes(row.hash_ids, row.num_prompt_tokens, tokens_per_block)
 
     @property
     def tokens_per_block(self) -> int:
@@ -138,16 +153,13 @@ class Workload:
         return 32
 
     def _synthetic_rows(self, phase: str) -> Iterator[TraceRow]:
-        dataset = self._config.workload.dataset
-        if not isinstance(dataset, SyntheticDataset):
+        workload = self._config.workload
+        if not isinstance(workload.dataset, SyntheticDataset):
             raise ConfigError("a trace has no length distributions")
-        prompts = token_counts(dataset.isl, stream(self._seed, "isl", phase))
-        outputs = token_counts(dataset.osl, stream(self._seed, "osl", phase))
-        for num_prompt_tokens, num_output_tokens in zip(prompts, outputs):
-            yield TraceRow(0, num_prompt_tokens, num_output_tokens)
+        return synthetic_rows(workload.dataset, self._seed, phase, self.max_tokens, workload.max_prompt_tokens)
 
     def _token_ids(self, request_id: int, row: TraceRow) -> tuple[int, ...]:
-        """Ids uniform over the vocabulary: equal hash ids give equal tokens, the rest is the request's own."""
+        """Ids uniform over the vocabulary: equal hash ids, and equal parts, give equal tokens; the rest is its own."""
         vocab_size = self._vocab_size or 1
         if row.token_ids:
             if max(row.token_ids) >= vocab_size:
@@ -156,17 +168,24 @@ class Workload:
                 )
             return row.token_ids[: row.num_prompt_tokens]
         ids: list[int] = []
+        for part in row.segments:
+            ids += self._tokens_of("tokens of segment", part.id, part.num_tokens)
+        if ids:
+            return tuple(ids[: row.num_prompt_tokens])
         for hash_id in row.hash_ids[: row.num_prompt_tokens // HASH_ID_TOKENS]:
-            known = self._id_tokens.get(hash_id)
-            if known is None:
-                drawn = stream(self._seed, "tokens of hash id", hash_id).integers(0, vocab_size, HASH_ID_TOKENS)
-                known = tuple(drawn.tolist())
-                if len(self._id_tokens) < 10_000:  # 512 ids each; the rest is drawn again when it is met again
-                    self._id_tokens[hash_id] = known
-            ids += known
+            ids += self._tokens_of("tokens of hash id", hash_id, HASH_ID_TOKENS)
         own = stream(self._seed, "tokens of request", request_id)
         ids += own.integers(0, vocab_size, row.num_prompt_tokens - len(ids)).tolist()
         return tuple(ids)
+
+    def _tokens_of(self, what: str, name: int, number: int) -> tuple[int, ...]:
+        known = self._id_tokens.get(name)
+        if known is None:
+            known = tuple(stream(self._seed, what, name).integers(0, self._vocab_size or 1, number).tolist())
+            self._num_kept += number
+            if self._num_kept <= _KEPT_TOKENS:  # the rest is drawn again when it is met again
+                self._id_tokens[name] = known
+        return known
 
 
 def phase_counts(config: Experiment) -> tuple[int, ...]:

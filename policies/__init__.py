@@ -11,6 +11,7 @@ from .interfaces import (
     ScoringPolicy,
     SelectingPolicy,
 )
+from .prediction import Predictor
 from .registry import register
 from .views import ExecutorPool, ExecutorRow, FleetView
 from .vocabulary import (
@@ -45,6 +46,7 @@ __all__ = [
     "FleetView",
     "Hold",
     "PolicyError",
+    "Predictor",
     "QueueOrder",
     "Reject",
     "Request",

@@ -39,7 +39,8 @@ class RoutingPolicy:
 
     `route_context` is asked when a request is due for its context phase and may answer Route(context), Route(context,
     generation) to bind both at once, RouteMixed(executor), Hold or Reject. `route_generation` is asked when the context
-    phase is done and answers Route(generation=...), Hold or Reject; the request then carries `context_phase_params`.
+    phase is done and answers Route(generation=...), Hold or Reject; the request then carries `context_phase_params`. With
+    early binding it is asked before, without them. `fleet.context_executor` names the executor of the context phase.
     The hooks tell a stateful policy what became of its answers.
     """
 
@@ -165,6 +166,9 @@ class QueueOrder:
     def key(self, request: Request, now: int) -> Any:
         """Smallest first; taken once, when the request joins the queue."""
         raise _undefined(self, "key")
+
+    def on_served(self, request: Request, key: Any, now: int) -> None:
+        """`request`, whose key is `key`, has left the orchestrator's queue for an executor. Executors' queues do not tell."""
 
 
 class WaitingPrompt(Protocol):

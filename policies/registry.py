@@ -25,7 +25,22 @@ KINDS: Final[dict[str, type]] = {
     "queue_order": QueueOrder,
     "batching": BatchPolicy,
 }
-_BUILT_IN: Final = ("routing", "admission", "queue_order", "batching")  # modules beside this one
+_BUILT_IN: Final = (  # modules beside this one
+    "routing",
+    "routing_buckets",
+    "routing_conditional",
+    "routing_hash",
+    "routing_memory",
+    "routing_oracle",
+    "routing_pools",
+    "routing_predicted",
+    "routing_prefix",
+    "routing_scorers",
+    "routing_topology",
+    "admission",
+    "queue_order",
+    "batching",
+)
 
 C = TypeVar("C", bound=type)
 

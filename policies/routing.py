@@ -51,13 +51,7 @@ class LeastTokens(ScoringPolicy):
     """
 
     def score(self, request: Request, executors: Any) -> Any:
-        x = executors
-        prompts = x.queued_prefill_tokens + x.inflight_prefill_tokens
-        if x.role is Role.CONTEXT:
-            return prompts + x.wire_tokens
-        if x.role is Role.GENERATION:
-            return x.decode_kv_tokens + x.wire_tokens
-        return prompts + x.decode_kv_tokens + x.wire_tokens
+        return tokens_ahead(executors)
 
 
 @register("power_of_two", kind="routing", source="SGLang")
@@ -84,3 +78,14 @@ class LeastKv(ScoringPolicy):
         x = executors
         on_the_wire = x.wire_tokens / x.tokens_per_block
         return (x.kv_blocks_total - x.kv_blocks_free + on_the_wire) / x.kv_blocks_total
+
+
+def tokens_ahead(executors: Any) -> Any:
+    """Tokens that keep an executor busy: prompts on a context executor, KV on a generation executor, both on a mixed one."""
+    x = executors
+    prompts = x.queued_prefill_tokens + x.inflight_prefill_tokens
+    if x.role is Role.CONTEXT:
+        return prompts + x.wire_tokens
+    if x.role is Role.GENERATION:
+        return x.decode_kv_tokens + x.wire_tokens
+    return prompts + x.decode_kv_tokens + x.wire_tokens

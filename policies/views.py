@@ -11,11 +11,12 @@ an expression such as `x.queued_requests + x.running_requests` is true of both `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
-from .vocabulary import Role
+from .prediction import Predictor, ReportedTimes
+from .vocabulary import Request, Role
 
 VECTORISE_FROM: Final = 16  # executors in a pool
 
@@ -43,6 +44,8 @@ COLUMNS: Final[dict[str, str]] = {
     "step_time_ps": "picoseconds a step of its last finished batch, 0 before any",
     "received_at": "instant at which its last report was received, the start of the run before any",
     "num_reports": "reports received from it",
+    "prefix_blocks": "prompt blocks it is believed to hold, once a policy has asked for prefix matches",
+    "domain": "number of its topology domain: equal for executors whose domain is equal in the file",
     "device_weight": "how fast its device is beside the others, as configured",
 }
 
@@ -66,6 +69,15 @@ class Column(Sequence[Any]):
 
     def __repr__(self) -> str:
         return repr(self._cells)
+
+
+class PrefixSource(Protocol):
+    """Who holds which prompt blocks; see `core/prefix_index.py`."""
+
+    version: int
+
+    def place(self, executor: int) -> int: ...
+    def levels(self, hashes: Sequence[int]) -> list[tuple[int, int]]: ...
 
 
 class ExecutorPool:
@@ -97,6 +109,8 @@ class ExecutorPool:
     step_time_ps: Any
     received_at: Any
     num_reports: Any
+    prefix_blocks: Any
+    domain: Any
     device_weight: Any
 
     def __init__(self, role: Role, executor_ids: Sequence[int]) -> None:
@@ -104,6 +118,12 @@ class ExecutorPool:
         self.vectorised = len(executor_ids) >= VECTORISE_FROM
         self.num_unhealthy = 0
         self.now = 0
+        self.tokens_per_hash = 1  # prompt tokens that one of `Request.block_hashes` stands for
+        self.predictor: Predictor = ReportedTimes()
+        self._prefixes: PrefixSource | None = None
+        self._places: Any = []
+        self._last_place = 0
+        self._matched: tuple[tuple[int, ...], int, Any] = ((), -1, None)  # the last answer, and to what
         self._cells: dict[str, Any] = {}
         n = len(executor_ids)
         for name in COLUMNS:
@@ -121,6 +141,7 @@ class ExecutorPool:
             self._cells["executor_id"][i] = executor
             self._cells["healthy"][i] = 1
         self._rows = tuple(ExecutorRow(self, i) for i in range(n))
+        self._row_of: dict[int | None, ExecutorRow] = dict(zip(executor_ids, self._rows, strict=True))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -141,9 +162,79 @@ class ExecutorPool:
             return self._rows
         return [row for row in self._rows if row.healthy]
 
+    def row_of(self, executor_id: int | None) -> ExecutorRow | None:
+        """The row of this executor; None if it is not of this pool."""
+        return self._row_of.get(executor_id)
+
+    def healthy_part(self, column: Any) -> Any:
+        """Of a column or an answer of this pool's shape, the entries of healthy executors."""
+        if not self.num_unhealthy:
+            return column
+        if self.vectorised:
+            return column[self.healthy == 1]
+        return [value for value, healthy in zip(column, self.healthy, strict=True) if healthy]
+
+    def range_of(self, column: Any) -> tuple[Any, Any]:
+        """(least, most) over healthy executors."""
+        part = self.healthy_part(column)
+        return (part.min(), part.max()) if self.vectorised else (min(part), max(part))
+
     def age(self, index: int) -> int:
         """Picoseconds since the last report of the executor in this row was received."""
         return self.now - int(self.received_at[index])
+
+    # ---- prefixes: asked for, not precomputed ---------------------------------------------------------------------
+
+    def know_prefixes(self, source: PrefixSource, tokens_per_hash: int) -> None:
+        """For the owner of the pool: where the answers of `prefix_match` come from."""
+        self._prefixes = source
+        places = [source.place(executor) for executor in self.executor_id]
+        self._last_place = max(places, default=0)
+        self._places = np.array(places) if self.vectorised else places
+        self.tokens_per_hash = tokens_per_hash
+
+    def prefix_match(self, request: Request) -> Any:
+        """Leading blocks of the prompt that each executor is believed to hold; shape (len(pool),), read-only."""
+        hashes, version, matched = self._matched
+        source = self._prefixes
+        now = -1 if source is None else source.version
+        if matched is None or hashes is not request.block_hashes or version != now:
+            levels = [] if source is None else source.levels(request.block_hashes)
+            matched = self._matches_of(levels)
+            self._matched = (request.block_hashes, now, matched)
+        return matched
+
+    def cached_tokens(self, request: Request) -> Any:
+        """The same in tokens, of which the prompt has at least one that is not counted: it is always computed."""
+        most = request.num_prompt_tokens - 1
+        blocks = self.prefix_match(request)
+        if self.vectorised:
+            return np.minimum(blocks * self.tokens_per_hash, most)
+        return [min(number * self.tokens_per_hash, most) for number in blocks]
+
+    def uncached_tokens(self, request: Request) -> Any:
+        """Prompt tokens that each would have to compute, at least one."""
+        cached = self.cached_tokens(request)
+        if self.vectorised:
+            return request.num_prompt_tokens - cached
+        return [request.num_prompt_tokens - tokens for tokens in cached]
+
+    def _matches_of(self, levels: list[tuple[int, int]]) -> Any:
+        n = len(self._rows)
+        if not self.vectorised:
+            counts = [0] * n
+            for depth, holders in levels:
+                for i, place in enumerate(self._places):
+                    if holders >> place & 1:
+                        counts[i] = depth
+            return tuple(counts)
+        matched = np.zeros(n, dtype=np.int64)
+        for depth, holders in levels:
+            size = max(self._last_place + 1, holders.bit_length())
+            packed = np.frombuffer(holders.to_bytes(size // 8 + 1, "little"), dtype=np.uint8)
+            matched[np.unpackbits(packed, bitorder="little")[self._places] == 1] = depth
+        matched.flags.writeable = False
+        return matched
 
 
 def _cell(name: str) -> property:
@@ -187,6 +278,8 @@ class ExecutorRow:
     step_time_ps = _cell("step_time_ps")
     received_at = _cell("received_at")
     num_reports = _cell("num_reports")
+    prefix_blocks = _cell("prefix_blocks")
+    domain = _cell("domain")
     device_weight = _cell("device_weight")
 
     @property
@@ -194,9 +287,37 @@ class ExecutorRow:
         """Picoseconds since its last report was received."""
         return self.pool.age(self.index)
 
+    @property
+    def now(self) -> int:
+        return self.pool.now
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.pool.predictor
+
+    @property
+    def tokens_per_hash(self) -> int:
+        return self.pool.tokens_per_hash
+
+    def prefix_match(self, request: Request) -> int:
+        """Leading blocks of the prompt that it is believed to hold."""
+        return int(self.pool.prefix_match(request)[self.index])
+
+    def cached_tokens(self, request: Request) -> int:
+        """The same in tokens, of which the prompt has at least one that is not counted: it is always computed."""
+        return min(self.prefix_match(request) * self.pool.tokens_per_hash, request.num_prompt_tokens - 1)
+
+    def uncached_tokens(self, request: Request) -> int:
+        """Prompt tokens that it would have to compute, at least one."""
+        return request.num_prompt_tokens - self.cached_tokens(request)
+
 
 class FleetView:
-    """Every executor, by the role it serves now. `now` is the orchestrator's clock in picoseconds."""
+    """Every executor, by the role it serves now. `now` is the orchestrator's clock in picoseconds.
+
+    `context_executor`: at the generation stage, who has, or with early binding will have, the KV of the request's context
+    phase; None otherwise, and where that phase is canned.
+    """
 
     def __init__(self, context: ExecutorPool, generation: ExecutorPool, mixed: ExecutorPool) -> None:
         self.now = 0
@@ -204,11 +325,16 @@ class FleetView:
         self.generation = generation
         self.mixed = mixed
         self.pools = (context, generation, mixed)
+        self.context_executor: int | None = None
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.context.predictor
 
     def executor(self, executor_id: int) -> ExecutorRow:
         """The row of one executor; KeyError if there is none of this id."""
         for pool in self.pools:
-            for row in pool:
-                if row.executor_id == executor_id:
-                    return row
+            row = pool.row_of(executor_id)
+            if row is not None:
+                return row
         raise KeyError(f"no executor {executor_id}")

@@ -76,7 +76,8 @@ class ContextPhaseParams(Struct, frozen=True, array_like=True):
 class Request(Struct, frozen=True, array_like=True):
     """One request as its user states it; the same type travels to executors under an id of its own per attempt and phase.
 
-    `max_tokens` is the declared bound; the true output length is not part of a request and no core is told.
+    `max_tokens` is the declared bound. `true_output_tokens` is None except for a routing policy that declares itself an
+    oracle: neither an executor nor any other policy is told.
     `input_token_ids` is None in simulation, and None in every request that a policy is shown.
     `arrival` is the intended send time in picoseconds on the orchestrator's clock. Objectives are in picoseconds.
     `block_hashes` are hashes of the full prompt blocks, for prefix reuse.
@@ -101,6 +102,7 @@ class Request(Struct, frozen=True, array_like=True):
     session: str | None = None
     traffic_class: str = ""
     block_hashes: tuple[int, ...] = ()
+    true_output_tokens: int | None = None
 
     @property
     def total_kv_tokens(self) -> int:
