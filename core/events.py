@@ -130,10 +130,24 @@ class Stopped(Struct, frozen=True, array_like=True):
     reason: FinishReason = FinishReason.STOP
 
 
+class StepsCommitted(Struct, frozen=True, tag="steps_committed", array_like=True):
+    """The plan's span will end after `num_steps` steps of its epoch: they are all launched, no more will be.
+
+    The next plan may be made now; it will run behind those steps. What they touch stays theirs until the plan's StepsDone,
+    which follows. Never of a plan with chunks. `stopped`: as in StepsDone, those known by now.
+    """
+
+    plan: int
+    epoch: int
+    num_steps: int
+    stopped: tuple[Stopped, ...] = ()
+
+
 class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
     """The plan's span ended after `num_steps` steps of its epoch (counted from the epoch's start, not the span's).
 
-    `stopped` is in order of step, then of request id, whatever order the driver saw them in (`stops_in_order`).
+    `stopped` is in order of step, then of request id, whatever order the driver saw them in (`stops_in_order`); of a plan
+    that was committed, those not told then.
     `first_tokens` holds (request id, token id) for each prompt finished in the span; empty in simulation.
     A failed step reports `error`: every request in the plan failed with it.
     """
@@ -223,6 +237,7 @@ ExecutorEvent = (
     | FirstTokens
     | KvWithdrawn
     | Shutdown
+    | StepsCommitted
     | StepsDone
     | KvRequested
     | KvReceived
@@ -244,6 +259,7 @@ Event = (
     | Shutdown
     | Response
     | Report
+    | StepsCommitted
     | StepsDone
     | KvRequested
     | KvReceived

@@ -50,6 +50,7 @@ from .events import (
     Report,
     Response,
     Shutdown,
+    StepsCommitted,
     StepsDone,
     Wake,
 )
@@ -57,9 +58,9 @@ from .kv_source import KvSource
 from .life_cycle import FINAL, Cause, LifeCycleError, State
 from .refusal import refusal
 from .scheduler import Scheduler
-from .tables import StayRow, TransferRow
 from .timers import Timers
 from .visit import Visit
+from .visit_rows import stay_row, transfer_row
 
 CANCELLED: Final = "cancelled"
 _BEFORE_DECODE: Final = (State.GENERATION_QUEUED, State.KV_IN_FLIGHT, State.KV_EARLY, State.KV_READY)
@@ -129,6 +130,8 @@ class ExecutorCore:
         match event:
             case StepsDone():
                 self._steps_done(event, now)
+            case StepsCommitted():
+                self.scheduler.steps_committed(event)
             case Enqueue():
                 self._enqueue(event, now)
             case KvRequested():
@@ -218,18 +221,21 @@ class ExecutorCore:
         return refusal(request, self.config)
 
     def _steps_done(self, event: StepsDone, now: int) -> None:
-        run = self.scheduler.running
-        done = self.scheduler.steps_done(event, now)
-        if done is None or run is None:
+        is_open = self.scheduler.running is not None and event.plan == self.scheduler.running.plan
+        over = self.scheduler.steps_done(event, now)
+        if over is None:
             return
-        if event.error is not None:
-            self._fail_plan(run, event.error, now)
+        if event.error is not None and is_open:
+            self._fail_plan(over.run, event.error, now)
             return
-        ended, prefilled = done
-        for visit, reason, last_step in ended:
+        for visit, reason, last_step in over.ended:
             self._finish(visit, reason, now, last_step)
+        if over.ended:
+            self._blocks_came_free()  # while the next plan may run already
+        for visit in over.given_up:
+            self._fail(visit, event.error or visit.doom or "", now)
         tokens = dict(event.first_tokens)
-        for visit, stopped in prefilled:
+        for visit, stopped in over.prefilled:
             if stopped or visit.num_generated >= visit.request.max_tokens:
                 reason = FinishReason.STOP if stopped else FinishReason.LENGTH
                 self._finish(visit, reason, now, self.scheduler.num_steps)
@@ -441,7 +447,7 @@ class ExecutorCore:
         reason = FinishReason.CANCELLED if cancelled else FinishReason.ERROR
         error = None if cancelled else why
         self._respond(visit, reason, visit.num_generated, error=error, recomputable=recomputable)
-        self._record_stay(visit, now, self.scheduler.num_steps)
+        self._record_stay(visit, now, self.scheduler.num_steps if visit.left_at is None else visit.left_at)
 
     def _finish(self, visit: Visit, reason: FinishReason, now: int, last_step: int) -> None:
         """A visit's last token is out; it is out of the batch, and its blocks are quiet unless an early reader is there."""
@@ -478,65 +484,30 @@ class ExecutorCore:
                 self._fail(visit, error, now)
 
     def _record_stay(self, visit: Visit, now: int, last_step: int) -> None:
-        request_type = visit.request.request_type
-        stage = ("mixed", "context", "generation")[request_type]
-        generated = visit.num_generated - (request_type is RequestType.GENERATION_ONLY)
-        self._out.append(
-            Record(
-                StayRow(
-                    self.id,
-                    visit.id,
-                    stage,
-                    generated,
-                    visit.first_step,
-                    last_step if visit.first_step is not None else None,
-                    visit.num_preemptions,
-                    visit.enqueued_at,
-                    visit.started_at if visit.started_at is not None else visit.kv_usable_at,
-                    now,
-                    visit.request.client_id,
-                )
-            )
-        )
+        self._out.append(Record(stay_row(self.id, visit, now, last_step)))
 
     def _record_transfer(self, visit: Visit, now: int, ok: bool, error: str | None) -> None:
-        params = visit.request.context_phase_params
-        tokens = visit.request.num_prompt_tokens
-        start = visit.transfer_start_at or 0
-        known = now if visit.awaits_token else visit.first_token_at
-        self._out.append(
-            Record(
-                TransferRow(
-                    visit.id,
-                    params.executor if params is not None else 0,
-                    self.id,
-                    tokens,
-                    self.scheduler.blocks_for(tokens),
-                    start,
-                    now,
-                    ok,
-                    error,
-                    visit.request.client_id,
-                    0 if known is None else max(0, known - start),
-                )
-            )
-        )
+        num_blocks = self.scheduler.blocks_for(visit.request.num_prompt_tokens)
+        self._out.append(Record(transfer_row(self.id, visit, num_blocks, now, ok, error)))
 
     # ---- planning ---------------------------------------------------------------------------------------------------
 
     def _plan(self, now: int) -> None:
-        """The one planning pass of an instant, between two plans."""
+        """The planning pass of an instant, between two plans, or behind one whose last steps still run."""
         scheduler = self.scheduler
         for visit in scheduler.doomed():
             self._fail(visit, visit.doom or "", now)
         self._fill_places(now)
+        if scheduler.must_wait():
+            scheduler.close_epoch()
+            return
         while scheduler.preempt():
             self._fill_places(now)  # those that came free: a later plan, at a boundary of chance, would do it otherwise
         plan, chunks = scheduler.choose(now)
         self._begin(chunks, now)
         self._pull(now)
         scheduler.run(plan, chunks, now)
-        if scheduler.running is None:
+        if scheduler.running is None and not scheduler.tails:
             self._withdraw()
         if plan.ask_again_at is not None:
             self._timers.set(max(plan.ask_again_at, now + 1), "batch")
@@ -653,7 +624,8 @@ class ExecutorCore:
             else:
                 self._report_armed = True
                 self._timers.set(due, "report")
-        if self._closing and not self._drained and not self.visits and self.scheduler.running is None:
+        is_idle = self.scheduler.running is None and not self.scheduler.tails
+        if self._closing and not self._drained and not self.visits and is_idle:
             self._drained = True
             self.scheduler.close_epoch()
             self._out.append(Drained())
@@ -687,6 +659,7 @@ class ExecutorCore:
                 visit.id in self.scheduler.early,
                 visit.id in self._in_flight,
                 visit.id in self.batch.members,
+                self.scheduler.is_leaving(visit),
                 visit.state is State.CONTEXT_DONE or (visit.state in FINAL and visit.pinned_by is not None),
             )
             if sum(places) != 1:

@@ -7,106 +7,25 @@ epochs; knows nothing of messages, transfers or leases - `executor.py` does, and
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 from ..policies.interfaces import BatchPolicy, PolicyError
-from ..policies.vocabulary import BatchPlan, FinishReason, RequestType
+from ..policies.vocabulary import BatchPlan, RequestType
+from .batch_view import BatchView, WaitingPrompts
 from .blocks import BlockManager
-from .commands import Chunk, Joined, Record, RunSteps, StopAfterStep
+from .commands import Chunk, Joined, RunSteps, StopAfterStep
 from .config import ExecutorConfig
 from .decode_batch import DecodeBatch
-from .events import StepsDone, Stopped
+from .epochs import Epoch, Epochs
+from .events import StepsCommitted, StepsDone, Stopped
 from .life_cycle import Cause, State
-from .tables import StepRow
+from .tails import Over, Prefilled, Stop, Tail, ended_at
 from .visit import Visit
 
 CAPACITIES: Final = ("guaranteed_no_evict", "max_utilization")
 _NO_BATCH: Final = BatchPlan()
-
-
-class _WaitingPrompts:
-    """Waiting prompts in queue order, read lazily: what is looked at and not taken is put back afterwards."""
-
-    def __init__(self, heap: list[tuple[int, Any, int, Visit]]) -> None:
-        self._heap = heap
-        self._seen: list[tuple[int, Any, int, Visit]] = []
-
-    def __iter__(self) -> Iterator[Visit]:
-        yield from [entry[3] for entry in self._seen]
-        while self._heap:
-            entry = heapq.heappop(self._heap)
-            if entry[3].state is not State.QUEUED:
-                continue  # cancelled meanwhile
-            self._seen.append(entry)
-            yield entry[3]
-
-    def put_back(self) -> None:
-        for entry in self._seen:
-            if entry[3].state is State.QUEUED:
-                heapq.heappush(self._heap, entry)
-        self._seen.clear()
-
-    def find(self, request_id: int) -> Visit | None:
-        return next((entry[3] for entry in self._seen if entry[3].id == request_id), None)
-
-
-class _BatchView:
-    """What the batch policy of this executor sees; see `policies.interfaces.BatchView`."""
-
-    def __init__(self, scheduler: Scheduler, waiting: _WaitingPrompts, num_free_blocks: int, now: int) -> None:
-        limits = scheduler.config.scheduler
-        self.now = now
-        self.role = scheduler.config.role
-        self.num_decodes = len(scheduler.batch)
-        self.num_free_blocks = num_free_blocks
-        self.num_free_slots = scheduler.num_free_slots
-        self.max_num_tokens = limits.max_num_tokens
-        self.chunked = limits.chunked_context
-        self.begun: list[Visit] = list(scheduler.prefilling.values())
-        self.waiting: Iterable[Visit] = waiting
-
-
-class _Epoch:
-    """The life of a batch at constant rates: what its row will say."""
-
-    __slots__ = (
-        "chunks",
-        "decodes",
-        "end_at",
-        "first_step",
-        "num_cached",
-        "num_done",
-        "number",
-        "row_head",
-        "start_at",
-    )
-
-    def __init__(self, number: int, start_at: int, first_step: int, chunks: tuple[Chunk, ...], decodes: bool) -> None:
-        self.number = number
-        self.start_at = start_at
-        self.end_at = start_at
-        self.first_step = first_step  # running count of the executor's steps
-        self.num_done = 0
-        self.chunks = chunks
-        self.decodes = decodes
-        self.row_head: tuple[int, ...] = ()
-        self.num_cached = sum(chunk.start for chunk in chunks)
-
-
-class Ended(NamedTuple):
-    """A sequence whose last token came in a plan. `last_step` is a running count of the executor's steps."""
-
-    visit: Visit
-    reason: FinishReason
-    last_step: int
-
-
-class Prefilled(NamedTuple):
-    """A prompt whose last chunk was computed; `stopped` if the world ended the sequence at the token it gave."""
-
-    visit: Visit
-    stopped: bool
 
 
 class Scheduler:
@@ -126,8 +45,8 @@ class Scheduler:
         self.num_waiting = 0
         self.num_queued_tokens = 0
         self.num_steps = 0
-        self.step_time = 0  # of the last finished epoch
-        self.running: RunSteps | None = None  # the outstanding plan
+        self.running: RunSteps | None = None  # the plan whose end is open
+        self.tails: deque[Tail] = deque()  # committed plans before it that have not ended
         self.has_changed = False  # since the flag was last cleared: an epoch began, or the batch ran empty
         self.shown_kv = 0  # KV tokens of the decode batch at its last change
         self.shown_steps = 0
@@ -138,8 +57,8 @@ class Scheduler:
         self._left: list[int] = []  # delta not yet told to the driver
         self._joined: dict[int, Visit] = {}
         self._plan_number = 0
-        self._num_epochs = 0
-        self._epoch: _Epoch | None = None
+        self._epochs = Epochs(config.id, emit)
+        self._stopped: dict[int, Visit] = {}  # in the batch, though the world ended them in a step before
         self._stop_asked = False
         self._grown = 0  # blocks appended to the decode batch since the epoch began (max_utilization)
 
@@ -161,14 +80,33 @@ class Scheduler:
         needed = self.batch.blocks_for(1) if self.evicts and self.batch.members else 0
         return self.blocks.num_free - needed
 
+    @property
+    def step_time(self) -> int:
+        """Picoseconds a step of the last epoch that is over."""
+        return self._epochs.step_time
+
     def is_in_plan(self, visit: Visit) -> bool:
+        """Whether a plan that has not ended names it."""
         run = self.running
-        if run is None:
-            return False
-        return visit.id in self.batch.members or any(chunk.request_id == visit.id for chunk in run.chunks)
+        if run is not None and any(chunk.request_id == visit.id for chunk in run.chunks):
+            return True
+        if visit.id in self.batch.members:
+            return run is not None or bool(self.tails)
+        return self.is_leaving(visit)
+
+    def is_leaving(self, visit: Visit) -> bool:
+        """Whether it is out of the batch, and committed steps still touch its blocks."""
+        return any(visit.id in tail.leaving for tail in self.tails)
 
     def doomed(self) -> list[Visit]:
-        """Visits given up while a plan named them."""
+        """Visits given up while a plan named them, and that nothing touches now. For use between plans.
+
+        Where committed steps still touch them they only leave the batch; the end of those steps tells of them.
+        """
+        if self.tails:
+            for visit in [visit for visit in self.batch.members.values() if visit.doom is not None]:
+                self._leave_batch(visit)
+                self.tails[-1].take(visit, has_ended=False)
         groups = (self.batch.members.values(), self.joining, self.prefilling.values())
         return [visit for group in groups for visit in group if visit.doom is not None]
 
@@ -211,43 +149,104 @@ class Scheduler:
             self._stop_asked = True
             self._emit(StopAfterStep(run.epoch))
 
-    def steps_done(self, event: StepsDone, now: int) -> tuple[list[Ended], list[Prefilled]] | None:
+    def steps_committed(self, event: StepsCommitted) -> None:
+        """The open plan's end is certain: who ends with it leaves the batch, and the next plan may be made."""
+        run, epoch = self.running, self._epochs.open
+        if run is None or epoch is None or event.plan != run.plan:
+            return
+        if run.chunks:
+            raise ValueError(f"plan {run.plan} was committed, but has chunks: what they yield is not there yet")
+        self._advance(run, self._epochs.committed(epoch, event.num_steps))
+        self._note_stops(event.stopped, event.num_steps, self.batch.step, self.num_steps)
+        self.tails.append(Tail(run, epoch, event.num_steps, self.batch.step, self.num_steps))
+        for visit in self._pop_ended():
+            self.tails[-1].take(visit, has_ended=True)
+
+    def steps_done(self, event: StepsDone, now: int) -> Over | None:
         """Take a plan's end: sequences that ended, out of the batch, and prompts that were finished, in no place now.
 
-        None for a plan that is not the outstanding one: it closes its own plan only.
+        None for a plan that is not outstanding: it closes its own plan only.
         """
-        run, epoch = self.running, self._epoch
+        if self.tails and event.plan == self.tails[0].run.plan:
+            return self._tail_over(event, now)
+        run, epoch = self.running, self._epochs.open
         if run is None or epoch is None or event.plan != run.plan:
             return None
+        self._advance(run, self._epochs.done(epoch, event.num_steps, now))
+        if event.error is not None:
+            return Over(run, [], [], [])
+        self._note_stops(event.stopped, event.num_steps, self.batch.step, self.num_steps)
+        stopped = {stop.request_id for stop in event.stopped}
+        ended = [ended_at(visit, self.batch.step, self.num_steps) for visit in self._pop_ended()]
+        prefilled = [Prefilled(v, v.id in stopped) for c in run.chunks if (v := self._chunk_done(c)) is not None]
+        return Over(run, ended, prefilled, [])
+
+    def _tail_over(self, event: StepsDone, now: int) -> Over:
+        """A committed plan has ended. Whom the world ended in its last steps leaves the batch with the open plan."""
+        tail = self.tails.popleft()
+        self._epochs.tail_over(tail.epoch, now)
+        if event.error is not None:
+            self._fail_after(tail, event.error)
+            return tail.over()
+        self._note_stops(event.stopped, tail.num_steps, tail.decode_step, tail.last_step, tail)
+        over = tail.over()
+        run = self.running
+        if self._stopped and run is not None and run.decodes:
+            self.ask_to_stop()
+        elif self._stopped:
+            for visit in self._pop_ended():
+                if run is not None:  # the batch stands still, and is shown as it was
+                    self._shown_written -= self.blocks_for(visit.num_kv_tokens)
+                if self.tails:
+                    self.tails[-1].take(visit, has_ended=True)
+                else:
+                    over.ended.append(ended_at(visit, self.batch.step, self.num_steps))
+            over.ended.sort(key=lambda end: end.visit.serial)
+        return over
+
+    def _fail_after(self, tail: Tail, error: str) -> None:
+        """A committed plan has failed, and with it everything that plans after it compute for who was in it."""
+        tail.fail(error)
+        for later in self.tails:
+            later.fail(error)
+        for visit in self.batch.members.values():
+            if visit.joined_step < tail.decode_step:
+                visit.doom = visit.doom or error
+        self.ask_to_stop()
+
+    def _advance(self, run: RunSteps, num_steps: int) -> None:
+        """The open plan is over, or as good as over, after `num_steps` steps."""
         self.running = None
         self._stop_asked = False
-        steps = event.num_steps - epoch.num_done
-        epoch.num_done = event.num_steps
-        epoch.end_at = now
-        self.num_steps += steps
+        self.num_steps += num_steps
         if run.decodes and self.batch.members:
-            self.batch.advance(steps)
-            if self.evicts and event.num_steps < run.last_step:
+            self.batch.advance(num_steps)
+            if self.evicts:
                 self._give_back_unwritten(run)
-        if event.error is not None:
-            return [], []
-        stopped = {stop.request_id: stop for stop in event.stopped}
-        ended = self._leave_ended(stopped, event.num_steps)
-        return ended, [Prefilled(v, v.id in stopped) for c in run.chunks if (v := self._chunk_done(c)) is not None]
 
-    def _leave_ended(self, stopped: dict[int, Stopped], num_steps: int) -> list[Ended]:
-        members = self.batch.members
-        ended = [members[request_id] for request_id in stopped if request_id in members]
-        ended += [visit for visit in self.batch.pop_finished() if visit.id not in stopped]
-        told = []
-        for visit in sorted(ended, key=lambda v: v.serial):
+    def _note_stops(
+        self, stops: tuple[Stopped, ...], num_steps: int, decode_step: int, last_step: int, tail: Tail | None = None
+    ) -> None:
+        """Remember where the world ended sequences; the counts are those after step `num_steps` of the stops' epoch."""
+        for stop in stops:
+            since = num_steps - stop.step
+            visit = self.batch.members.get(stop.request_id)
+            if visit is not None:
+                self._stopped[visit.id] = visit
+            else:
+                tails = (*self.tails, tail) if tail is not None else ()
+                visit = next((t.leaving[stop.request_id] for t in tails if stop.request_id in t.leaving), None)
+            if visit is not None:
+                visit.stop = Stop(stop.reason, decode_step - since, last_step - since)
+
+    def _pop_ended(self) -> list[Visit]:
+        """Out of the batch with those that the world ended and those that have reached `max_tokens`."""
+        stopped = self._stopped
+        ended = [*stopped.values(), *(visit for visit in self.batch.pop_finished() if visit.id not in stopped)]
+        ended.sort(key=lambda v: v.serial)
+        for visit in ended:
             self._leave_batch(visit)
-            stop = stopped.get(visit.id)
-            surplus = 0 if stop is None else num_steps - stop.step  # tokens of steps launched after the stop
-            visit.num_generated -= surplus
-            reason = FinishReason.LENGTH if stop is None else stop.reason
-            told.append(Ended(visit, reason, self.num_steps - surplus))
-        return told
+        return ended
 
     def _chunk_done(self, chunk: Chunk) -> Visit | None:
         """The visit, if that was its prompt's last chunk."""
@@ -283,8 +282,15 @@ class Scheduler:
 
     def _leave_batch(self, visit: Visit) -> None:
         self.batch.leave(visit)
+        self._stopped.pop(visit.id, None)
         if self._joined.pop(visit.id, None) is None:
             self._left.append(visit.id)
+
+    def must_wait(self) -> bool:
+        """Whether blocks would have to be taken that committed steps still write: then the plan is made after those."""
+        return (
+            bool(self.tails and self.batch.members) and self.evicts and self.batch.blocks_for(1) > self.blocks.num_free
+        )
 
     def preempt(self) -> bool:
         """Take blocks from the youngest until every decode can write its next token; whether any were taken.
@@ -314,7 +320,7 @@ class Scheduler:
         """Ask the batch policy, check its answer, and admit the prompts that it begins."""
         if not self.num_waiting and not self.prefilling:
             return _NO_BATCH, ()
-        waiting = _WaitingPrompts(self._waiting)
+        waiting = WaitingPrompts(self._waiting)
         plan = self._ask_policy(waiting, now)
         chunks = self._begin(plan, waiting, now)
         waiting.put_back()
@@ -329,8 +335,17 @@ class Scheduler:
         if self.batch.members and plan.ask_again_at is None:
             raise PolicyError(f"{type(self._batching).__name__} stood the decode batch still and ran nothing else")
 
-    def _ask_policy(self, waiting: _WaitingPrompts, now: int) -> BatchPlan:
-        view = _BatchView(self, waiting, self.num_spare_blocks, now)
+    def _ask_policy(self, waiting: WaitingPrompts, now: int) -> BatchPlan:
+        view = BatchView(
+            self.config.role,
+            self.config.scheduler,
+            now,
+            len(self.batch),
+            self.num_spare_blocks,
+            self.num_free_slots,
+            list(self.prefilling.values()),
+            waiting,
+        )
         plan = self._batching.plan(view)
         budget = self.config.scheduler.max_num_tokens - (len(self.batch) if plan.decodes else 0)
         if sum(chunk.num_tokens for chunk in plan.chunks) > budget and plan.chunks:
@@ -340,7 +355,7 @@ class Scheduler:
             )
         return plan
 
-    def _begin(self, plan: BatchPlan, waiting: _WaitingPrompts, now: int) -> tuple[Chunk, ...]:
+    def _begin(self, plan: BatchPlan, waiting: WaitingPrompts, now: int) -> tuple[Chunk, ...]:
         """Check the policy's chunks, admit the prompts that are new, and say what each chunk computes."""
         chunks = []
         seen = set()
@@ -372,22 +387,15 @@ class Scheduler:
         return tuple(chunks)
 
     def _start(self, chunks: tuple[Chunk, ...], decodes: bool, now: int) -> None:
-        batch, epoch = self.batch, self._epoch
+        batch, epoch = self.batch, self._epochs.open
         continues = (
             epoch is not None
             and not (chunks or self._left or self._joined or epoch.chunks)
             and epoch.decodes == decodes
-            and epoch.end_at == now
+            and (epoch.num_tails > 0 or epoch.end_at == now)
         )
         if not continues or epoch is None:
-            self.close_epoch()
-            self._num_epochs += 1
-            epoch = self._epoch = _Epoch(self._num_epochs, now, self.num_steps + 1, chunks, decodes)
-            self._grown = 0
-            self.shown_kv = batch.num_kv_tokens
-            self._shown_written = batch.num_blocks_written
-            self.shown_steps = self.num_steps
-            self.has_changed = True
+            epoch = self._new_epoch(chunks, decodes, now)
         running = len(batch) if decodes else 0
         num_steps = 1
         if not chunks:
@@ -418,6 +426,11 @@ class Scheduler:
         self._joined.clear()
         self._emit(self.running)
 
+    def _new_epoch(self, chunks: tuple[Chunk, ...], decodes: bool, now: int) -> Epoch:
+        self._show()
+        self.has_changed = True
+        return self._epochs.begin(now, self.num_steps + 1, chunks, decodes, bool(self.tails))
+
     def _grow(self, num_steps: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Give each decode the blocks that it writes to in the next steps (max_utilization)."""
         appended = []
@@ -437,44 +450,32 @@ class Scheduler:
             self._grown -= self.blocks.trim(request_id, self.blocks_for(tokens))
 
     def close_epoch(self) -> None:
-        epoch = self._epoch
-        if epoch is None:
+        if self._epochs.open is None:
             return
-        self._epoch = None
+        self._epochs.close()
+        self._show()
+        if not self.batch.members:
+            self.has_changed = True
+
+    def _show(self) -> None:
+        """What is told of the batch is true as of now."""
         self.shown_kv = self.batch.num_kv_tokens
         self._shown_written = self.batch.num_blocks_written
         self.shown_steps = self.num_steps
         self._grown = 0
-        if not self.batch.members:
-            self.has_changed = True
-        if not epoch.num_done:
-            return
-        self.step_time = (epoch.end_at - epoch.start_at) // epoch.num_done
-        num_decodes, num_kv, *counts = epoch.row_head
-        self._emit(
-            Record(
-                StepRow(
-                    self.config.id,
-                    epoch.number,
-                    epoch.first_step,
-                    epoch.num_done,
-                    num_decodes,
-                    num_kv,
-                    len(epoch.chunks),
-                    sum(chunk.length for chunk in epoch.chunks),
-                    epoch.num_cached,
-                    epoch.start_at,
-                    epoch.end_at,
-                    *counts,
-                )
-            )
-        )
 
     def block_counts(self) -> tuple[int, int, int, int, int]:
         """free, reserved, used, held, quarantined, as of the last change of batch."""
         size = self.config.tokens_per_block
-        written = self._shown_written if self._epoch is not None else self.batch.num_blocks_written
-        for group in (self.prefilling.values(), self.joining, self.ready.values(), self.early.values()):
+        written = self._shown_written if self._epochs.open is not None else self.batch.num_blocks_written
+        groups: list[Iterable[Visit]] = [
+            self.prefilling.values(),
+            self.joining,
+            self.ready.values(),
+            self.early.values(),
+        ]
+        groups += [tail.leaving.values() for tail in self.tails]
+        for group in groups:
             written += sum(-(-visit.num_kv_tokens // size) for visit in group)
         blocks = self.blocks
         free = blocks.num_free + self._grown

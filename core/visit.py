@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..policies.vocabulary import Request
 from .life_cycle import Cause, State, advance
+
+if TYPE_CHECKING:
+    from .tails import Stop
 
 
 class Visit:
@@ -24,6 +27,7 @@ class Visit:
         "joined_step",
         "kv_usable_at",
         "lease_until",
+        "left_at",
         "num_blocks",
         "num_generated",
         "num_kv_tokens",
@@ -37,6 +41,7 @@ class Visit:
         "served_at",
         "started_at",
         "state",
+        "stop",
         "transfer_start_at",
     )
 
@@ -58,6 +63,8 @@ class Visit:
         self.joined_step = -1
         self.first_step: int | None = None
         self.num_preemptions = 0
+        self.stop: Stop | None = None  # the world has ended it; it may still be in the batch
+        self.left_at: int | None = None  # executor's step with which it left the batch, while that one still ran
         self.pinned_by: tuple[int, int] | None = None  # (executor, its request id)
         # a context phase that is bound early
         self.announces_start = False  # the orchestrator wants to hear of its first chunk

@@ -215,6 +215,10 @@ class DecodeAttention:
         self._sums = torch.empty(slots * 2, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_batch * num_kv, dtype=torch.int32, device=device)
 
+    def sizes(self, batch: int) -> SplitSizes:
+        """How a launch for `batch` sequences is cut."""
+        return split_sizes(batch, self._num_kv)
+
     def __call__(
         self,
         q: Tensor,
@@ -228,11 +232,11 @@ class DecodeAttention:
         """out[i] = attention of q[i] over tokens 0 … positions[i] of tables[i]; a row of position -1 gives zeros.
 
         q [sequences, ≥ query heads · head_dim] with rows of any stride; positions int32 [sequences]; tables int32
-        [sequences, width]; k_pages, v_pages [blocks, KV heads, tokens, head_dim], each block contiguous; out [sequences, query heads ·
-        head_dim], contiguous.
+        [sequences, width]; k_pages, v_pages [blocks, KV heads, tokens, head_dim], each block
+        contiguous; out [sequences, query heads · head_dim], contiguous.
         """
         batch = positions.shape[0]
-        sizes = split_sizes(batch, self._num_kv) if sizes is None else sizes
+        sizes = self.sizes(batch) if sizes is None else sizes
         shared = {"GROUP": self._group, "DIM": self._dim, "BLOCK": sizes.block}
         shared |= {"MIN_SPLIT": sizes.min_split, "SPLITS": sizes.max_splits}
         shared["PADDED"] = triton.next_power_of_2(sizes.max_splits)

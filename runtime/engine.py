@@ -84,10 +84,14 @@ class Engine:
     def begin(self, run: RunSteps, feed: PlanFeed | None = None) -> None:
         """Apply the delta of `run`. What is left of the plan before is dropped: its span was cut short.
 
+        Steps that were launched may still run: what the plan changes takes effect behind them. Only a request that joins
+        with the token of such a step (`next_token` None) makes this wait.
+
         EngineError, with nothing changed, if the plan contradicts the batch, the feed or the size of the pool.
         """
         feed = PlanFeed() if feed is None else feed
-        self._drain()
+        if any(fed.next_token is None for fed in feed.joined):
+            self._drain()
         tokens = self._check_delta(run, feed)
         self._check_chunks(run, feed)
         self._check_room(run)
@@ -218,7 +222,10 @@ class Engine:
         while self._pending and self._pending[0].is_over:
             self._pending.popleft()
         pending = PendingStep(launched, self._collect)
-        self._pending.append(pending)
+        if self._stepper.keeps_tokens:
+            self._pending.append(pending)
+        else:
+            pending.result()  # the next step's tokens are the host's to bring
         return pending
 
     def step(self) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ order of the tie key, and lets the core plan once for the instant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -43,13 +43,14 @@ from ..core.events import (
     Wake,
 )
 from ..core.executor import ExecutorCore
+from ..core.grants import Launch
 from ..policies.vocabulary import FinishReason
 from .clock import Clock
 from .executor_engine import EngineThread
 from .executor_inbox import MESSAGE, Arrived, Asked, RankDown, StepReport, Submitted
 from .executor_kv import ExecutorTransfers, KvOrder, RankTransfers
 from .executor_spec import Roster
-from .executor_steps import OpenSpan, merged
+from .executor_steps import Span, Spans, merged
 from .executor_tokens import PROMISED, Sequences, TokenError, check_tokens
 from .model_batch import PlanFeed
 from .wire import (
@@ -117,15 +118,13 @@ class LeaderSession:
         placement = roster.placements[executor]
         self._rank = placement.participant_ids[0]
         self._followers = placement.participant_ids[1:]
-        self._steps_per_grant = placement.steps_per_grant
-        self._depth = placement.pipeline_depth
         config, root = roster.configs[executor], roster.spec.orchestrator.policy_root
         self._core: Any = ExecutorCore(config, root)
         if log:
             self._core = LoggedCore(self._core, LogHeader(1, executor=config, policy_root=root), self.record.log.append)
         self._sequences = Sequences()
         self._transfers = ExecutorTransfers(roster, executor, self._order)
-        self._span: OpenSpan | None = None
+        self._spans = Spans(Launch(placement.steps_per_grant, placement.pipeline_depth, placement.plan_ahead))
         self._refused: RunSteps | None = None
         self._wake_at: int | None = None
         self._gone: set[int] = set()  # executors
@@ -159,11 +158,13 @@ class LeaderSession:
             is_new = True
             self._obey(self._core.handle(event, now, True))
         for report in reports:
-            done = self._step_ended(report, now)
-            if done is not None:
+            for event in self._step_ended(report, now):
                 is_new = True
-                self._obey(self._core.handle(done, now, True))
+                self._obey(self._core.handle(event, now, True))
         if is_new:
+            self._obey(self._core.handle(None, now))
+        while (span := self._spans.to_commit()) is not None:
+            self._obey(self._core.handle(span.commit(), now, True))
             self._obey(self._core.handle(None, now))
         got, self._to_stream = self._to_stream, []
         self._stream(got)
@@ -252,8 +253,8 @@ class LeaderSession:
                 case RunSteps():
                     self._start(command)
                 case StopAfterStep():
-                    if self._span is not None:
-                        self._span.stop()
+                    if self._spans.open is not None:
+                        self._spans.open.stop()
                 case Send():
                     self._say(command.to, command.message)
                 case Record():
@@ -311,11 +312,11 @@ class LeaderSession:
         """Open a span. What an earlier plan should have told the engine, but did not, goes with this one."""
         if self._refused is not None:
             run, self._refused = merged(self._refused, run), None
-        self._span = OpenSpan(run, self._steps_per_grant, self._depth)
-        self._grant(self._span, self._sequences.feed(run))
+        self._spans.begin(run)
+        self._grant(self._sequences.feed(run))
 
-    def _grant(self, span: OpenSpan, feed: PlanFeed | None = None) -> None:
-        for first, last in span.grants():
+    def _grant(self, feed: PlanFeed | None = None) -> None:
+        for span, first, last in self._spans.due():
             run = span.run if feed is not None else None
             grant = PlanGrant(span.run.plan, span.run.epoch, first, last, run)
             if self._followers:
@@ -325,32 +326,40 @@ class LeaderSession:
             self._engine.grant(grant, feed)
             feed = None
 
-    def _step_ended(self, report: StepReport, now: int) -> ExecutorEvent | None:
-        """Note the step's tokens; the StepsDone if the span is over with it."""
-        span = self._span
-        if span is None or report.plan != span.run.plan:
-            return None
+    def _step_ended(self, report: StepReport, now: int) -> Iterator[ExecutorEvent]:
+        """Note the step's tokens, grant what may follow, and say what that means to the core, which is told at once."""
+        span = self._spans.of_plan(report.plan)
+        if span is None:
+            return
         if report.error is not None:
-            return self._step_failed(span, report)
-        self.record.step_ends.append((span.run.epoch, report.step, now))
-        got, ended = self._sequences.add(report.tokens)
-        self._to_stream += got
-        span.report(report.step, report.tokens, ended)
-        for request_id in sorted(span.last_chunks):
-            self._transfers.written(request_id)
-        self._grant(span)
-        if not span.is_over:
-            return None
-        self._span = None
-        return span.result()
+            self._step_failed(span, report)
+        else:
+            self.record.step_ends.append((span.run.epoch, report.step, now))
+            got, ended = self._sequences.add(report.tokens)
+            self._to_stream += got
+            span.report(report.step, report.tokens, ended)
+            for request_id in sorted(span.last_chunks):
+                self._transfers.written(request_id)
+        if not span.is_committed:
+            self._grant()
+        while (over := self._spans.pop_over()) is not None:
+            yield over.result()
+        self._grant()
+        if (span := self._spans.to_commit()) is not None:
+            yield span.commit()
 
-    def _step_failed(self, span: OpenSpan, report: StepReport) -> ExecutorEvent:
+    def _step_failed(self, span: Span, report: StepReport) -> None:
+        text = report.error or ""
         if report.applied and self._followers:
-            raise ExecutorBrokenError(f"executor {self.id}: a step failed half-way: {report.error}")
-        self._span = None
+            raise ExecutorBrokenError(f"executor {self.id}: a step failed half-way: {text}")
+        if not report.applied and self._spans.is_followed(span):
+            raise ExecutorBrokenError(
+                f"executor {self.id}: plan {report.plan} was refused, and the next was on its way: {text}"
+            )
+        span.error = text
+        span.stop()
         if not report.applied:
             self._refused = span.run
-        return span.result(report.error)
 
     def _stream(self, request_ids: list[int]) -> None:
         for request_id in request_ids:

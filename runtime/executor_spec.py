@@ -59,6 +59,7 @@ class Placement(Struct, frozen=True):
     layers_per_stage: tuple[int, ...] | None = None
     steps_per_grant: int = 1
     pipeline_depth: int = 1
+    plan_ahead: bool = False  # make the next plan while the last granted steps of this one still run
     free_gpu_memory_fraction: float | None = None  # on a GPU the KV takes so much of what is left; None: num_blocks
 
 

@@ -60,6 +60,8 @@ class FusedStepper:
     first step.
     """
 
+    keeps_tokens: Final = True
+
     def __init__(
         self,
         place: Place,
@@ -112,12 +114,15 @@ class FusedStepper:
                 self._dummy_chunk(num_tokens, 0)
             for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens)}:
                 self._dummy_chunk(num_tokens, block)  # with KV before it
+            for num in {1, min(2, self._max_batch), self._max_batch}:
+                self._dummy_chunk(min(63, max_num_tokens), 0, num)
             if self._uses_graphs:
                 for size in reversed(self._ladder):  # the largest first: the others fit into its memory
                     self._capture(size)
         self._settle()
 
-    def _dummy_chunk(self, num_tokens: int, start: int) -> None:
+    def _dummy_chunk(self, num_tokens: int, start: int, num_decodes: int = 0) -> None:
+        """A chunk after `start` tokens, behind decodes that are padding."""
         size, total = self._pages.tokens_per_block, num_tokens + start
         num_blocks = min(-(-total // size), self._pages.num_blocks)
         total = min(total, num_blocks * size, self.model.max_positions)
@@ -125,7 +130,7 @@ class FusedStepper:
             return
         blocks = tuple(range(num_blocks))
         chunk = Chunk(-1, start, total - start, True, blocks)
-        self._forward_chunks(0, ((chunk, ChunkFeed(-1, (0,) * (total - start))),), None)
+        self._forward_chunks(num_decodes, ((chunk, ChunkFeed(-1, (0,) * (total - start))),), None)
 
     def _capture(self, size: int) -> None:
         self._eager_decode(size)  # cuBLAS and Triton make up their minds outside the graph
@@ -182,13 +187,17 @@ class FusedStepper:
 
     def _decode(self, num: int) -> tuple[Tensor | None, Tensor]:
         """One decode step of the whole batch; its logits, padded, and its tokens."""
-        size = next(size for size in self._ladder if size >= num)
+        size = self._rung(num)
         if size in self._graphs:
             self._graphs[size].replay()
             logits = self._logits[size]
         else:
             logits = self._eager_decode(size)
         return (None if logits is None else logits[:num]), self._batch.tokens[:num]
+
+    def _rung(self, num: int) -> int:
+        """The size to which a batch of `num` decodes is padded."""
+        return next(size for size in self._ladder if size >= num)
 
     def _eager_decode(self, size: int) -> Tensor | None:
         own = self._batch
@@ -227,7 +236,11 @@ class FusedStepper:
         prefill: PrefillBatch = prefill_batch(rows, self._device)
         hook = self._layer_hook(chunks, on_layers)
         picked = self._to_device(torch.tensor(sampled_rows, dtype=torch.int64))
-        logits = self.model.forward(token_ids, positions, sequences, own.tables, num, prefill, picked, on_layer=hook)
+        # Cut as for the graph of that size: any other cut would be another kernel, to be compiled in the middle of serving.
+        sizes = self.model.decode_attention.sizes(self._rung(num)) if num else None
+        logits = self.model.forward(
+            token_ids, positions, sequences, own.tables, num, prefill, picked, sizes=sizes, on_layer=hook
+        )
         sampled = self._greedy(logits, len(sampled_rows))
         if num:
             advance(own.tokens, own.positions, sampled[:num])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
@@ -40,6 +40,10 @@ class Launched:
 
 
 class Stepper(Protocol):
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the device knows the next step's tokens by itself, so that it can be launched before the host does."""
+
     def launch(
         self,
         batch: DecodeBatch,
@@ -56,6 +60,8 @@ class Stepper(Protocol):
 
 class PlainStepper:
     """Every step is finished when `launch` returns."""
+
+    keeps_tokens: Final = False
 
     def __init__(
         self,

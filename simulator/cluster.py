@@ -17,7 +17,9 @@ from ..core.config import OrchestratorConfig
 from ..core.event_log import LoggedCore, LogHeader
 from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, Wake
 from ..core.executor import ExecutorCore
+from ..core.grants import Launch
 from ..core.orchestrator import OrchestratorCore
+from ..core.overheads import LinkCost
 from ..policies.vocabulary import PS_PER_S, Request
 from .calls import MESSAGE, POLL, Environment, call_at
 from .executor import SimulatedExecutor
@@ -31,8 +33,9 @@ _ENDLESS: Final = 1 << 60  # the length of a sequence that nobody waits for any 
 
 class SimulatedCluster:
     """`records` is given every finished row; `delivered` every Deliver to a user; `log_sink(core id)` gives the sink of
-    that core's event log, or None for no log. `launch` holds (steps_per_grant, pipeline_depth) of executors that launch
-    more than one step ahead.
+    that core's event log, or None for no log. `link_cost(source, reader)` says more of a link than a rate and a latency
+    that all have in common. `launch` holds (steps_per_grant, pipeline_depth, plan_ahead) of executors that
+    launch more than one step ahead.
     """
 
     def __init__(
@@ -41,9 +44,10 @@ class SimulatedCluster:
         timing: Timing,
         *,
         kv_bytes_per_token: int,
-        link_bytes_per_s: float | Callable[[int, int], float],
+        link_bytes_per_s: float | Callable[[int, int], float] = 0.0,
         link_latency: int = 0,
-        launch: Mapping[int, tuple[int, int]] | None = None,
+        link_cost: Callable[[int, int], LinkCost] | None = None,
+        launch: Mapping[int, tuple[int, int] | tuple[int, int, bool]] | None = None,
         records: Callable[[Any], None] | None = None,
         delivered: Callable[[Deliver], None] | None = None,
         log_sink: Callable[[int], Callable[[bytes], object] | None] | None = None,
@@ -56,6 +60,7 @@ class SimulatedCluster:
         self._kv_bytes_per_token = kv_bytes_per_token
         self._link_rate = link_bytes_per_s
         self._link_latency = link_latency
+        self._link_cost = link_cost
         self._links: dict[tuple[int, int], Link] = {}
         self.layerwise = LayerwiseSends(self.env, kv_bytes_per_token, self._is_alive, self._transfer_over)
         self._mourned: set[tuple[int, int]] = set()  # (core, executor that it knows to be dead)
@@ -74,8 +79,8 @@ class SimulatedCluster:
             core = ExecutorCore(executor, config.policy_root)
             if sink is not None:
                 core = LoggedCore(core, LogHeader(1, executor=executor, policy_root=config.policy_root), sink)
-            steps_per_grant, depth = (launch or {}).get(executor.id, (1, 1))
-            self.executors[executor.id] = SimulatedExecutor(executor, core, self, steps_per_grant, depth)
+            ahead = Launch(*(launch or {}).get(executor.id, ()))
+            self.executors[executor.id] = SimulatedExecutor(executor, core, self, ahead)
 
     # ---- for users --------------------------------------------------------------------------------------------------
 
@@ -212,7 +217,8 @@ class SimulatedCluster:
             return
         if ends is None:
             num_bytes = command.num_tokens * self._kv_bytes_per_token
-            self.link(source, command.reader).transfer(num_bytes, self._served, (source, command))
+            link = self.link(source, command.reader)
+            link.transfer(num_bytes, self._served, (source, command), len(command.blocks))
             return
         events = (command.reader, KvReceived(command.reader_id, True)), (source, KvTaken(command.request_id))
         for (at, place), item in zip(ends, events, strict=True):
@@ -244,8 +250,12 @@ class SimulatedCluster:
         """The link in this direction, made when it is first used."""
         link = self._links.get((source, reader))
         if link is None:
-            rate = self._link_rate(source, reader) if callable(self._link_rate) else self._link_rate
-            link = self._links[source, reader] = Link(self.env, rate, self._link_latency, source)
+            if self._link_cost is not None:
+                cost = self._link_cost(source, reader)
+            else:
+                rate = self._link_rate(source, reader) if callable(self._link_rate) else self._link_rate
+                cost = LinkCost(rate, self._link_latency)
+            link = self._links[source, reader] = Link(self.env, cost.bytes_per_s, cost.fixed, source, cost.page)
         return link
 
     def drained(self, executor: int) -> None:

@@ -6,6 +6,7 @@ It is the world to its core: it alone knows the true output lengths, and it ends
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ..core.commands import (
@@ -21,8 +22,17 @@ from ..core.commands import (
     WakeAt,
 )
 from ..core.config import ExecutorConfig
-from ..core.events import Enqueue, KvRequested, Response, StepsDone, Stopped, Wake, stops_in_order
-from ..core.grants import granted_through
+from ..core.events import (
+    Enqueue,
+    KvRequested,
+    Response,
+    StepsCommitted,
+    StepsDone,
+    Stopped,
+    Wake,
+    stops_in_order,
+)
+from ..core.grants import Launch, granted_through, grants_out
 from ..policies.vocabulary import FinishReason, RequestType
 from .calls import MESSAGE, POLL, STEP_END, call_at
 from .layerwise import RunningStep
@@ -33,10 +43,20 @@ if TYPE_CHECKING:
 _WAKE = Wake()
 
 
+class _Tail:
+    """A committed plan: when each of its grants that are out will be reported, and who stops in them."""
+
+    __slots__ = ("grant_ends", "num_steps", "run", "stopped")
+
+    def __init__(self, run: RunSteps, num_steps: int, grant_ends: list[int], stopped: list[Stopped]) -> None:
+        self.run = run
+        self.num_steps = num_steps
+        self.grant_ends = deque(grant_ends)
+        self.stopped = stopped
+
+
 class SimulatedExecutor:
-    def __init__(
-        self, config: ExecutorConfig, core: Any, cluster: SimulatedCluster, steps_per_grant: int, depth: int
-    ) -> None:
+    def __init__(self, config: ExecutorConfig, core: Any, cluster: SimulatedCluster, launch: Launch) -> None:
         self.config = config
         self.id = config.id
         self.core = core
@@ -44,15 +64,16 @@ class SimulatedExecutor:
         self._cluster = cluster
         self._env = cluster.env
         self._timing = cluster.timing
-        self._steps_per_grant = steps_per_grant
-        self._depth = depth
+        self._launch = launch
         self._polling = False
-        self._run: RunSteps | None = None
+        self._tails: deque[_Tail] = deque()
+        self._run: RunSteps | None = None  # the plan whose end is open
         self._end_step = 0  # of the epoch, as scheduled
         self._end_version = 0
+        self._may_commit = False  # the open plan, as soon as this instant is planned
         self._end_at = 0
         self.running_step: RunningStep | None = None  # where it holds chunks
-        self._done = 0  # steps of the epoch reported to the core
+        self._done = 0  # steps of the epoch that the core knows to be done, or certain
         self._wake_version = 0
         # progress of sequences, by the same arithmetic as the core's, to know when the hidden lengths are reached
         self._decode_step = 0
@@ -64,23 +85,35 @@ class SimulatedExecutor:
 
     def give(self, event: Any) -> None:
         """Hand an event to the core; it plans when the last event of the instant has been given."""
-        if not self.is_alive:
-            return
-        now = self._env.now
+        if self.is_alive:
+            self._take(event)
+            self._settle()
+
+    def _take(self, event: Any) -> None:
         if isinstance(event, Enqueue) and event.request.request_type is RequestType.GENERATION_ONLY:
             self._generated[event.request.id] = 1  # its first token comes with the KV
-        self._obey(self.core.handle(event, now, True))
+        self._obey(self.core.handle(event, self._env.now, True))
+
+    def _settle(self) -> None:
+        """Let the core plan, now or when the other events of the instant have been given."""
         if self._polling:
             return
+        now = self._env.now
         if self._env.peek() == now:
             self._polling = True
             call_at(self._env, now, POLL + self.id, self._poll, None)
         else:
-            self._obey(self.core.handle(None, now))
+            self._plan()
 
     def _poll(self, _: None) -> None:
         self._polling = False
         if self.is_alive:
+            self._plan()
+
+    def _plan(self) -> None:
+        self._obey(self.core.handle(None, self._env.now))
+        while self._may_commit:
+            self._commit(self._done)
             self._obey(self.core.handle(None, self._env.now))
 
     def kill(self) -> None:
@@ -136,14 +169,15 @@ class SimulatedExecutor:
             self._joined_at[joined.request_id] = step - generated
             length = self._cluster.true_length(joined.request_id)
             heapq.heappush(self._true_ends, (step - generated + length, joined.request_id))
+        start = self._tails[-1].grant_ends[-1] if self._tails else self._env.now
         if run.first_step == 1:
             self._done = 0
-            self._timing.begin(self.id, run, self._env.now)
+        self._timing.begin(self.id, run, start)
         self._end_step = self._planned_end(run)
         self._schedule_end()
         self.running_step = None
         if run.chunks:
-            self.running_step = RunningStep(self._env.now, self._end_at, run.chunks)
+            self.running_step = RunningStep(start, self._end_at, run.chunks)
             self._cluster.layerwise.compute(self.id, self.running_step)
 
     def _planned_end(self, run: RunSteps) -> int:
@@ -160,9 +194,10 @@ class SimulatedExecutor:
 
     def _launched_by(self, done: int, run: RunSteps) -> int:
         """The last step already granted when step `done` is reported: with one grant of one step, `done` itself."""
-        if self._steps_per_grant == self._depth == 1:
+        steps_per_grant, depth, _ = self._launch
+        if steps_per_grant == depth == 1:
             return done
-        return granted_through(done - 1, run.first_step, run.last_step, self._steps_per_grant, self._depth)
+        return granted_through(done - 1, run.first_step, run.last_step, steps_per_grant, depth)
 
     def _is_stale(self, entry: tuple[int, int]) -> bool:
         end, request_id = entry
@@ -170,38 +205,55 @@ class SimulatedExecutor:
         return joined_at is None or joined_at + self._cluster.true_length(request_id) != end
 
     def _schedule_end(self) -> None:
-        self._end_version += 1
-        at = self._end_at = max(self._timing.end_of_step(self.id, self._end_step), self._env.now)
-        call_at(self._env, at, STEP_END + self.id, self._end, self._end_version)
-
-    def _stop(self) -> None:
+        """The last step of the open plan is known: it is committed when the grants that are out leave room, or it ends."""
         run = self._run
+        self._end_version += 1
         if run is None:
             return
-        boundary = self._timing.step_by(self.id, self._done, self._env.now, self._end_step)
-        end = min(self._end_step, self._launched_by(boundary, run))
+        self._end_at = max(self._timing.end_of_step(self.id, self._end_step), self._env.now)
+        if self._launch.may_commit(bool(run.chunks), 0):
+            surplus = self._num_grants_out() - self._launch.depth
+            self._may_commit = surplus < 0
+            step = run.first_step + (surplus + 1) * self._launch.steps_per_grant - 1
+            if self._may_commit or self._tails:
+                return  # it is committed in this instant, or looked at as the grants before it are reported
+            if step < self._end_step:
+                at = max(self._timing.end_of_step(self.id, step), self._env.now)
+                call_at(self._env, at, STEP_END + self.id, self._commit_at, (self._end_version, step))
+                return
+        if not self._tails:  # else once they have ended
+            call_at(self._env, self._end_at, STEP_END + self.id, self._end, self._end_version)
+
+    def _num_grants_out(self) -> int:
+        """Of committed plans, and all that the open one will have, none of which has been reported."""
+        run = self._run
+        own = 0
+        if run is not None:
+            own = grants_out(run.first_step - 1, run.first_step, self._end_step, self._launch.steps_per_grant)
+        return own + sum(len(tail.grant_ends) for tail in self._tails)
+
+    def _stop(self) -> None:
+        run, now = self._run, self._env.now
+        if run is None:
+            return
+        if self._tails:  # none of its steps has been reported
+            num_out = sum(len(tail.grant_ends) for tail in self._tails)
+            steps_per_grant, depth, _ = self._launch
+            end = granted_through(run.first_step - 1, run.first_step, run.last_step, steps_per_grant, depth - num_out)
+        else:
+            boundary = self._timing.step_by(self.id, self._done, now, self._end_step)
+            end = self._launched_by(boundary, run)
         if end < self._end_step:
             self._end_step = end
             self._schedule_end()
 
     def _end(self, version: int) -> None:
+        """The open plan ends, and was not committed."""
         run = self._run
         if version != self._end_version or run is None or not self.is_alive:
             return
-        self._run = self.running_step = None
-        steps = self._end_step - self._done
-        start = self._done
-        self._done = self._end_step
-        stopped = []
-        if run.num_decodes:
-            before = self._decode_step
-            self._decode_step += steps
-            ends = self._true_ends
-            while ends and ends[0][0] <= self._decode_step:
-                entry = heapq.heappop(ends)
-                if not self._is_stale(entry):
-                    stopped.append(Stopped(entry[1], start + entry[0] - before))
-                    del self._joined_at[entry[1]]
+        self.running_step = None
+        stopped, _ = self._close(run, self._end_step)
         for chunk in run.chunks:
             if chunk.is_last:
                 generated = self._generated.get(chunk.request_id, 0) + 1
@@ -209,3 +261,73 @@ class SimulatedExecutor:
                 if generated >= self._cluster.true_length(chunk.request_id):
                     stopped.append(Stopped(chunk.request_id, 1, FinishReason.STOP))
         self.give(StepsDone(run.plan, run.epoch, self._end_step, stops_in_order(stopped)))
+
+    def _close(self, run: RunSteps, reported: int) -> tuple[list[Stopped], list[Stopped]]:
+        """All its steps are done, or certain: sequences that stop in those up to `reported`, and in those after it."""
+        steps, start = self._end_step - self._done, self._done
+        self._run, self._may_commit = None, False
+        self._end_version += 1
+        self._done = self._end_step
+        known: list[Stopped] = []
+        late: list[Stopped] = []
+        if run.num_decodes:
+            before = self._decode_step
+            self._decode_step += steps
+            ends = self._true_ends
+            while ends and ends[0][0] <= self._decode_step:
+                entry = heapq.heappop(ends)
+                if not self._is_stale(entry):
+                    step = start + entry[0] - before
+                    (known if step <= reported else late).append(Stopped(entry[1], step))
+                    del self._joined_at[entry[1]]
+        return known, late
+
+    # ---- planning ahead ---------------------------------------------------------------------------------------------
+
+    def _commit_at(self, item: tuple[int, int]) -> None:
+        version, reported = item
+        if version == self._end_version and self.is_alive:
+            self._commit(reported)
+            self._settle()
+
+    def _commit(self, reported: int) -> None:
+        """The open plan's steps are all launched; those up to `reported`, counted in its epoch, have been reported."""
+        run, size = self._run, self._launch.steps_per_grant
+        if run is None:
+            return
+        first, last = run.first_step, self._end_step
+        finished = (reported - first + 1) // size
+        steps = [min(last, end) for end in range(first - 1 + (finished + 1) * size, last + size, size)]
+        now = self._env.now
+        stopped, late = self._close(run, reported)
+        ends = [max(now, self._timing.end_of_step(self.id, step)) for step in steps]
+        self._tails.append(_Tail(run, last, ends, late))
+        if len(self._tails) == 1:
+            self._await_grant()
+        self._take(StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped)))
+
+    def _await_grant(self) -> None:
+        """Grants are reported in order: one call at a time."""
+        call_at(self._env, self._tails[0].grant_ends[0], STEP_END + self.id, self._grant_ends, None)
+
+    def _grant_ends(self, _: None) -> None:
+        """The first grant of the first committed plan is reported."""
+        if not self.is_alive:
+            return
+        tail = self._tails[0]
+        is_over = len(tail.grant_ends) == 1
+        if is_over:  # what the core asks for now comes before this report makes room for another grant
+            self._take(StepsDone(tail.run.plan, tail.run.epoch, tail.num_steps, stops_in_order(tail.stopped)))
+            self._tails.popleft()
+        else:
+            tail.grant_ends.popleft()
+        if self._tails:
+            self._await_grant()
+        run = self._run
+        has_room = run is not None and self._launch.may_commit(bool(run.chunks), self._num_grants_out())
+        if has_room:
+            self._commit(self._done)
+        elif not self._tails:
+            self._schedule_end()
+        if is_over or has_room:
+            self._settle()

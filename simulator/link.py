@@ -16,14 +16,17 @@ from .calls import MESSAGE, Environment, call_at
 
 
 class Link:
-    """`bytes_per_s` is the full rate, `latency` in picoseconds is added to each transfer and takes no bandwidth."""
+    """`bytes_per_s` is the full rate; `latency` and, for each KV block, `page_latency` (picoseconds) come before a
+    transfer and take no bandwidth.
+    """
 
-    def __init__(self, env: Environment, bytes_per_s: float, latency: int, rank: int) -> None:
+    def __init__(self, env: Environment, bytes_per_s: float, latency: int, rank: int, page_latency: int = 0) -> None:
         if bytes_per_s <= 0:
             raise ValueError(f"a link needs a positive rate, got {bytes_per_s} bytes/s")
         self._env = env
         self._units_per_byte = UNITS_PER_S / bytes_per_s
         self._latency = latency
+        self._page_latency = page_latency
         self._rank = rank
         self._virtual = 0
         self._updated_at = 0
@@ -34,12 +37,12 @@ class Link:
     def __len__(self) -> int:
         return len(self._active)
 
-    def transfer(self, num_bytes: int, done: Callable[[Any], None], argument: Any) -> None:
-        """Call `done(argument)` when `num_bytes` have arrived."""
+    def transfer(self, num_bytes: int, done: Callable[[Any], None], argument: Any, num_pages: int = 0) -> None:
+        """Call `done(argument)` when `num_bytes` in `num_pages` KV blocks have arrived."""
         self._serial += 1
         call_at(
             self._env,
-            self._env.now + self._latency,
+            self._env.now + self._latency + num_pages * self._page_latency,
             MESSAGE + self._rank,
             self._start,
             (num_bytes, self._serial, done, argument),

@@ -25,6 +25,7 @@ from ..core.events import (
     KvRequested,
     KvTaken,
     Response,
+    StepsCommitted,
     StepsDone,
     Wake,
 )
@@ -106,7 +107,7 @@ class Recording:
         self, core: int, now: int, place: int, event: Any, sent: dict[tuple[int, int], deque[tuple[int, Any]]]
     ) -> None:
         match event:
-            case StepsDone():
+            case StepsDone() | StepsCommitted():
                 return
             case Wake():
                 self._wakes[core].append((now, place))
@@ -154,7 +155,7 @@ class Recording:
         return received, self._transfers.get(("taken", source, command.reader_id), never)
 
 
-def conform(recording: Recording, launch: Mapping[int, tuple[int, int]] | None = None) -> int:
+def conform(recording: Recording, launch: Mapping[int, tuple[int, int] | tuple[int, int, bool]] | None = None) -> int:
     """Simulate the recorded run on its own times; the number of instants compared.
 
     ConformanceDifference at the first instant, in order of time, at which any core was given or did something else.

@@ -12,13 +12,15 @@ from typing import Protocol
 
 from ..core.commands import RunSteps, ServeKv
 from ..core.cost import UNIT_BITS, CostModel, StepFeatures, end_of_step, steps_by
+from ..core.measured_cost import MeasuredCost
+from ..core.overheads import NO_GAPS, LaunchGaps, MessageLatency
 
 
 class Timing(Protocol):
     """All instants in picoseconds of the simulation's clock."""
 
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
-        """`run` opens an epoch (its first step) at `now`."""
+        """`run` opens an epoch (its first step) at `now`, or goes on with the open one (`first_step` > 1)."""
         ...
 
     def end_of_step(self, executor: int, k: int) -> int:
@@ -45,26 +47,55 @@ class Timing(Protocol):
 
 
 class ModelTiming:
-    """Step times from a cost model per executor, a constant message latency, optional noise of the steps.
+    """Step times from a cost model per executor, constant message latencies, optional noise of the steps.
 
-    Noise is one factor per epoch, keyed by (seed, executor, number of the epoch there), so that it does not depend on the
-    order in which executors run: 1 + jitter * z, z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
+    `gaps`, by executor: what the first step of an epoch takes more than such a step takes inside one. `num_outside` of
+    `num_epochs` began outside what the cost model was measured for. Noise is one factor per epoch, keyed by (seed,
+    executor, number of the epoch there), so that it does not depend on the order in which executors run: 1 + jitter * z,
+    z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
     """
 
     def __init__(
-        self, costs: Mapping[int, CostModel], message_latency: int, jitter: float = 0.0, seed: int = 0
+        self,
+        costs: Mapping[int, CostModel],
+        message_latency: int | MessageLatency,
+        jitter: float = 0.0,
+        seed: int = 0,
+        gaps: Mapping[int, LaunchGaps] | None = None,
     ) -> None:
+        if isinstance(message_latency, int):
+            message_latency = MessageLatency.same(message_latency)
+        self.num_epochs = 0
+        self.num_outside = 0
         self._costs = costs
-        self._latency = max(1, message_latency)
+        self._latency = message_latency
         self._jitter = jitter
         self._seed = seed
+        self._gaps = gaps or {}
         self._open: dict[int, tuple[CostModel, StepFeatures, int, int]] = {}
+        self._before: dict[int, tuple[str, int]] = {}  # what the last epoch was, and when it ended
 
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
+        if run.first_step > 1:
+            cost, features, start, factor = self._open[executor]
+            self._open[executor] = (cost, features, start + self._gaps.get(executor, NO_GAPS).continued, factor)
+            return
         chunks = tuple((chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks)
         features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks)
         factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
-        self._open[executor] = (self._costs[executor], features, now, factor)
+        cost = self._costs[executor]
+        self.num_epochs += 1
+        if isinstance(cost, MeasuredCost) and not cost.covers(features):
+            self.num_outside += 1
+        self._open[executor] = (cost, features, now + self._gap(executor, run, now), factor)
+
+    def _gap(self, executor: int, run: RunSteps, now: int) -> int:
+        gaps = self._gaps.get(executor, NO_GAPS)
+        if gaps is NO_GAPS:
+            return 0
+        before, ended = self._before.get(executor, ("idle", now))
+        self._before[executor] = ("chunk" if run.chunks else "decode", now)
+        return gaps.of("idle" if ended < now else before, bool(run.chunks), len(run.joined), len(run.left))
 
     def _factor(self, executor: int, epoch: int) -> int:
         key = hashlib.blake2b(f"{self._seed}/{executor}/{epoch}".encode(), digest_size=8).digest()
@@ -73,14 +104,17 @@ class ModelTiming:
 
     def end_of_step(self, executor: int, k: int) -> int:
         model, features, start, factor = self._open[executor]
-        return start + end_of_step(model, features, k, factor)
+        at = start + end_of_step(model, features, k, factor)
+        if executor in self._before:
+            self._before[executor] = (self._before[executor][0], at)  # the last one asked for is the one that comes
+        return at
 
     def step_by(self, executor: int, done: int, at: int, last: int) -> int:
         model, features, start, factor = self._open[executor]
         return max(done + 1, steps_by(model, features, at - start, last, factor))
 
     def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
-        return now + self._latency, sender
+        return now + max(1, self._latency.of(sender, receiver)), sender
 
     def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
         return max(at, now + 1), core

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from random import Random
@@ -14,7 +14,7 @@ from disagg.core.commands import RunSteps, StopAfterStep
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
 from disagg.core.cost import ConstantCost, CostModel, StepFeatures, end_of_step
 from disagg.core.event_log import Frame, read_log
-from disagg.core.events import StepsDone
+from disagg.core.events import StepsCommitted, StepsDone
 from disagg.core.tables import StayRow, StepRow
 from disagg.policies.interfaces import RoutingPolicy
 from disagg.policies.registry import register
@@ -66,6 +66,7 @@ class Case:
     arrivals: tuple[tuple[int, Request, int], ...]  # (instant, request, true output length)
     cancels: tuple[tuple[int, int], ...] = ()  # (instant, user's request id)
     kills: tuple[tuple[int, int, int], ...] = ()  # (instant, executor, picoseconds until the others know)
+    launch: tuple[int, int, bool] = (1, 1, False)  # steps a grant, grants outstanding, whether plans are made ahead
 
     def with_executors(self, **changes: Any) -> Case:
         executors = tuple(with_(executor, **changes) for executor in self.config.executors)
@@ -206,6 +207,9 @@ class Trace:
     num_ties: int = 0  # instants at which an executor heard something and ended a step
     num_cut_on_boundary: int = 0  # spans cut by an event at the very instant at which a step ended
     num_cut: int = 0
+    num_committed: int = 0
+    num_late_stops: int = 0  # found in a step that was committed before
+    num_queued_steps: int = 0  # first steps of plans that were there before the step before them had ended
 
     @property
     def num_preemptions(self) -> int:
@@ -220,6 +224,7 @@ def build(case: Case, records: Any = None, delivered: Any = None, log_sink: Any 
         kv_bytes_per_token=1,
         link_bytes_per_s=case.link_bytes_per_s,
         link_latency=case.link_latency,
+        launch={executor.id: case.launch for executor in case.config.executors},
         records=records,
         delivered=delivered,
         log_sink=log_sink,
@@ -282,35 +287,46 @@ def core_of(cluster: SimulatedCluster, executor: int) -> Any:
 def _expand(trace: Trace, executor: int, frames: list[Frame], cost: CostModel) -> None:
     """Steps one by one, from the spans that were ordered and the instants at which the model says they end."""
     batch: list[int] = []
-    run: RunSteps | None = None
-    opened_at = 0
+    # plans that have not ended: with the batch, the epoch's features, and the instant of the order if nothing ran then
+    runs: deque[tuple[RunSteps, tuple[int, ...], StepFeatures, int | None]] = deque()
+    committed: dict[int, int] = {}  # plan: its steps
+    opened_at = ended_at = 0
     features = StepFeatures(0, 0)
     for frame in frames:
         done = [event for event in frame.events if isinstance(event, StepsDone)]
         trace.num_ties += bool(done) and len(frame.events) > 1
         stops = [command for command in frame.commands if isinstance(command, StopAfterStep)]
-        for event in done:
-            if run is None:
-                raise AssertionError("steps ended that were not ordered")
-            ends = [opened_at + end_of_step(cost, features, k) for k in range(run.first_step - 1, event.num_steps + 1)]
+        for event in frame.events:
+            if isinstance(event, StepsCommitted):
+                committed[event.plan] = event.num_steps
+                trace.num_committed += 1
+            if not isinstance(event, StepsDone):
+                continue
+            run, decodes, first, at_once = runs.popleft()
+            trace.num_late_stops += len(event.stopped) if run.plan in committed else 0
+            if event.plan != run.plan or committed.pop(run.plan, event.num_steps) != event.num_steps:
+                raise AssertionError(f"{event} ends {run}")
+            if run.first_step == 1:
+                opened_at = ended_at if at_once is None else at_once
+            ends = [opened_at + end_of_step(cost, first, k) for k in range(run.first_step - 1, event.num_steps + 1)]
             if run.first_step == 1:
                 ends[0] = opened_at
             if ends[-1] != frame.now:
                 raise AssertionError(f"step {event.num_steps} was reported at {frame.now}, it ends at {ends[-1]}")
             chunks = tuple((chunk.request_id, chunk.start, chunk.length) for chunk in run.chunks)
-            decodes = tuple(sorted(batch)) if run.decodes else ()
             trace.steps[executor] += [Step(a, b, decodes, chunks) for a, b in pairwise(ends)]
             trace.num_cut += event.num_steps < run.last_step
             trace.num_cut_on_boundary += bool(stops) and event.num_steps < run.last_step
-            run = None
+            ended_at = frame.now
         for command in frame.commands:
             if isinstance(command, RunSteps):
-                run = command
-                batch = [i for i in batch if i not in run.left] + [j.request_id for j in run.joined]
-                if run.first_step == 1:
-                    opened_at = frame.now
-                    model_chunks = tuple((c.start, c.length, c.is_last) for c in run.chunks)
-                    features = StepFeatures(run.num_decodes, run.num_kv_tokens, model_chunks)
+                trace.num_queued_steps += bool(runs)
+                batch = [i for i in batch if i not in command.left] + [j.request_id for j in command.joined]
+                if command.first_step == 1:
+                    model_chunks = tuple((c.start, c.length, c.is_last) for c in command.chunks)
+                    features = StepFeatures(command.num_decodes, command.num_kv_tokens, model_chunks)
+                decodes = tuple(sorted(batch)) if command.decodes else ()
+                runs.append((command, decodes, features, None if runs else frame.now))
 
 
 def step_rows(trace: Trace) -> list[StepRow]:

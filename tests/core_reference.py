@@ -3,6 +3,9 @@
 The reference of the exactness test. Executors and links are lists and loops; what a step costs is summed step by step in
 the cost model's own integer units; the calendar is a list searched for its least (instant, class, rank, number). The
 orchestrator and its policies are the real ones: what is under test here is what executors and links tell it, and when.
+
+An executor of depth 2 keeps two steps planned, each planned alone as soon as there is room for it: it knows then how many
+tokens its requests will have when the step begins, and not which of them a stop ends before.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from tests.core_cases import Case, Step, Trace
 
 MESSAGE, STEP_END = 1, 2
 ERROR = "some error"  # texts are not compared
-WAITING, PULLING, IN_FLIGHT, EARLY, READY, PREFILL, JOINING, DECODE, HELD, LEAVING, GONE = range(11)
+WAITING, PULLING, IN_FLIGHT, EARLY, READY, PREFILL, JOINING, DECODE, ENDING, HELD, LEAVING, GONE = range(12)
 
 
 class Visitor:
@@ -42,6 +45,8 @@ class Visitor:
         self.place = WAITING
         self.kv = 0  # tokens written
         self.generated = 0
+        self.ahead = 0  # steps planned in which it decodes
+        self.kv_at_leave = 0  # of one that is in planned steps, and in no later ones
         self.to_compute = request.num_prompt_tokens
         self.blocks = 0
         self.was_preempted = False
@@ -80,6 +85,25 @@ class Visitor:
         return self.request.request_type
 
 
+class Epoch:
+    """Equal steps, one after the other."""
+
+    def __init__(self, since: int) -> None:
+        self.since = self.until = since
+        self.steps = self.units = self.num_ended = 0
+        self.is_closed = False
+
+
+class Planned:
+    """A step that runs, or will when those before it have ended."""
+
+    def __init__(
+        self, epoch: Epoch, start: int, decodes: list[Visitor], chunks: list[tuple[Visitor, int, int]]
+    ) -> None:
+        self.epoch, self.start, self.end = epoch, start, epoch.until
+        self.decodes, self.chunks = decodes, chunks
+
+
 class NaiveExecutor:
     def __init__(self, config: ExecutorConfig, cost: CostModel, cluster: NaiveCluster) -> None:
         self.config, self.cost, self.cluster, self.id = config, cost, cluster, config.id
@@ -89,12 +113,13 @@ class NaiveExecutor:
         self.ready: list[Visitor] = []  # in order of arrival of their KV
         self.joining: list[Visitor] = []
         self.decodes: list[Visitor] = []
-        self.step: tuple[int, list[Visitor], list[tuple[Visitor, int, int]]] | None = None  # start, decodes, chunks
-        self.last: tuple[list[int], bool] | None = None  # decodes and whether there were chunks, of the step just ended
-        self.same_since = 0  # instant at which the current run of equal batches began
-        self.same_steps = 0
-        self.same_units = 0
-        self.same_until = 0  # instant at which the last of them ends
+        _, depth, plans_ahead = cluster.case.launch
+        self.depth = depth if plans_ahead else 1
+        self.steps: list[Planned] = []
+        self.last: tuple[list[int], bool] | None = (
+            None  # decodes and whether there were chunks, of the last step planned
+        )
+        self.epoch: Epoch | None = None
         self.num_steps = 0
         self.seen = [0, 0]
         self.shown_kv = self.shown_written = self.shown_steps = self.step_time = 0
@@ -131,7 +156,7 @@ class NaiveExecutor:
     def wanted_by_decodes(self) -> int:
         if not self.evicts:
             return 0
-        return sum(self.blocks_for(v.kv + 1) - self.blocks_for(v.kv) for v in self.decodes)
+        return sum(self.blocks_for(v.kv + v.ahead + 1) - self.blocks_for(v.kv + v.ahead) for v in self.decodes)
 
     # ---- what it hears ----------------------------------------------------------------------------------------------
 
@@ -260,10 +285,10 @@ class NaiveExecutor:
         v.early = EarlyTransfer(self.cluster, self.id, v, v.reader, reader_id)
         if v.kv:
             v.early.segment(v.kv)
-        if self.step is not None:
-            for other, _, length in self.step[2]:
+        for step in self.steps:
+            for other, _, length in step.chunks:
                 if other is v:
-                    v.early.compute(length, self.step[0], self.same_until)
+                    v.early.compute(length, step.start, step.end)
 
     def kv_came(self, item: tuple[int, bool]) -> None:
         request_id, ok = item
@@ -320,7 +345,8 @@ class NaiveExecutor:
     def give_up(self, v: Visitor, why: str) -> None:
         if v.doom is not None or v.place == LEAVING:
             return
-        in_step = self.step is not None and (v in self.decodes or any(v is chunk[0] for chunk in self.step[2]))
+        in_step = v.place == ENDING or (bool(self.steps) and v in self.decodes)
+        in_step = in_step or any(v is chunk[0] for step in self.steps for chunk in step.chunks)
         if v.place == HELD:
             if v.reader is None:
                 self.forget(v)
@@ -396,21 +422,27 @@ class NaiveExecutor:
         return v.generated >= min(v.request.max_tokens, self.cluster.true_length(v.id))
 
     def step_ends(self, _: Any) -> None:
-        if self.step is None:
-            raise AssertionError("no step is running")
-        start, decodes, chunks = self.step
-        now = self.cluster.now
-        self.step = None
-        self.num_steps += 1
+        step, now = self.steps.pop(0), self.cluster.now
+        chunks = step.chunks
         self.cluster.touch(self)
+        step.epoch.num_ended += 1
+        self.note_step_time(step.epoch)
         shown = tuple((v.id, first, length) for v, first, length in chunks)
-        self.cluster.trace.steps[self.id].append(Step(start, now, tuple(sorted(v.id for v in decodes)), shown))
-        for v in decodes:
+        ids = tuple(sorted(v.id for v in step.decodes))
+        self.cluster.trace.steps[self.id].append(Step(step.start, now, ids, shown))
+        for v in step.decodes:
             v.kv += 1
-            v.generated += 1
-        for v in sorted(decodes, key=lambda v: v.number):
+            v.ahead -= 1
+            v.generated += not self.has_ended(v)  # else it is computed for nothing
+        over = sorted((v for v in step.decodes if not v.ahead), key=lambda v: v.number)
+        for v in over:
             if self.has_ended(v):
+                if self.steps and v.place == DECODE:  # in the batch, which stands still in the step to come
+                    self.shown_written -= self.blocks_for(v.kv)
                 self.finish(v)
+        for v in over:
+            if v.place == ENDING and not self.has_ended(v):
+                self.fail(v, v.doom or "", recomputable=False)
         for v, _, length in chunks:
             v.kv += length
             if v.left:
@@ -448,26 +480,42 @@ class NaiveExecutor:
                     self.cluster.send(self.id, 0, FirstTokenOut(v.id, v.started_at))
 
     def plan(self) -> None:
-        """Once an instant, if no step is running."""
-        if self.step is None:
-            for v in [v for v in self.decodes if v.doom] + [v for v in (*self.joining, *self.prefill) if v.doom]:
-                self.fail(v, v.doom or "", recomputable=False)
-            self.join()
-            while self.preempt():
-                while self.preempt():
-                    pass
-                self.join()
-            chunks, with_decodes = self.choose()
-            for v, _, _ in chunks:
-                if v.announces:
-                    v.announces = False
-                    self.cluster.send(self.id, 0, ContextStarted(v.id))
-                self.serve_early(v)
-            self.pull()
-            self.begin(chunks, self.decodes if with_decodes else [])
-            if self.step is None and (self.at(WAITING) or any(not v.awaits for v in self.at(PULLING))):
-                self.withdraw()
+        """Once an instant: all steps for which there is room. Nothing is planned behind a step with chunks."""
+        while len(self.steps) < self.depth and not (self.steps and self.steps[-1].chunks):
+            num_planned = len(self.steps)
+            self.plan_step()
+            self.tell()
+            if len(self.steps) == num_planned:
+                return
         self.tell()
+
+    def plan_step(self) -> None:
+        for v in list(self.decodes):
+            if v.doom or self.has_ended(v) or v.generated + v.ahead >= v.request.max_tokens:
+                if v.ahead:
+                    self.decodes.remove(v)
+                    v.place, v.kv_at_leave = ENDING, v.kv + v.ahead
+        for v in [v for v in self.decodes if v.doom] + [v for v in (*self.joining, *self.prefill) if v.doom]:
+            self.fail(v, v.doom or "", recomputable=False)
+        self.join()
+        if self.steps and self.decodes and self.wanted_by_decodes() > self.free:
+            self.close_epoch()  # whose blocks are to be taken is not decided while steps write to them
+            self.last = None
+            return
+        while self.preempt():
+            while self.preempt():
+                pass
+            self.join()
+        chunks, with_decodes = self.choose()
+        for v, _, _ in chunks:
+            if v.announces:
+                v.announces = False
+                self.cluster.send(self.id, 0, ContextStarted(v.id))
+            self.serve_early(v)
+        self.pull()
+        self.begin(chunks, self.decodes if with_decodes else [])
+        if not self.steps and (self.at(WAITING) or any(not v.awaits for v in self.at(PULLING))):
+            self.withdraw()
 
     def withdraw(self) -> None:
         """It stands still for want of blocks: those that it keeps for context phases not done are asked back."""
@@ -549,37 +597,56 @@ class NaiveExecutor:
         now = self.cluster.now
         runs = bool(chunks or decodes)
         ids = [v.id for v in decodes]
-        unchanged = runs and not chunks and self.last == (ids, False)
-        if not unchanged:
-            if self.same_steps:
-                self.step_time = (self.same_until - self.same_since) // self.same_steps
+        epoch = self.epoch
+        if not runs or chunks or self.last != (ids, False) or epoch is None:
             if runs or self.last is not None:
                 self.changed = True
-                self.shown_kv = sum(v.kv for v in self.decodes)
-                self.shown_written = sum(self.blocks_for(v.kv) for v in self.decodes)
-                self.shown_steps = self.num_steps
-                self.grown = 0
-            self.same_since, self.same_steps, self.same_units = now, 0, 0
+                self.show()
+            self.close_epoch()
         self.last = None
         if not runs:
             return
+        start = max(now, self.steps[-1].end) if self.steps else now
+        epoch = self.epoch = self.epoch or Epoch(start)
+        self.num_steps += 1
         model_chunks = tuple((first, length, first + length == v.to_compute) for v, first, length in chunks)
-        self.same_units += self.cost.step_time(StepFeatures(len(decodes), sum(v.kv for v in decodes), model_chunks))
-        self.same_steps += 1
-        if self.evicts:
-            for v in decodes:
-                missing = self.blocks_for(v.kv + 1) - v.blocks
+        kv = sum(v.kv + v.ahead for v in decodes)
+        epoch.units += self.cost.step_time(StepFeatures(len(decodes), kv, model_chunks))
+        epoch.steps += 1
+        epoch.until = epoch.since + max(epoch.units >> 20, epoch.steps)
+        for v in decodes:
+            v.ahead += 1
+            if self.evicts:
+                missing = self.blocks_for(v.kv + v.ahead) - v.blocks
                 v.blocks += missing
                 self.grown += missing
         if self.free < 0:
             raise AssertionError(f"executor {self.id} has given out more blocks than it has")
-        self.step = (now, list(decodes), chunks)
+        step = Planned(epoch, start, list(decodes), chunks)
+        self.steps.append(step)
         self.last = (ids, bool(chunks))
-        self.same_until = self.same_since + max(self.same_units >> 20, self.same_steps)
-        self.cluster.later(self.same_until, STEP_END, self.id, self.step_ends, None)
+        self.cluster.later(step.end, STEP_END, self.id, self.step_ends, None)
         for v, _, length in chunks:
             if v.early is not None and v.reader is not None:
-                v.early.compute(length, now, self.same_until)
+                v.early.compute(length, step.start, step.end)
+
+    def show(self) -> None:
+        """What is told of the batch is true of the step to be planned."""
+        self.shown_kv = sum(v.kv + v.ahead for v in self.decodes)
+        self.shown_written = sum(self.blocks_for(v.kv + v.ahead) for v in self.decodes)
+        self.shown_steps = self.num_steps
+        self.grown = 0
+
+    def close_epoch(self) -> None:
+        epoch, self.epoch = self.epoch, None
+        if epoch is not None:
+            self.show()
+            epoch.is_closed = True
+            self.note_step_time(epoch)
+
+    def note_step_time(self, epoch: Epoch) -> None:
+        if epoch.is_closed and epoch.num_ended == epoch.steps:
+            self.step_time = (epoch.until - epoch.since) // epoch.steps
 
     # ---- what it tells ----------------------------------------------------------------------------------------------
 
@@ -605,11 +672,10 @@ class NaiveExecutor:
         early = self.at(EARLY)
         held_blocks = sum(v.blocks for v in held if not v.doom)
         free = self.free + self.grown
-        running_on = self.step is not None
-        decode_written = self.shown_written if running_on else sum(self.blocks_for(v.kv) for v in self.decodes)
-        written = decode_written + sum(
-            self.blocks_for(v.kv) for v in (*self.prefill, *self.joining, *self.ready, *early)
-        )
+        decode_written = sum(self.blocks_for(v.kv + v.ahead) for v in self.decodes)
+        written = self.shown_written if self.epoch is not None else decode_written
+        written += sum(self.blocks_for(v.kv) for v in (*self.prefill, *self.joining, *self.ready, *early))
+        written += sum(self.blocks_for(v.kv_at_leave) for v in self.at(ENDING))
         coming = [v for v in self.visitors if v.place in (PULLING, IN_FLIGHT, EARLY, READY) and not v.doom]
         waiting = self.at(WAITING)
         return Report(

@@ -37,7 +37,10 @@ class _NotingTiming(ModelTiming):
 
 
 def _run(
-    seed: int, launch: dict[int, tuple[int, int]] | None = None, binding: str = "at_context_done", cancels: bool = False
+    seed: int,
+    launch: dict[int, Any] | None = None,
+    binding: str = "at_context_done",
+    cancels: bool = False,
 ) -> tuple[dict[int, bytes], dict[tuple[int, int], list[int]]]:
     chance = Random(seed)
     scheduler = SchedulerConfig(
@@ -88,8 +91,8 @@ def _run(
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("ahead", [(1, 1), (3, 2)])
-def test_a_run_given_its_own_times_makes_its_own_decisions(seed: int, ahead: tuple[int, int]) -> None:
+@pytest.mark.parametrize("ahead", [(1, 1), (3, 2), (1, 2, True), (4, 3, True)])
+def test_a_run_given_its_own_times_makes_its_own_decisions(seed: int, ahead: Any) -> None:
     launch = dict.fromkeys(range(1, NUM_EXECUTORS + 1), ahead)
     logs, step_ends = _run(seed, launch)
     assert conform(Recording(logs, step_ends), launch) > 300
@@ -97,9 +100,12 @@ def test_a_run_given_its_own_times_makes_its_own_decisions(seed: int, ahead: tup
 
 @pytest.mark.parametrize("seed", range(9))
 @pytest.mark.parametrize("binding", ["at_arrival", "at_context_start"])
-def test_a_run_with_early_binding_given_its_own_times_makes_its_own_decisions(seed: int, binding: str) -> None:
+@pytest.mark.parametrize("ahead", [(3, 2), (1, 3, True)])
+def test_a_run_with_early_binding_given_its_own_times_makes_its_own_decisions(
+    seed: int, binding: str, ahead: Any
+) -> None:
     """Cancels among them: transfers end early and their ends are the world's."""
-    launch = dict.fromkeys(range(1, NUM_EXECUTORS + 1), (3, 2))
+    launch = dict.fromkeys(range(1, NUM_EXECUTORS + 1), ahead)
     logs, step_ends = _run(seed, launch, binding, cancels=True)
     found = [c for log in logs.values() for frame in read_log(log)[1] for c in frame.commands]
     assert any(isinstance(command, PrepareReceive) for command in found)
@@ -120,6 +126,13 @@ def test_a_run_launched_further_ahead_than_the_simulator_is_told_is_seen() -> No
     logs, step_ends = _run(2, launch)
     with pytest.raises(ConformanceDifference, match="hardware"):
         conform(Recording(logs, step_ends))
+
+
+def test_a_run_whose_plans_were_made_ahead_is_told_from_one_whose_were_not() -> None:
+    launch = dict.fromkeys(range(1, NUM_EXECUTORS + 1), (3, 2, True))
+    logs, step_ends = _run(2, launch)
+    with pytest.raises(ConformanceDifference, match="StepsCommitted"):
+        conform(Recording(logs, step_ends), dict.fromkeys(launch, (3, 2)))
 
 
 def test_another_policy_than_the_recorded_one_is_seen() -> None:

@@ -13,14 +13,14 @@ from msgspec.structs import replace
 
 from disagg.core.commands import Chunk, Joined, ReceiveKv, RunSteps, ServeKv
 from disagg.core.events import KvReceived, KvTaken, Stopped
-from disagg.core.grants import granted_through
+from disagg.core.grants import Launch, granted_through
 from disagg.policies.vocabulary import PS_PER_MS, ContextPhaseParams, FinishReason, Request, RequestType
 from disagg.runtime.clock import Clock, monotonic_ns
 from disagg.runtime.executor_answers import Answers, UnknownRequestError
 from disagg.runtime.executor_inbox import Inbox, Submitted
 from disagg.runtime.executor_kv import ExecutorTransfers
 from disagg.runtime.executor_spec import ModelSource, check_spec
-from disagg.runtime.executor_steps import OpenSpan, merged
+from disagg.runtime.executor_steps import Span, merged
 from disagg.runtime.executor_tokens import Sequences, TokenError, check_tokens
 from disagg.runtime.orchestrator_job import Job, decode_job, encode
 from disagg.runtime.orchestrator_load import LoadDriver, LoadPhase, PlannedSubmission
@@ -64,8 +64,8 @@ def test_no_step_is_run_ungranted_and_a_stopped_span_ends_with_the_last_grant(da
     stop_in = data.draw(st.integers(first, first + size))  # a message during this step, or never
     ends_at = data.draw(st.integers(first, first + size))  # a sequence's last step, or never
     run = RunSteps(1, 1, first, first + size - 1, num_decodes=1)
-    span = OpenSpan(run, per_grant, depth)
-    granted = [step for a, b in span.grants() for step in range(a, b + 1)]
+    span = Span(run, Launch(per_grant, depth))
+    granted = [step for a, b in span.grants(depth) for step in range(a, b + 1)]
     ran: list[int] = []
     while not span.is_over:
         step = ran[-1] + 1 if ran else first
@@ -74,7 +74,7 @@ def test_no_step_is_run_ungranted_and_a_stopped_span_ends_with_the_last_grant(da
         assert step in granted
         ran.append(step)
         span.report(step, ((7, 1),), [7] if step == ends_at else [])
-        granted += [s for a, b in span.grants() for s in range(a, b + 1)]
+        granted += [s for a, b in span.grants(depth) for s in range(a, b + 1)]
     assert ran == granted == list(range(first, first + len(ran)))
     boundary = min(stop_in, ends_at)
     expected = run.last_step
@@ -87,8 +87,8 @@ def test_no_step_is_run_ungranted_and_a_stopped_span_ends_with_the_last_grant(da
 
 def test_only_last_chunks_give_first_tokens() -> None:
     chunks = (Chunk(1, 0, 4, True, (0,)), Chunk(2, 0, 4, False, (1,)))
-    span = OpenSpan(RunSteps(3, 2, 1, 1, chunks=chunks, num_decodes=1), 1, 1)
-    assert list(span.grants()) == [(1, 1)]
+    span = Span(RunSteps(3, 2, 1, 1, chunks=chunks, num_decodes=1), Launch())
+    assert list(span.grants(1)) == [(1, 1)]
     span.report(1, ((9, 50), (1, 51)), [])
     assert span.result().first_tokens == ((1, 51),)
 

@@ -46,6 +46,7 @@ def cluster(
     first_rank: int = 1,
     steps_per_grant: int = 1,
     pipeline_depth: int | None = None,
+    plan_ahead: bool = False,
     on_failure: str = "recompute",
     num_devices: int = 0,
     **spec: Any,
@@ -68,7 +69,7 @@ def cluster(
         ranks = tuple(range(rank, rank + layout.tp * layout.pp))
         depth = layout.pp if pipeline_depth is None else pipeline_depth
         devices = tuple((r - first_rank) % num_devices for r in ranks) if num_devices else ()
-        placements.append(Placement(number, ranks, devices, layout.layers, steps_per_grant, depth))
+        placements.append(Placement(number, ranks, devices, layout.layers, steps_per_grant, depth, plan_ahead))
         rank += len(ranks)
     roles = {layout.role for layout in layouts}
     orchestrator = OrchestratorConfig(
