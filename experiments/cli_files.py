@@ -60,8 +60,9 @@ def _policies() -> list[dict[str, Any]]:
 def _profiles() -> list[dict[str, Any]]:
     from ..core.devices import DEVICES
     from .cluster import SPEC_PREFIX
+    from .profile_file import SHIPPED, load_profile, shipped_profiles
 
-    return [
+    specified = [
         {
             "name": f"{SPEC_PREFIX}{device.name}",
             "memory_gb": round(device.memory_bytes / 1e9, 1),
@@ -72,6 +73,15 @@ def _profiles() -> list[dict[str, Any]]:
         }
         for device in DEVICES.values()
     ]
+    measured = []
+    for name in shipped_profiles():
+        profile = load_profile(SHIPPED / f"{name}.json")
+        for_ = profile.measured_for
+        what = f"{for_.model} ({for_.dtype}) on {for_.device_name}: {', '.join(e.title for e in profile.engines)}"
+        gigabytes, link = round(profile.device.memory_bytes / 1e9, 1), round(profile.device.link_bandwidth / 1e9, 1)
+        row = {"name": name, "memory_gb": gigabytes, "tflops": None, "memory_tb_per_s": None, "link_gb_per_s": link}
+        measured.append({**row, "source": f"measured {profile.created[:10]}, {what}"})
+    return [*specified, *measured]
 
 
 def _models() -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,19 @@ from ..core.model_shapes import PRESETS, ModelError, ModelShape, preset, shape_f
 from ..policies.vocabulary import PS_PER_MS, PS_PER_S, Role
 from .config import Cluster, ExecutorKeys, Experiment, Instance, PolicyChoice
 from .errors import ConfigError, ResourceError, did_you_mean
+from .predictions import prediction_of
+from .profile_file import (
+    EngineEntry,
+    LinkEntry,
+    Profile,
+    find_engine,
+    find_link,
+    is_path,
+    load_profile,
+    profile_path,
+    shape_hash,
+    shipped_profiles,
+)
 from .weights_checks import check_same_shape, check_tensors
 
 SPEC_PREFIX: Final = "spec:"
@@ -42,6 +56,7 @@ class Placement:
     layers_per_stage: tuple[int, ...]
     pipeline_depth: int
     steps_per_grant: int
+    plan_ahead: bool
     keys: ExecutorKeys  # the part of the file that made it
     path: tuple[str | int, ...]  # where that part stands in the file
 
@@ -98,14 +113,80 @@ def _read_shape(path: Path, name: str, dtype: str | None, mtime_ns: int) -> Mode
     return shape_from_hf_config(values, Path(name).name, dtype)
 
 
-def device_of(cluster: Cluster) -> Device:
-    """The device specification that `profile` names. Raises ConfigError listing what there is."""
-    known = [f"{SPEC_PREFIX}{name}" for name in DEVICES]
-    if cluster.profile not in known:
+def device_of(config: Experiment) -> Device:
+    """The device that `cluster.profile` names: a specification, or what a profile was measured on.
+
+    Raises ConfigError listing what there is, or saying what the profile was measured for if that is something else.
+    """
+    name = config.cluster.profile
+    if name.startswith(SPEC_PREFIX):
+        known = [f"{SPEC_PREFIX}{device}" for device in DEVICES]
+        if name not in known:
+            allowed = [*known, *shipped_profiles()]
+            raise ConfigError(f"unknown profile '{name}'{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)})")
+        return DEVICES[name.removeprefix(SPEC_PREFIX)]
+    profile = profile_of(config)
+    if profile is None:
+        raise ConfigError(f"unknown profile '{name}'")
+    return profile.device
+
+
+def profile_of(config: Experiment) -> Profile | None:
+    """The measured profile that `cluster.profile` names, None for a specification.
+
+    Raises ConfigError if there is none of that name, or one that was measured for something else.
+    """
+    name = config.cluster.profile
+    if name.startswith(SPEC_PREFIX):
+        return None
+    if not is_path(name) and name not in shipped_profiles():
+        allowed = [*(f"{SPEC_PREFIX}{device}" for device in DEVICES), *shipped_profiles()]
         raise ConfigError(
-            f"unknown profile '{cluster.profile}'{did_you_mean(cluster.profile, known)} (allowed: {', '.join(known)})"
+            f"unknown profile '{name}'{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)}, or a path)"
         )
-    return DEVICES[cluster.profile.removeprefix(SPEC_PREFIX)]
+    profile = load_profile(profile_path(name, config.root))
+    _check_profile(profile, config)
+    return profile
+
+
+def _check_profile(profile: Profile, config: Experiment) -> None:
+    """ConfigError with what the profile was measured for, unless that is this experiment's cluster."""
+    for_ = profile.measured_for
+    if for_.device_type != config.device_type:
+        raise ConfigError(
+            f"profile {profile.name} was measured for device: {for_.device_type} ({for_.device_name}), not {config.device_type}"
+        )
+    shape = shape_of(config)
+    if for_.dtype != shape.dtype or for_.shape_hash != shape_hash(shape):
+        other = "" if for_.model != shape.name else ", of another shape"
+        raise ConfigError(
+            f"profile {profile.name} was measured for {for_.model} in {for_.dtype}, not {shape.name} in {shape.dtype}{other}"
+        )
+    kinds: dict[tuple[Role, int, int], EngineEntry] = {}
+    for role, keys, _ in executor_groups(config.cluster):
+        tp, pp = keys.tensor_parallel_size, keys.pipeline_parallel_size
+        entry = kinds[role, tp, pp] = find_engine(profile, role.value, tp, pp)
+        if entry.tokens_per_block != keys.kv_cache.tokens_per_block:
+            raise ConfigError(
+                f"profile {profile.name} was measured for KV blocks of {entry.tokens_per_block} tokens,"
+                f" not {keys.kv_cache.tokens_per_block}"
+            )
+        layers = KvLayout.of(shape, tp, pp, keys.layers_per_stage).layers_per_stage
+        if layers != entry.layers_per_stage:
+            raise ConfigError(
+                f"profile {profile.name} was measured for layers_per_stage {list(entry.layers_per_stage)}, not {list(layers)}"
+            )
+    for source_role, *source in kinds:
+        for reader_role, *reader in kinds:
+            if source_role is Role.CONTEXT and reader_role is not Role.CONTEXT:
+                link_of(profile, config, (*source, *reader))
+
+
+def link_of(profile: Profile, config: Experiment, layouts: Sequence[int]) -> LinkEntry:
+    """The link between executors of these (tp, pp of the source, of the reader). Raises ConfigError if none fits."""
+    transceiver = config.cluster.cache_transceiver
+    backend = None if transceiver is None else transceiver.backend
+    return find_link(profile, backend, layouts, None if transceiver is None else transceiver.throttle_gb_per_s)
 
 
 # ---- executors ------------------------------------------------------------------------------------------------------
@@ -140,6 +221,7 @@ def placements_of(config: Experiment) -> tuple[Placement, ...]:
                 layers_per_stage=layout.layers_per_stage,
                 pipeline_depth=keys.pipeline_depth or max(least_depth, pp),
                 steps_per_grant=keys.steps_per_grant,
+                plan_ahead=config.device_type == "cuda" if keys.plan_ahead is None else keys.plan_ahead,
                 keys=keys,
                 path=path,
             )
@@ -216,7 +298,7 @@ def blocks_beside_weights(keys: ExecutorKeys, shape: ModelShape, device: Device,
 def cluster_of(config: Experiment) -> OrchestratorConfig:
     """The cluster that both worlds build. Raises ConfigError, ResourceError or ModelError."""
     shape = shape_of(config)
-    device = device_of(config.cluster)
+    device = device_of(config)
     cluster = config.cluster
     transceiver = cluster.cache_transceiver
     base, per_token = _transfer_timeout(config, shape, device)
@@ -264,6 +346,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
         generation_binding=transceiver.generation_binding if transceiver else "at_context_done",
         retry=RetryConfig(on_failure=transceiver.on_failure if transceiver else "recompute"),
         skip_context_phase=cluster.skip_context_phase,
+        prediction=prediction_of(config, tuple(executors), shape.kv_bytes_per_token),
         seed=config.seed,
         policy_root=str(config.root),
     )

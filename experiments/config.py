@@ -121,6 +121,9 @@ class ExecutorKeys(Keys):
     steps_per_grant: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
         1, description="decode steps that a leader may grant its ranks at once"
     )
+    plan_ahead: bool | None = Field(
+        None, description="make the next plan while granted steps of this one still run; default: on a GPU"
+    )
     device_weight: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="relative speed, shown to policies")
     domain: str = Field("", max_length=200, description="topology domain, shown to policies")
 
@@ -158,7 +161,12 @@ class CacheTransceiver(Keys):
 
 
 class Cluster(Keys):
-    profile: str = Field("spec:h200", min_length=1, description="spec:… is a device specification")
+    profile: str = Field(
+        "spec:h200", min_length=1, description="spec:… is a device specification; else a measured profile, or its file"
+    )
+    step_jitter: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0, description="simulation only: noise of step times, as a share; `disagg profile show` says what was seen"
+    )
     context_servers: ServerGroup | None = None
     generation_servers: ServerGroup | None = None
     mixed_servers: ServerGroup | None = None
@@ -254,21 +262,53 @@ Length = Annotated[
 ]
 
 
+class SharedPrefixes(Keys):
+    """Prefixes, such as system prompts, each shared by the requests of a group; they come on top of `isl`."""
+
+    groups: Annotated[int, Field(ge=1, le=1 << 20)]
+    length: Length
+    skew: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="popularity ~ rank^-skew; 0: all equal")
+    share: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="of requests, or sessions, that have one")
+
+
+class Sessions(Keys):
+    """Conversations: each turn's prompt holds the earlier prompts and answers. They take turns in sending."""
+
+    concurrent: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
+        32, description="sessions at a time; a session's turns are as many requests apart"
+    )
+    turns: Length = Field(description="requests of a session")
+    turn_isl: Length | None = Field(None, description="tokens that a later turn adds; default: isl")
+
+
+class TrafficClass(Keys):
+    """One of several kinds of requests that are mixed in the same phase."""
+
+    name: str = Field(max_length=200)
+    share: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="relative to the other classes'")
+    isl: Length | None = None
+    osl: Length | None = None
+    priority: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="default: the phase's")
+
+
 class SyntheticDataset(Keys):
     """Lengths drawn by seed. `osl` is the true output length, hidden from policies."""
 
     type: Literal["synthetic"]
     isl: Length
     osl: Length
+    shared_prefixes: SharedPrefixes | None = None
+    sessions: Sessions | None = None
+    classes: Annotated[list[TrafficClass], Field(min_length=1, max_length=1000)] | None = None
 
 
 class TraceDataset(Keys):
-    """A public trace, or a data set of TensorRT-LLM's benchmarks, which has tokens and no times.
+    """A public trace, or conversations (ShareGPT) or samples (TensorRT-LLM's benchmarks), which have no times.
 
     `path` from the experiment file's folder, else from $DISAGG_TRACES.
     """
 
-    type: Literal["azure", "mooncake", "tensorrt_llm"]
+    type: Literal["azure", "burstgpt", "mooncake", "sharegpt", "tensorrt_llm"]
     path: str = Field(min_length=1, max_length=4096)
 
 
@@ -371,6 +411,44 @@ class Sampling(Keys):
     )
 
 
+class PlanRouters(Keys):
+    """The routers of one candidate; what is left out is least_tokens, least_kv and least_requests."""
+
+    context_router: Policy | None = None
+    generation_router: Policy | None = None
+    mixed_router: Policy | None = None
+    router: Policy | None = Field(None, description="one policy object for every stage, instead of the three above")
+
+
+def _routers_from_name(value: Any) -> Any:
+    return {"router": value} if isinstance(value, str) else value
+
+
+class Plan(Keys):
+    """What `disagg plan` searches. Executors take their other keys from the groups of `cluster`."""
+
+    max_gpus: Annotated[int, Field(ge=1, le=4096)] = 8
+    min_gpus: Annotated[int, Field(ge=1, le=4096)] = 1
+    roles: Literal["disaggregated", "mixed", "both"] = "both"
+    tensor_parallel_sizes: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] = [1, 2, 4, 8]
+    pipeline_parallel_sizes: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] = [1]
+    routers: (
+        Annotated[
+            list[Annotated[PlanRouters, BeforeValidator(_routers_from_name)]], Field(min_length=1, max_length=100)
+        ]
+        | None
+    ) = Field(None, description="default: the file's own, and round_robin")
+    mixed_max_num_tokens: Annotated[list[Count], Field(min_length=1, max_length=100)] | None = Field(
+        None, description="token budgets of a step to try with mixed executors; default: that of mixed_servers, or 2048"
+    )
+    seeds: Annotated[int, Field(ge=1, le=1000)] = Field(5, description="repeats of the finalists, seed, seed + 1, …")
+    tolerance: Annotated[float, Field(ge=0.001, le=0.5)] = Field(0.02, description="rates tried are so far apart")
+    horizon_s: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="arrivals simulated at each rate; default: 5 x the longest latency that the objectives allow"
+    )
+    exhaustive: bool = Field(False, description="no screening: every candidate with every seed")
+
+
 class ReportKeys(Keys):
     percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = [50, 90, 95, 99]
 
@@ -390,6 +468,7 @@ class Experiment(Keys):
     sweep: dict[str, Annotated[list[Any], Field(min_length=1, max_length=10_000)]] = {}
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
     faults: Annotated[list[Any], Field(max_length=0)] = []
+    plan: Plan | None = Field(None, description="of `disagg plan`; a run does not read it")
     report: ReportKeys = Field(default_factory=lambda: ReportKeys.model_validate({}))
 
     _root: Path = PrivateAttr(default=Path("."))
@@ -402,7 +481,7 @@ class Experiment(Keys):
     @property
     def device_type(self) -> str:
         """`cuda` or `cpu`."""
-        return self.device or ("cpu" if self.cluster.profile.startswith("spec:cpu") else "cuda")
+        return self.device or ("cpu" if self.cluster.profile.startswith(("spec:cpu", "cpu-")) else "cuda")
 
     def expanded(self) -> dict[str, Any]:
         """The file with every default written out, as plain values; it loads to an equal experiment."""

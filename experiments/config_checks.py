@@ -130,7 +130,9 @@ def _routers(config: Experiment, roles: set[str]) -> Iterator[Problem]:
 def _cluster(config: Experiment) -> list[Problem]:
     problems: list[Problem] = []
     try:
-        device = device_of(config.cluster)
+        device = device_of(config)
+    except ModelError:  # told below
+        device = None
     except ConfigError as error:
         device = None
         problems.append(Problem(("cluster", "profile"), str(error)))
@@ -330,14 +332,19 @@ def _workload(config: Experiment) -> Iterator[Problem]:
         yield Problem(("workload", "phases"), "every phase is excluded from results; allowed: at least one that counts")
     dataset = workload.dataset
     if isinstance(dataset, SyntheticDataset):
-        for key in ("isl", "osl"):
-            yield from _length(getattr(dataset, key), ("workload", "dataset", key))
-    if isinstance(dataset, SyntheticDataset) or dataset.type == "tensorrt_llm":  # neither has times
+        for path, length in _lengths(dataset):
+            yield from _length(length, ("workload", "dataset", *path))
+        names = [keys.name for keys in dataset.classes or ()]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                path = ("workload", "dataset", "classes", number, "name")
+                yield Problem(path, f"two traffic classes are named '{name}'")
+    if isinstance(dataset, SyntheticDataset) or dataset.type in ("sharegpt", "tensorrt_llm"):  # none has times
         for number, phase in enumerate(workload.phases):
             if isinstance(phase, TracePhase):
                 yield Problem(
                     ("workload", "phases", number, "type"),
-                    "a trace's arrivals need a trace; allowed: dataset type azure or mooncake, or another phase type",
+                    "a trace's arrivals need a trace; allowed: dataset type azure, burstgpt or mooncake, or another phase type",
                 )
     try:
         counts = phase_counts(config)
@@ -360,6 +367,22 @@ def _workload(config: Experiment) -> Iterator[Problem]:
                 f"{count} requests at {phase.rate:g} a second take {count / phase.rate / 86_400:.3g} days; allowed: at"
                 f" most {LONGEST_PHASE_S // 86_400}",
             )
+
+
+def _lengths(dataset: SyntheticDataset) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Each length distribution of the data set and where it stands in it."""
+    yield ("isl",), dataset.isl
+    yield ("osl",), dataset.osl
+    if dataset.shared_prefixes is not None:
+        yield ("shared_prefixes", "length"), dataset.shared_prefixes.length
+    if dataset.sessions is not None:
+        yield ("sessions", "turns"), dataset.sessions.turns
+        if dataset.sessions.turn_isl is not None:
+            yield ("sessions", "turn_isl"), dataset.sessions.turn_isl
+    for number, keys in enumerate(dataset.classes or ()):
+        for name in ("isl", "osl"):
+            if getattr(keys, name) is not None:
+                yield ("classes", number, name), getattr(keys, name)
 
 
 def _length(length: Any, path: tuple[str | int, ...]) -> Iterator[Problem]:

@@ -51,10 +51,14 @@ def read_step_ends(run_dir: Path) -> dict[tuple[int, int], list[int]]:
     return {(executor, epoch): ends for executor, epoch, ends in rows}
 
 
-def launch_of(run_dir: Path) -> dict[int, tuple[int, int]]:
-    """(steps_per_grant, pipeline_depth) of each executor, from the manifest."""
+def launch_of(run_dir: Path) -> dict[int, tuple[int, int, bool]]:
+    """(steps_per_grant, pipeline_depth, plan_ahead) of each executor, from the manifest."""
     manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
     return {
-        int(executor["id"]): (int(executor["steps_per_grant"]), int(executor["pipeline_depth"]))
+        int(executor["id"]): (
+            int(executor["steps_per_grant"]),
+            int(executor["pipeline_depth"]),
+            bool(executor.get("plan_ahead", False)),
+        )
         for executor in manifest["executors"]
     }

@@ -14,15 +14,15 @@ from typing import Any, Final
 
 import msgspec
 
-from ..policies.registry import load
-from .cluster import cluster_of, device_of, placements_of, shape_of
+from .cluster import cluster_of, device_of, placements_of, profile_of, shape_of
 from .config import Experiment
+from .oracles import uses_oracle
 from .run_point import RunOutcome, RunPoint
 from .workload import Workload
 
 FORMAT_VERSION: Final = 1
 # What a simulated and a measured run of one configuration may differ in, and what does not change what happens.
-_NOT_CONFIGURATION: Final = ("backend", "name", "seed", "sweep", "repeats", "report", "schema_version")
+_NOT_CONFIGURATION: Final = ("backend", "name", "seed", "sweep", "repeats", "plan", "report", "schema_version")
 _PACKAGES: Final = (
     "disagg",
     "msgspec",
@@ -60,6 +60,7 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
             "layers_per_stage": list(placement.layers_per_stage),
             "steps_per_grant": placement.steps_per_grant,
             "pipeline_depth": placement.pipeline_depth,
+            "plan_ahead": placement.plan_ahead,
             "num_blocks": executor.num_blocks,
             "tokens_per_block": executor.tokens_per_block,
         }
@@ -78,12 +79,12 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
         "oracle": uses_oracle(config),
         "started_at": started.isoformat(),
         "wall_time_s": (datetime.now(UTC) - started).total_seconds(),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
         "platform": platform.platform(),
         "device": outcome.device or config.device_type,
         "profile": config.cluster.profile,
-        "profile_hash": sha256(msgspec.json.encode(device_of(config.cluster))).hexdigest(),
+        "profile_hash": sha256(msgspec.json.encode(profile_of(config) or device_of(config))).hexdigest(),
         "num_devices": sum(len(placement.participant_ids) for placement in placements_of(config)),
         "executors": executors,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
@@ -96,18 +97,8 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
     }
 
 
-def uses_oracle(config: Experiment) -> bool:
-    """Whether a policy of `config` declares that it must be told true output lengths."""
-    cluster = cluster_of(config)
-    routers = (cluster.context_router, cluster.generation_router, cluster.mixed_router, cluster.router)
-    return any(
-        bool(getattr(load(spec.name, "routing", cluster.policy_root), "is_oracle", False))
-        for spec in routers
-        if spec is not None
-    )
-
-
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of Python and of what a run depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -118,7 +109,7 @@ def _versions() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of this source tree, with `-dirty` if it was changed; None outside a repository."""
     try:
         result = subprocess.run(

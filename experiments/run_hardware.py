@@ -27,8 +27,9 @@ from ..runtime.hosts import Placing
 from ..runtime.launcher import LaunchError
 from ..runtime.transport import TransportError
 from .cluster import Placement as ClusterPlacement
-from .cluster import cluster_of, placements_of, shape_of, world_size
+from .cluster import cluster_of, placements_of, profile_of, shape_of, world_size
 from .config import Experiment
+from .device_names import check_device_name
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT, ConfigError, ResourceError
 from .event_files import STEP_ENDS, encode_step_ends, log_name
 from .planned import request_of, true_length
@@ -81,6 +82,7 @@ def hardware_spec(config: Experiment, placing: Placing | None = None) -> Hardwar
                 layers_per_stage=placement.layers_per_stage,
                 steps_per_grant=placement.steps_per_grant,
                 pipeline_depth=placement.pipeline_depth,
+                plan_ahead=placement.plan_ahead,
                 free_gpu_memory_fraction=_fraction(placement) if config.device_type == "cuda" else None,
             )
             for placement in placements_of(config)
@@ -131,6 +133,8 @@ def run_hardware(
     options: HardwareOptions = HardwareOptions(),
 ) -> RunOutcome:
     """Run one point of an experiment on real executors to its end; in an existing MPI world this is rank 0's part."""
+    if options.placing is None:
+        check_device_name(profile_of(config))
     load = _Load(config)
     try:
         result = run_cluster(

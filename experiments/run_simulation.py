@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from ..core.commands import Deliver
 from ..core.config import ExecutorConfig
 from ..core.cost import CostModel, roofline
+from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
 from ..core.tables import RequestRow
 from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import PS_PER_S, FinishReason
 from ..simulator.calls import MESSAGE, call_at
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
-from .cluster import cluster_of, device_of, placements_of, shape_of
+from .cluster import cluster_of, device_of, link_of, placements_of, profile_of, shape_of
 from .config import Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT
 from .event_files import log_name
 from .load_source import LoadSource
 from .planned import request_of, true_length
 from .policy_failure import policy_failure
+from .profile_file import find_engine, measured_cost
 from .run_directory import RunDirectory
 from .run_point import Progress, RunOutcome, RunPoint
 from .workload import PlannedRequest, Workload
@@ -34,7 +39,7 @@ class _TimeIsUpError(Exception):
     """The run took longer than it was given."""
 
 
-class _Load:
+class SimulatedLoad:
     """The users: sends what the load source says is due, and counts what comes back."""
 
     def __init__(
@@ -48,6 +53,8 @@ class _Load:
         self._progress = progress
         self._cluster: SimulatedCluster | None = None
         self._sending_at = -1
+        profile = profile_of(config)
+        self._dispatch_delay = 0 if profile is None else profile.dispatch_delay_ps  # intended send to the orchestrator
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def start(self, cluster: SimulatedCluster) -> None:
@@ -61,7 +68,11 @@ class _Load:
         now = cluster.env.now
         for planned in self.source.take(now):
             self.planned[planned.id] = planned
-            cluster.submit(request_of(planned, self._config), true_length(planned))
+            request, length = request_of(planned, self._config), true_length(planned)
+            if self._dispatch_delay:
+                cluster.submit_at(now + self._dispatch_delay, request, length)
+            else:
+                cluster.submit(request, length)
         following = self.source.next_send()
         # a closed loop is asked again at each end; an open one needs one call per distinct instant
         if following is not None and following > now and following != self._sending_at:
@@ -87,34 +98,95 @@ class _Load:
 
 def costs_of(config: Experiment) -> dict[int, CostModel]:
     """The cost model of each executor, by id."""
-    shape, device = shape_of(config), device_of(config.cluster)
+    shape, profile, device = shape_of(config), profile_of(config), device_of(config)
+    costs: dict[int, CostModel] = {}
+    for placement in placements_of(config):
+        tp, pp = placement.tensor_parallel_size, placement.pipeline_parallel_size
+        if profile is None:
+            costs[placement.id] = roofline(shape, device, tp, pp)
+        else:
+            entry = find_engine(profile, placement.role.value, tp, pp)
+            costs[placement.id] = measured_cost(profile, entry, placement.keys.scheduler.max_batch_size)
+    return costs
+
+
+def gaps_of(config: Experiment) -> dict[int, LaunchGaps]:
+    """What lies between two plans of each executor, by id; nothing under a specification."""
+    profile = profile_of(config)
+    if profile is None:
+        return {}
     return {
-        placement.id: roofline(shape, device, placement.tensor_parallel_size, placement.pipeline_parallel_size)
-        for placement in placements_of(config)
+        p.id: find_engine(profile, p.role.value, p.tensor_parallel_size, p.pipeline_parallel_size).gaps
+        for p in placements_of(config)
     }
 
 
-def link_rate(config: Experiment, executors: dict[int, ExecutorConfig]) -> Any:
-    """Bytes/s from one executor to another: their ranks' links side by side, or the throttle if it is slower."""
-    device = device_of(config.cluster)
+def message_latency(config: Experiment) -> MessageLatency:
+    profile = profile_of(config)
+    if profile is not None:
+        return profile.messages
+    return MessageLatency.same(round(device_of(config).message_latency_s * PS_PER_S))
+
+
+def link_costs(config: Experiment, executors: dict[int, ExecutorConfig]) -> Callable[[int, int], LinkCost]:
+    """From one executor to another: as measured; else their ranks' links side by side; the throttle if it is slower."""
+    device, profile = device_of(config), profile_of(config)
     transceiver = config.cluster.cache_transceiver
     throttle = None if transceiver is None else transceiver.throttle_gb_per_s
 
-    def rate(source: int, reader: int) -> float:
-        ranks = min(executors[e].tensor_parallel_size * executors[e].pipeline_parallel_size for e in (source, reader))
-        full = device.link_bandwidth * device.link_efficiency * ranks
-        return full if throttle is None else min(full, throttle * 1e9)
+    def cost(source: int, reader: int) -> LinkCost:
+        ends = executors[source], executors[reader]
+        if profile is not None:
+            layouts = [n for e in ends for n in (e.tensor_parallel_size, e.pipeline_parallel_size)]
+            found = link_of(profile, config, layouts).cost
+        else:
+            ranks = min(e.tensor_parallel_size * e.pipeline_parallel_size for e in ends)
+            rate = device.link_bandwidth * device.link_efficiency * ranks
+            found = LinkCost(rate, round(device.link_latency_s * PS_PER_S))
+        if throttle is None:
+            return found
+        return replace(found, bytes_per_s=min(found.bytes_per_s, throttle * 1e9))
 
-    return rate
+    return cost
+
+
+def build_cluster(
+    config: Experiment,
+    *,
+    records: Callable[[Any], None],
+    delivered: Callable[[Deliver], None],
+    log_sink: Callable[[int], Callable[[bytes], object] | None] | None = None,
+) -> SimulatedCluster:
+    """The experiment's cluster on virtual time, without its load; the callbacks are those of SimulatedCluster."""
+    cluster = cluster_of(config)
+    return SimulatedCluster(
+        cluster,
+        ModelTiming(
+            costs_of(config), message_latency(config), config.cluster.step_jitter, config.seed, gaps=gaps_of(config)
+        ),
+        kv_bytes_per_token=shape_of(config).kv_bytes_per_token,
+        link_cost=link_costs(config, {e.id: e for e in cluster.executors}),
+        launch={p.id: (p.steps_per_grant, p.pipeline_depth, p.plan_ahead) for p in placements_of(config)},
+        records=records,
+        delivered=delivered,
+        log_sink=log_sink,
+    )
+
+
+def _outside(cluster: SimulatedCluster) -> str | None:
+    """A warning, where steps were dearer than any that was measured."""
+    timing = cluster.timing
+    if not isinstance(timing, ModelTiming) or not timing.num_outside:
+        return None
+    return f"warning: {timing.num_outside} of {timing.num_epochs} batches lie outside the measured range of the profile"
 
 
 def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:
     """Simulate one point of an experiment to its end."""
-    cluster_config = cluster_of(config)
-    device = device_of(config.cluster)
+    device, profile = device_of(config), profile_of(config)
     workload = Workload(config)
     source = LoadSource(workload)
-    load = _Load(source, config, progress, point.timeout_s)
+    load = SimulatedLoad(source, config, progress, point.timeout_s)
 
     def record(row: Any) -> None:
         if type(row) is RequestRow:
@@ -123,7 +195,6 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
         else:
             writer.write(row)
 
-    placements = placements_of(config)
     with ExitStack() as files:
 
         def log_sink(core: int) -> Any:
@@ -131,17 +202,7 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
                 return None
             return files.enter_context(writer.events_path(log_name(core)).open("wb")).write
 
-        cluster = SimulatedCluster(
-            cluster_config,
-            ModelTiming(costs_of(config), round(device.message_latency_s * PS_PER_S), seed=config.seed),
-            kv_bytes_per_token=shape_of(config).kv_bytes_per_token,
-            link_bytes_per_s=link_rate(config, {e.id: e for e in cluster_config.executors}),
-            link_latency=round(device.link_latency_s * PS_PER_S),
-            launch={p.id: (p.steps_per_grant, p.pipeline_depth) for p in placements},
-            records=record,
-            delivered=load.delivered,
-            log_sink=log_sink,
-        )
+        cluster = build_cluster(config, records=record, delivered=load.delivered, log_sink=log_sink)
         try:
             load.start(cluster)
             cluster.run()
@@ -173,7 +234,12 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
         load.num_failed,
         source.num_cut,
         exit_code=EXIT_RESOURCES if none_served else 0,
-        message="no request could be served" if none_served else None,
-        device=f"{device.name} (specification)",
-        manifest={"simulated_s": cluster.now_s, "simulator_events": cluster.count_events()},
+        message="no request could be served" if none_served else _outside(cluster),
+        device=f"{device.name} ({'specification' if profile is None else 'measured'})",
+        manifest={
+            "simulated_s": cluster.now_s,
+            "simulator_events": cluster.count_events(),
+            "profile_measured": None if profile is None else profile.created,
+            "epochs_outside_measured_range": getattr(cluster.timing, "num_outside", 0),
+        },
     )

@@ -1,0 +1,185 @@
+"""What a step costs, from measurements: the evaluation of a fitted profile. Fitting is `experiments/`' business.
+
+Each part of a step is a feature that means something on a device - rows through the matrices, KV read, query-key pairs -
+times a coefficient that is never negative, so a step never gets cheaper by doing more. Outside what was measured the
+outermost slope goes on; `covers` says where that begins.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Final
+
+from msgspec import Struct
+
+from .cost import UNIT_BITS, StepFeatures, affine_span_time
+
+UNITS_PER_NS: Final = 1000 << UNIT_BITS
+
+
+class Curve(Struct, frozen=True):
+    """A monotone, continuous, piecewise linear function of a count. `slopes[i]` holds from `knots[i]` on.
+
+    Integers in 2^-20 ps; `knots` ascend from 0; `values` are those at the knots, kept so that looking one up is cheap.
+    """
+
+    knots: tuple[int, ...]
+    slopes: tuple[int, ...]
+    values: tuple[int, ...]
+
+    @classmethod
+    def of(cls, start: int, knots: Sequence[int], slopes: Sequence[int]) -> Curve:
+        """Raises ValueError for what is no such function."""
+        if not knots or knots[0] != 0 or len(knots) != len(slopes) or list(knots) != sorted(set(knots)):
+            raise ValueError(f"knots {list(knots)} must ascend from 0, with one slope each, not {len(slopes)}")
+        if start < 0 or min(slopes) < 0:
+            raise ValueError("a cost never falls: its start and slopes must not be negative")
+        values = [start]
+        for i in range(1, len(knots)):
+            values.append(values[-1] + slopes[i - 1] * (knots[i] - knots[i - 1]))
+        return cls(tuple(knots), tuple(slopes), tuple(values))
+
+    @classmethod
+    def line(cls, start: int, slope: int) -> Curve:
+        return cls.of(start, (0,), (slope,))
+
+    def at(self, x: int) -> int:
+        i = bisect_right(self.knots, x) - 1
+        return self.values[i] + self.slopes[i] * (x - self.knots[i])
+
+    def total(self, first: int, stride: int, num: int) -> int:
+        """Exactly at(first) + at(first + stride) + … of `num` terms, a segment at a time."""
+        if stride == 0:
+            return num * self.at(first)
+        total = 0
+        knots, slopes = self.knots, self.slopes
+        while num > 0:
+            i = bisect_right(knots, first) - 1
+            terms = num
+            if i + 1 < len(knots):
+                terms = min(num, -(-(knots[i + 1] - first) // stride))
+            value = self.values[i] + slopes[i] * (first - knots[i])
+            total += affine_span_time(value, slopes[i] * stride, terms)
+            first += terms * stride
+            num -= terms
+        return total
+
+
+ZERO: Final = Curve.line(0, 0)
+
+
+class Measured(Struct, frozen=True):
+    """How far measurements went: the largest of each feature, of decode steps and of steps with chunks."""
+
+    decodes: int = 0
+    kv_tokens: int = 0
+    rows: int = 0  # of steps with chunks, padded
+    chunks: int = 0
+    pairs: int = 0
+    cached_tokens: int = 0
+    mixed_decodes: int = 0
+    mixed_kv_tokens: int = 0
+
+
+class MeasuredCost(Struct, frozen=True):
+    """Times in 2^-20 ps; coefficients per one of the feature.
+
+    A decode step: `decode_rows` of its batch, padded to the next of `graph_sizes` (none: not padded), `decode_kv` of all
+    KV tokens it reads, `decode` a sequence. A step with chunks: `chunk_rows` of all its tokens, padded to a multiple of
+    `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them, `chunk` and
+    `sample` for each chunk and each token that one yields, `mixed_kv` and `mixed_decode` for the decodes that run along.
+    """
+
+    graph_sizes: tuple[int, ...]
+    row_multiple: int
+    decode_rows: Curve
+    decode_kv: Curve
+    decode: int
+    chunk_rows: Curve
+    pair: int
+    cached_token: int
+    chunk: int
+    sample: int
+    mixed_kv: Curve
+    mixed_decode: int
+    measured: Measured
+
+    def step_time(self, features: StepFeatures) -> int:
+        n, kv, chunks = features
+        if not chunks:
+            return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
+        return self.time_of_sums(n, kv, len(chunks), *_sums(chunks))
+
+    def time_of_sums(
+        self, num_decodes: int, num_kv: int, num_chunks: int, num_tokens: int, pairs: int, cached: int, sampled: int
+    ) -> int:
+        """`step_time` by the sums over a step's chunks: their tokens, their (query, key) pairs, tokens cached before
+        them, tokens that they yield.
+        """
+        if not num_chunks:
+            return self.step_time(StepFeatures(num_decodes, num_kv))
+        return (
+            self.chunk_rows.at(padded_rows(num_decodes + num_tokens, self.row_multiple))
+            + pairs * self.pair
+            + cached * self.cached_token
+            + num_chunks * self.chunk
+            + sampled * self.sample
+            + self.mixed_kv.at(num_kv)
+            + num_decodes * self.mixed_decode
+        )
+
+    def span_time(self, features: StepFeatures, num_steps: int) -> int:
+        """The sum of step_time over steps that read `num_decodes` more KV tokens each."""
+        n, kv, chunks = features
+        curve = self.mixed_kv if chunks else self.decode_kv
+        rest = self.step_time(features) - curve.at(kv)
+        return rest * num_steps + curve.total(kv, n, num_steps)
+
+    def covers(self, features: StepFeatures) -> bool:
+        """Whether every feature of the step is within what was measured."""
+        n, kv, chunks = features
+        most = self.measured
+        if not chunks:
+            return n <= most.decodes and kv <= most.kv_tokens
+        tokens, pairs, cached, _ = _sums(chunks)
+        return (
+            padded_rows(n + tokens, self.row_multiple) <= most.rows
+            and pairs <= most.pairs
+            and cached <= most.cached_tokens
+            and len(chunks) <= most.chunks
+            and n <= most.mixed_decodes
+            and kv <= most.mixed_kv_tokens
+        )
+
+    def _graph_size(self, num_decodes: int) -> int:
+        sizes = self.graph_sizes
+        i = bisect_left(sizes, num_decodes)
+        return sizes[i] if i < len(sizes) else num_decodes
+
+
+def _sums(chunks: Sequence[tuple[int, int, bool]]) -> tuple[int, int, int, int]:
+    """Tokens of the chunks, their (query, key) pairs, tokens cached before them, tokens that they yield."""
+    tokens, pairs, cached, sampled = 0, 0, 0, 0
+    for before, length, yields in chunks:
+        tokens += length
+        pairs += chunk_pairs(before, length)
+        cached += before
+        sampled += yields
+    return tokens, pairs, cached, sampled
+
+
+def chunk_pairs(before: int, length: int) -> int:
+    """(query, key) pairs that causal attention computes for a chunk of `length` tokens behind `before` others."""
+    return length * before + length * (length + 1) // 2
+
+
+def padded_rows(rows: int, multiple: int) -> int:
+    """Rows of a step with chunks as the device runs them: up to `multiple` as they are, above it a multiple."""
+    return rows if rows <= multiple else -(-rows // multiple) * multiple
+
+
+def graph_sizes(max_batch: int) -> tuple[int, ...]:
+    """Decode batch sizes that the GPU engine has a graph for: a batch runs as the next larger one."""
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, max_batch + 64, 64)]
+    return (*(size for size in sizes if size < max_batch), max_batch)

@@ -1,0 +1,63 @@
+"""What a cluster costs beside its steps, as measured: messages, links, and what lies between two plans. Values only."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec import Struct
+
+from .commands import ORCHESTRATOR
+
+
+class LaunchGaps(Struct, frozen=True):
+    """Picoseconds that the first step of a plan takes longer than such a step takes inside a plan.
+
+    By what the executor did before (nothing, decodes, chunks) and what it does now; `joined` and `left` are for each
+    sequence that enters and leaves the decode batch. A plan that goes on with its epoch has `continued`.
+    """
+
+    decode_after_idle: int = 0
+    decode_after_decode: int = 0
+    decode_after_chunk: int = 0
+    chunk_after_idle: int = 0
+    chunk_after_decode: int = 0
+    chunk_after_chunk: int = 0
+    continued: int = 0
+    joined: int = 0
+    left: int = 0
+
+    def of(self, before: str, has_chunks: bool, num_joined: int, num_left: int) -> int:
+        """`before`: idle, decode or chunk."""
+        gap: int = getattr(self, f"{'chunk' if has_chunks else 'decode'}_after_{before}")
+        return gap if has_chunks else gap + self.joined * num_joined + self.left * num_left
+
+
+class MessageLatency(Struct, frozen=True):
+    """Picoseconds from the instant that makes a core send to the instant at which another is given the message."""
+
+    into_executor: int
+    from_executor: int
+    between_executors: int
+
+    def of(self, sender: int, receiver: int) -> int:
+        if sender == ORCHESTRATOR:
+            return self.into_executor
+        return self.from_executor if receiver == ORCHESTRATOR else self.between_executors
+
+    @classmethod
+    def same(cls, latency: int) -> MessageLatency:
+        """All alike."""
+        return cls(latency, latency, latency)
+
+
+class LinkCost(Struct, frozen=True):
+    """Of one direction between two executors: `fixed` picoseconds a transfer and `page` a KV block, which take no
+    bandwidth, and bytes at `bytes_per_s`, which transfers share.
+    """
+
+    bytes_per_s: float
+    fixed: int
+    page: int = 0
+
+
+NO_GAPS: Final = LaunchGaps()

@@ -1,0 +1,218 @@
+"""What `disagg calibrate` runs: small loads that drive a warm cluster through the steps whose time is to be known.
+
+Each session is an ordinary load on the ordinary serving path. Decode batches are filled with canned contexts (nothing is
+computed, KV is left as it is), so that a full batch of long sequences costs nothing; their ends are staggered, so that one
+session goes through every batch size on its way down. Contexts alone end with their first token. The serving sessions
+have the lengths of the experiment file's own workload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from random import Random
+from typing import Final
+
+from msgspec.structs import replace
+
+from ..core.config import OrchestratorConfig, PolicySpec
+from ..core.cost import UNITS_PER_S, RooflineCost, StepFeatures
+from ..core.measured_cost import graph_sizes
+from ..policies.vocabulary import PS_PER_S, Request, Role
+from ..runtime.orchestrator_load import LoadPhase, PlannedSubmission
+from ..runtime.session_series import Session
+from .cluster import cluster_of, shape_of
+from .config import Experiment
+from .workload import Workload
+
+_TOKEN_IDS: Final = 128  # prompts draw from so many ids: one byte each on the way, and no matter to a device
+_MOST_KV_TOKENS: Final = 1 << 18  # in one decode batch
+_LEVELS: Final = (16, 128, 512, 1024, 2048, 4096, 8192, 16384)
+_PROMPTS: Final = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_BURSTS: Final = ((2, 32), (4, 128), (8, 128), (2, 512), (4, 512), (8, 1024), (16, 64), (32, 256))
+_ROUND_ROBIN: Final = PolicySpec("round_robin")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. `hold`: decode steps at each batch size; `share`: of the prompt lengths and levels, every
+    so many; `serving`: (concurrency, requests) of closed loops.
+    """
+
+    hold: int
+    rounds: int  # over all decode batches
+    repeats: int
+    share: int
+    serving: tuple[tuple[int, int], ...]
+    poisson: int
+    most_tokens: int  # of one prompt
+
+
+STANDARD: Final = Effort(12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768)
+QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """One request of a session: its lengths, and its instant where the loop is open."""
+
+    prompt: int
+    output: int
+    at_s: float | None = None
+
+
+class _Cluster:
+    """The limits that a plan must keep, taken from the least of the executors that a phase may go to."""
+
+    def __init__(self, config: Experiment) -> None:
+        self.orchestrator: OrchestratorConfig = replace(
+            cluster_of(config),
+            context_router=_ROUND_ROBIN,
+            generation_router=_ROUND_ROBIN,
+            mixed_router=_ROUND_ROBIN,
+            router=None,
+            admission=PolicySpec("accept_all"),
+        )
+        executors = self.orchestrator.executors
+        decoding = [e for e in executors if e.role is Role.GENERATION] or [e for e in executors if e.role is Role.MIXED]
+        prefilling = [e for e in executors if e.role is Role.CONTEXT] or [e for e in executors if e.role is Role.MIXED]
+        self.hands_over = any(e.role is Role.CONTEXT for e in executors)
+        self.num_decoding, self.num_prefilling = len(decoding), len(prefilling)
+        self.max_batch = min(e.scheduler.max_batch_size for e in decoding)
+        self.kv_tokens = min(e.num_blocks * e.tokens_per_block for e in executors)
+        self.tokens_per_block = max(e.tokens_per_block for e in executors)
+        self.step_tokens = min(e.scheduler.max_num_tokens for e in prefilling)
+        self.context_batch = min(e.scheduler.max_batch_size for e in prefilling)
+        self.longest = min(shape_of(config).max_position_embeddings, self.kv_tokens) - 2
+
+    def rounded(self, tokens: int) -> int:
+        """What a sequence of so many tokens takes of the KV, in whole blocks."""
+        return -(-tokens // self.tokens_per_block) * self.tokens_per_block
+
+
+def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STANDARD) -> tuple[Session, ...]:
+    """All sessions, in order. `cost`: about how long steps take, to space what must not meet."""
+    cluster = _Cluster(config)
+    sessions = [*_contexts(cluster, effort, cost), *_decodes(cluster, effort), *_serving(config, cluster, effort, cost)]
+    random = Random(config.seed)
+    tokens = tuple(random.choices(range(_TOKEN_IDS), k=2 * (cluster.longest + 1)))
+    return tuple(_session(*session, cluster, random, tokens) for session in sessions)
+
+
+_Plan = tuple[str, Sequence[_Ask], int | None, bool]  # name, requests, concurrency, whether contexts are canned
+
+
+def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+    """Prompts one at a time, several at once, and longer than a step holds."""
+    most = min(cluster.longest, effort.most_tokens)
+    lengths = [n for n in _PROMPTS[:: effort.share] if n <= min(most, cluster.step_tokens)]
+    lengths += [n * cluster.step_tokens + 100 for n in (1, 3) if n * cluster.step_tokens + 100 <= most]
+    singles = [_Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
+    yield "contexts one at a time", singles, cluster.num_prefilling, False
+    bursts: list[_Ask] = []
+    at = 0.0
+    for _ in range(effort.repeats):
+        for count, length in _BURSTS[:: effort.share]:
+            count = min(count, cluster.context_batch)
+            if length > most or cluster.rounded(length) * (count + 1) > cluster.kv_tokens:
+                continue
+            bursts += [_Ask(length, 1, at)] * ((count + 1) * cluster.num_prefilling)  # the first one runs alone
+            chunk = StepFeatures(0, 0, ((0, length, True),))
+            at += 2.5 * (count + 1) * cost.step_time(chunk) / UNITS_PER_S + 0.01
+    yield "contexts in bursts", bursts, None, False
+
+
+def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
+    """Full batches at several context lengths whose sequences end one batch size after another."""
+    for number in range(effort.rounds):
+        for level in _LEVELS[:: effort.share if number % 2 == 0 else -effort.share]:
+            ends = _staggered(_batch_at(cluster, level, effort), effort.hold)
+            if ends and level <= effort.most_tokens and level + max(ends) + 2 <= cluster.longest:
+                asks = [_Ask(level, end) for end in ends for _ in range(cluster.num_decoding)]
+                yield f"decodes at {level} tokens", asks, None, True
+        yield "decodes at mixed lengths", list(_unlike(cluster, effort, Random(7 + number))), None, True
+
+
+def _unlike(cluster: _Cluster, effort: Effort, random: Random) -> Iterator[_Ask]:
+    """Sequences of lengths as users have them, ending in no order of length."""
+    ends = _staggered(_batch_at(cluster, 1024, effort), effort.hold)
+    typical = min(1024, cluster.longest // 4, effort.most_tokens)
+    for end in random.sample(ends, len(ends)):
+        for _ in range(cluster.num_decoding):
+            length = max(1, min(round(random.lognormvariate(0, 0.8) * typical * 0.7), cluster.longest // 2))
+            yield _Ask(length, end)
+
+
+def _batch_at(cluster: _Cluster, level: int, effort: Effort) -> int:
+    """Sequences of `level` tokens that fit into a decode batch, with the tokens that they will generate."""
+    longest = level + effort.hold * (len(graph_sizes(cluster.max_batch)) + 2) + cluster.max_batch // 8
+    return min(cluster.max_batch, cluster.kv_tokens * 9 // 10 // cluster.rounded(longest), _MOST_KV_TOKENS // level)
+
+
+def _staggered(batch: int, hold: int) -> list[int]:
+    """Output lengths of a batch that stays `hold` steps at each of its graph sizes on the way down.
+
+    At the largest a little longer: until the last sequence has come.
+    """
+    sizes = sorted(graph_sizes(batch), reverse=True) if batch > 0 else []
+    return [2 + hold + batch // 8 + hold * sum(size > i for size in sizes) for i in range(batch)]
+
+
+def _serving(config: Experiment, cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+    """Requests of the file's own lengths, at several loads; and hand-overs of every length."""
+    lengths = cycle(_Ask(*pair) for pair in _lengths(config, cluster, effort))
+    if cluster.hands_over:
+        sizes = [n for n in _PROMPTS[1 :: max(2, effort.share)] if n <= min(cluster.longest - 2, effort.most_tokens)]
+        yield "hand-overs one at a time", [_Ask(n, 2) for n in sizes for _ in range(effort.repeats)], 1, False
+        burst = [_Ask(n, 3) for n in (64, 256) for _ in range(min(8, cluster.context_batch))]
+        yield "hand-overs at once", [ask for ask in burst if ask.prompt < cluster.longest - 4], 8, False
+    most = cluster.max_batch * cluster.num_decoding
+    for concurrency, count in effort.serving:
+        if concurrency <= most:
+            scale = 1 if concurrency == 1 else cluster.num_decoding
+            asks = list(islice(lengths, count * scale))
+            yield f"serving, {concurrency * scale} at a time", asks, concurrency * scale, False
+    asks = list(islice(lengths, effort.poisson))
+    yield "serving, open loop", list(_spaced(asks, cost, cluster)), None, False
+
+
+def _lengths(config: Experiment, cluster: _Cluster, effort: Effort) -> list[tuple[int, int]]:
+    """(prompt, output) as the file's workload draws them, as far as they fit."""
+    found = []
+    for planned in islice(Workload(config, with_block_hashes=False), 1000):
+        prompt = min(planned.num_prompt_tokens, cluster.longest // 2, effort.most_tokens)
+        found.append((prompt, max(2, min(planned.num_output_tokens, cluster.longest // 4))))
+    return found
+
+
+def _spaced(asks: Iterable[_Ask], cost: RooflineCost, cluster: _Cluster) -> Iterator[_Ask]:
+    """At random instants, at about a third of what the prefilling executors would bear."""
+    random, at = Random(11), 0.0
+    for ask in asks:
+        yield _Ask(ask.prompt, ask.output, at)
+        chunk = StepFeatures(0, 0, ((0, ask.prompt, True),))
+        at += random.expovariate(1.0) * 3 * cost.step_time(chunk) / UNITS_PER_S / cluster.num_prefilling
+
+
+def _session(
+    name: str,
+    asks: Sequence[_Ask],
+    concurrency: int | None,
+    canned: bool,
+    cluster: _Cluster,
+    random: Random,
+    tokens: tuple[int, ...],
+) -> Session:
+    """The load as the runtime takes it; prompts are cuts of `tokens`."""
+    longest = max((ask.output for ask in asks), default=1)
+    submissions = []
+    for number, ask in enumerate(asks):
+        # a bound that no sequence reaches: in serving, too, it is the world that ends them
+        bound = 1 if ask.output == 1 and not canned else longest + 1
+        cut = random.randrange(len(tokens) - ask.prompt)
+        request = Request(number, ask.prompt, bound, input_token_ids=tokens[cut : cut + ask.prompt])
+        offset = round((ask.at_s or 0.0) * PS_PER_S) if concurrency is None else None
+        submissions.append(PlannedSubmission(request, offset, ask.output))
+    orchestrator = replace(cluster.orchestrator, skip_context_phase=canned)
+    return Session(name, orchestrator, (LoadPhase(tuple(submissions), concurrency, name),))

@@ -1,0 +1,309 @@
+"""From what a session leaves behind to samples: how long each step, message and transfer took, and what it was made of.
+
+Everything is read from the event logs, which say when each core was given what and what it ordered, on one clock a host.
+A step lasts from the end of the one before it, or from its plan if the executor was at rest, to its own end as its leader
+saw it: just what the simulator calls a step's time. So the first step of a plan also holds what it took to launch it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from msgspec import Struct
+
+from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, RunSteps, Send, ServeKv
+from ..core.event_log import Frame, read_log
+from ..core.events import Arrive, KvReceived, KvRequested, KvTaken
+from ..core.measured_cost import chunk_pairs
+
+if TYPE_CHECKING:
+    from ..runtime.session_series import SessionResult
+
+FIRST: Final = "first"  # of an epoch
+CONTINUED: Final = "continued"  # the first of a plan that goes on with an epoch
+FOLLOWING: Final = "following"  # any other: launched while the step before it ran, where the device allows that
+NOTHING: Final = "nothing"  # before the first plan of a session
+_INTO_EXECUTOR, _FROM_EXECUTOR, _BETWEEN = (
+    "orchestrator to executor",
+    "executor to orchestrator",
+    "executor to executor",
+)
+
+
+class StepSample(Struct, frozen=True, array_like=True):
+    """One step. `before`: what the executor did before this plan: nothing, idle, decode, chunk; `same` inside a plan."""
+
+    session: int
+    executor: int
+    epoch: int
+    step: int
+    kind: str
+    before: str
+    duration_ps: int
+    num_decodes: int
+    num_kv_tokens: int
+    num_chunks: int
+    num_chunk_tokens: int
+    num_pairs: int
+    num_cached_tokens: int
+    num_sampled: int  # tokens that the chunks yield
+    num_joined: int
+    num_left: int
+    in_transfer: bool  # KV came or went meanwhile
+
+
+class MessageSample(Struct, frozen=True, array_like=True):
+    """From the instant that made one core send it to the instant at which another was given it."""
+
+    session: int
+    sender: int
+    receiver: int
+    pair: str
+    kind: str
+    latency_ps: int
+
+
+class TransferSample(Struct, frozen=True, array_like=True):
+    """One transfer: from the answer of its source to the reader's having it, and then to the source's being rid of it."""
+
+    session: int
+    source: int
+    reader: int
+    num_tokens: int
+    num_blocks: int
+    num_in_flight: int  # between these two when it began, itself included
+    duration_ps: int
+    taken_ps: int | None
+
+
+class ClientSample(Struct, frozen=True, array_like=True):
+    """From a request's intended send to the orchestrator's being given it."""
+
+    session: int
+    is_open_loop: bool
+    delay_ps: int
+
+
+class Samples(Struct):
+    """All that calibration saw."""
+
+    steps: list[StepSample] = []
+    messages: list[MessageSample] = []
+    transfers: list[TransferSample] = []
+    clients: list[ClientSample] = []
+
+    def add(self, number: int, result: SessionResult, *, is_open_loop: bool) -> None:
+        """Take in one session. Raises EventLogError for a log that is none."""
+        frames = {core: list(read_log(data)[1]) for core, data in result.logs.items() if data}
+        transfers = _transfers(number, frames)
+        self.transfers += [sample for sample, _, _ in transfers]
+        self.messages += _messages(number, frames)
+        self.clients += [
+            ClientSample(number, is_open_loop, frame.now - event.request.arrival)
+            for frame in frames.get(ORCHESTRATOR, ())
+            for event in frame.events
+            if isinstance(event, Arrive)
+        ]
+        for executor in sorted(frames):
+            if executor != ORCHESTRATOR:
+                busy = [(a, b) for s, a, b in transfers if executor in (s.source, s.reader)]
+                self.steps += _steps(number, executor, frames[executor], result.step_ends.get(executor, ()), busy)
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+def _steps(
+    session: int,
+    executor: int,
+    frames: Sequence[Frame],
+    step_ends: Iterable[tuple[int, int, int]],
+    busy: Sequence[tuple[int, int]],
+) -> list[StepSample]:
+    ends: dict[int, dict[int, int]] = defaultdict(dict)
+    for epoch, step, at in step_ends:
+        ends[epoch][step] = at
+    plans = [(frame.now, c) for frame in frames for c in frame.commands if isinstance(c, RunSteps)]
+    found: list[StepSample] = []
+    last_end, before = -1, NOTHING
+    for i, (ordered, run) in enumerate(plans):
+        following = plans[i + 1][1] if i + 1 < len(plans) else None
+        of_epoch = ends.get(run.epoch, {})
+        last = following.first_step - 1 if following is not None and following.epoch == run.epoch else run.last_step
+        if before != NOTHING and ordered > last_end:
+            before = "idle"
+        for step in range(run.first_step, last + 1):
+            end = of_epoch.get(step)
+            if end is None:
+                break
+            is_first = step == run.first_step
+            start = max(ordered, last_end) if is_first else last_end
+            kind = FOLLOWING if not is_first else FIRST if step == 1 else CONTINUED
+            found.append(_step(session, executor, run, step, kind, before if is_first else "same", start, end, busy))
+            last_end = end
+        before = "chunk" if run.chunks else "decode"
+    return found
+
+
+def _step(
+    session: int,
+    executor: int,
+    run: RunSteps,
+    step: int,
+    kind: str,
+    before: str,
+    start: int,
+    end: int,
+    busy: Sequence[tuple[int, int]],
+) -> StepSample:
+    num_decodes = run.num_decodes if run.decodes else 0
+    return StepSample(
+        session,
+        executor,
+        run.epoch,
+        step,
+        kind,
+        before,
+        end - start,
+        num_decodes,
+        run.num_kv_tokens + (step - 1) * num_decodes if num_decodes else 0,
+        len(run.chunks),
+        sum(chunk.length for chunk in run.chunks),
+        sum(chunk_pairs(chunk.start, chunk.length) for chunk in run.chunks),
+        sum(chunk.start for chunk in run.chunks),
+        sum(chunk.is_last for chunk in run.chunks),
+        len(run.joined) if kind != FOLLOWING else 0,
+        len(run.left) if kind != FOLLOWING else 0,
+        any(a < end and start < b for a, b in busy),
+    )
+
+
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+def _messages(session: int, frames: Mapping[int, Sequence[Frame]]) -> list[MessageSample]:
+    """Every message that one core sent and another was given; order is kept between two cores, so each is the next."""
+    sent: dict[tuple[int, int], deque[tuple[int, Any]]] = defaultdict(deque)
+    for core, of_core in frames.items():
+        for frame in of_core:
+            for command in frame.commands:
+                if isinstance(command, Send):
+                    sent[core, command.to].append((frame.now, command.message))
+                elif isinstance(command, ReceiveKv | PrepareReceive):
+                    asked = KvRequested(command.source_id, core, command.request_id)
+                    sent[core, command.source].append((frame.now, asked))
+    found = []
+    for core, of_core in frames.items():
+        for frame in of_core:
+            for event in frame.events:
+                for sender in frames:
+                    queue = sent.get((sender, core))
+                    if queue and queue[0][0] < frame.now and queue[0][1] == event:
+                        at, _ = queue.popleft()
+                        kind = type(event).__name__
+                        found.append(
+                            MessageSample(session, sender, core, pair_kind(sender, core), kind, frame.now - at)
+                        )
+                        break
+    return found
+
+
+def pair_kind(sender: int, receiver: int) -> str:
+    if sender == ORCHESTRATOR:
+        return _INTO_EXECUTOR
+    return _FROM_EXECUTOR if receiver == ORCHESTRATOR else _BETWEEN
+
+
+# ---- transfers ------------------------------------------------------------------------------------------------------
+
+
+def _transfers(session: int, frames: Mapping[int, Sequence[Frame]]) -> list[tuple[TransferSample, int, int]]:
+    """Transfers of KV that was whole when it was asked for, each with its first and last instant."""
+    served: dict[tuple[int, int], tuple[int, int, ServeKv]] = {}
+    taken: dict[tuple[int, int], int] = {}
+    for core, of_core in frames.items():
+        for frame in of_core:
+            for command in frame.commands:
+                if isinstance(command, ServeKv) and command.ok and not command.is_early:
+                    served[command.reader, command.reader_id] = core, frame.now, command
+            for event in frame.events:
+                if isinstance(event, KvTaken) and event.ok:
+                    taken[core, event.request_id] = frame.now
+    spans: list[tuple[int, int, int, ServeKv]] = []
+    for core, of_core in frames.items():
+        for frame in of_core:
+            for event in frame.events:
+                if isinstance(event, KvReceived) and event.ok and (core, event.request_id) in served:
+                    source, at, command = served[core, event.request_id]
+                    spans.append((at, frame.now, source, command))
+    found = []
+    for at, end, source, command in spans:
+        num_in_flight = sum(a <= at < b and s == source and c.reader == command.reader for a, b, s, c in spans)
+        gone = taken.get((source, command.request_id))
+        sample = TransferSample(
+            session,
+            source,
+            command.reader,
+            command.num_tokens,
+            len(command.blocks),
+            num_in_flight,
+            end - at,
+            None if gone is None else gone - at,
+        )
+        found.append((sample, at, end))
+    return found
+
+
+# ---- as files -------------------------------------------------------------------------------------------------------
+
+_TABLES: Final[dict[str, type[Struct]]] = {
+    "steps": StepSample,
+    "messages": MessageSample,
+    "transfers": TransferSample,
+    "clients": ClientSample,
+}
+
+
+def write_samples(samples: Samples, folder: Path) -> None:
+    """One Parquet file a kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, kind in _TABLES.items():
+        rows = getattr(samples, name)
+        names = kind.__struct_fields__
+        columns = {field: [getattr(row, field) for row in rows] for field in names}
+        partial = folder / f".{name}.partial"
+        pq.write_table(pa.table(columns), partial, compression="zstd")
+        partial.replace(folder / f"{name}.parquet")
+
+
+def read_samples(folder: Path) -> Samples | None:
+    """None where there are none."""
+    import pyarrow.parquet as pq
+
+    samples = Samples()
+    for name, kind in _TABLES.items():
+        path = folder / f"{name}.parquet"
+        if not path.is_file():
+            return None
+        table = pq.read_table(path)
+        columns = [table.column(field).to_pylist() for field in kind.__struct_fields__]
+        rows = [kind(*values) for values in zip(*columns, strict=True)] if len(table) else []
+        setattr(samples, name, rows)
+    return samples
+
+
+def as_arrays(rows: Sequence[Struct]) -> dict[str, Any]:
+    """The columns of samples of one kind as numpy arrays."""
+    import numpy as np
+
+    if not rows:
+        return {}
+    values = zip(*(msgspec.structs.astuple(row) for row in rows), strict=True)
+    return {name: np.array(column) for name, column in zip(rows[0].__struct_fields__, values, strict=True)}

@@ -1,0 +1,149 @@
+"""`disagg calibrate` and `disagg profile …`: their options. Each does its work in a module loaded when called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import EXIT_OK, EXIT_RUN_FAILED, ConfigError
+
+profile_app = typer.Typer(
+    name="profile",
+    help="Measured profiles: what calibration found, and how well it is fitted.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Named = Annotated[
+    str, typer.Argument(metavar="PROFILE", help="A shipped profile's name, or a file.", show_default=False)
+]
+
+
+def calibrate(
+    file: Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(metavar="PROFILE.json", help="File to write; default: profiles/NAME.json.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few points: to see that it works.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the sessions that have ended.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile and its samples.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="Give up after this long, with exit code 124.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the file.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure the cluster of an experiment file, and write the profile that simulations of it take their times from."""
+    raise typer.Exit(
+        run_calibration(
+            file,
+            output,
+            quick=quick,
+            resume=resume,
+            overwrite=overwrite,
+            timeout_s=timeout,
+            overrides=sets or [],
+            as_json=json,
+        )
+    )
+
+
+@profile_app.command()
+def show(
+    profile: Named,
+    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots of measured against fitted.")] = None,
+    json: Json = False,
+) -> None:
+    """Print what a profile was measured for, its costs, and the residuals of each family of samples."""
+    from .profile_show import show_profile
+
+    show_profile(profile, plots, as_json=json)
+
+
+@profile_app.command()
+def diff(
+    first: Named,
+    second: Named,
+    limit: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Exit 1 if mean step times differ by more, e.g. 0.02.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare what two profiles predict for the same steps: mean and largest relative difference."""
+    from .profile_diff import print_diff
+
+    worst = print_diff(first, second, as_json=json)
+    if limit is not None and worst > limit:
+        raise typer.Exit(EXIT_RUN_FAILED)
+
+
+@profile_app.command()
+def merge(
+    profiles: Annotated[list[Path], typer.Argument(metavar="PROFILE.json...", help="Of one device and model.")],
+    output: Annotated[Path, typer.Option(metavar="PROFILE.json", help="File to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+) -> None:
+    """Put the executors and links of several profiles of one device and one model into one file."""
+    from .profile_file import load_profile, merged, save_profile
+
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
+    save_profile(merged([load_profile(path) for path in profiles], output.stem), output)
+    print(f"wrote {output}")
+
+
+def run_calibration(
+    file: Path,
+    output: Path | None = None,
+    *,
+    quick: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    timeout_s: float | None = None,
+    overrides: list[str] | None = None,
+    as_json: bool = False,
+) -> int:
+    """Calibrate and say what came of it; the exit code."""
+    from datetime import UTC, datetime
+
+    from .experiment_file import load_experiment
+    from .profile_show import print_profile, profile_json
+
+    if timeout_s is not None and not timeout_s > 0:
+        raise ConfigError(f"--timeout {timeout_s:g}: must be more than 0 seconds")
+    loaded = load_experiment(file, overrides or [], backend="hardware")
+    for warning in loaded.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    try:
+        from .calibrate import calibrate as measure
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "mpi4py", "safetensors"):
+            raise
+        raise ConfigError(f"calibrate needs {error.name}: pip install 'disagg[runtime]'") from None
+    target = output if output is not None else Path("profiles") / f"{loaded.experiment.name}.json"
+
+    def told(done: int, total: int, name: str) -> None:
+        print(f"[{done}/{total}] {name}", file=sys.stderr, flush=True)
+
+    profile = measure(
+        loaded.experiment,
+        target,
+        now=datetime.now(UTC),
+        quick=quick,
+        resume=resume,
+        overwrite=overwrite,
+        timeout_s=timeout_s,
+        told=told,
+    )
+    if as_json:
+        print(profile_json(profile))
+    else:
+        print_profile(profile)
+        print(f"wrote {target}; cluster.profile: {target} uses it")
+    return EXIT_OK

@@ -1,0 +1,188 @@
+"""Fitting: samples of a known cost give that cost back, whatever outliers lie among them."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from disagg.core.measured_cost import chunk_pairs, graph_sizes, padded_rows
+from disagg.experiments.calibrate import fit_link, fit_messages
+from disagg.experiments.calibration_fit import fit_engine, keep_near, knots_for, ramps
+from disagg.experiments.calibration_samples import (
+    CONTINUED,
+    FIRST,
+    FOLLOWING,
+    MessageSample,
+    StepSample,
+    TransferSample,
+)
+
+US = 1_000_000  # picoseconds
+_SIZES = graph_sizes(64)
+
+
+def decode_sample(batch: int, kv: int, kind: str, before: str, extra_us: float, random: Random) -> StepSample:
+    """4 ms + 10 us a row of the graph + 40 ns a KV token, 1 % of noise."""
+    size = next(size for size in _SIZES if size >= batch)
+    us = (4000 + 10 * size + 0.04 * kv) * random.gauss(1, 0.01) + extra_us
+    return StepSample(1, 1, 1, 1, kind, before, round(us * US), batch, kv, 0, 0, 0, 0, 0, 0, 0, False)
+
+
+def chunk_sample(lengths: list[int], cached: int, decodes: int, before: str, random: Random) -> StepSample:
+    """20 ms or 22 us a row, whichever is more, + 0.3 ns a pair + 30 ns a KV token of the decodes + 2 ms a chunk."""
+    rows = padded_rows(sum(lengths) + decodes, 64)
+    pairs = sum(chunk_pairs(cached, n) for n in lengths)
+    kv = decodes * 1000
+    us = max(20_000, 22 * rows) + pairs * 0.0003 + kv * 0.03 + 2000 * len(lengths) + (500 if before == "idle" else 0)
+    us *= random.gauss(1, 0.01)
+    count = len(lengths)
+    return StepSample(
+        1,
+        1,
+        1,
+        1,
+        FIRST,
+        before,
+        round(us * US),
+        decodes,
+        kv,
+        count,
+        sum(lengths),
+        pairs,
+        cached * count,
+        count,
+        0,
+        0,
+        False,
+    )
+
+
+def test_decode_steps_are_told_to_half_a_percent_in_spite_of_outliers() -> None:
+    random = Random(1)
+    samples = []
+    for batch in (1, 2, 4, 7, 8, 16, 30, 32, 48, 64):
+        for context in (16, 300, 1000, 4000):
+            for i in range(12):
+                slow = 30_000 if i == 5 and batch in (4, 32) else 0
+                samples.append(decode_sample(batch, batch * context + i * batch, FOLLOWING, "same", slow, random))
+        for before, gap in (("idle", 900), ("decode", 1200), ("chunk", 700)):
+            samples += [decode_sample(batch, batch * 500, FIRST, before, gap, random) for _ in range(5)]
+        samples += [decode_sample(batch, batch * 500, CONTINUED, "decode", 400, random) for _ in range(5)]
+    fit = fit_engine(samples, "cuda", 64)
+    assert fit.decode is not None
+    rows, kv = fit.decode.rows.curve(), fit.decode.kv_tokens.curve()
+    for batch, context in ((1, 16), (6, 700), (32, 1000), (60, 2500)):
+        size = next(size for size in _SIZES if size >= batch)
+        us = (rows.at(size) + kv.at(batch * context)) / (US << 20) + fit.decode.sequence_ns * batch / 1000
+        assert us == pytest.approx(4000 + 10 * size + 0.04 * batch * context, rel=0.005)
+    assert fit.gaps.decode_after_idle == pytest.approx(900 * US, rel=0.06)
+    assert fit.gaps.decode_after_decode == pytest.approx(1200 * US, rel=0.06)
+    assert fit.gaps.decode_after_chunk == pytest.approx(700 * US, rel=0.06)
+    assert fit.gaps.continued == pytest.approx(400 * US, rel=0.1)
+    residual = fit.residuals[0]
+    assert 8 <= residual.num_outliers <= 12  # those, and what is left of the noise's tails
+    assert residual.mean < 0.01
+    assert abs(residual.bias) < 0.002
+    assert residual.jitter == pytest.approx(0.01, rel=0.3)
+    assert fit.measured.decodes == 64
+    assert fit.chunks is None
+
+
+def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:
+    random = Random(2)
+    samples = []
+    for length in (16, 64, 128, 256, 512, 768, 1024, 1536, 2048, 4096):
+        for before in ("idle", "chunk"):
+            samples += [chunk_sample([length], 0, 0, before, random) for _ in range(4)]
+        samples += [
+            chunk_sample([length], 0, decodes, "decode", random) for decodes in (1, 8, 32, 60) for _ in range(3)
+        ]
+        samples += [chunk_sample([length], cached, 0, "chunk", random) for cached in (2048, 8192) for _ in range(3)]
+    for count in (2, 3, 4, 8):
+        samples += [chunk_sample([n] * count, 0, 0, "chunk", random) for n in (64, 128, 256, 512) for _ in range(3)]
+    fit = fit_engine(samples, "cuda", 64)
+    chunks = fit.chunks
+    assert chunks is not None
+    rows, kv = chunks.rows.curve(), chunks.mixed_kv_tokens.curve()
+
+    def fitted_us(lengths: list[int], cached: int, decodes: int) -> float:
+        pairs = sum(chunk_pairs(cached, n) for n in lengths)
+        ns = pairs * chunks.pair_ns + cached * len(lengths) * chunks.cached_token_ns + decodes * chunks.mixed_decode_ns
+        ns += (chunks.chunk_ns + chunks.sample_ns) * len(lengths)
+        units = rows.at(padded_rows(sum(lengths) + decodes, 64)) + kv.at(decodes * 1000)
+        return units / (US << 20) + ns / 1000
+
+    for lengths, cached, decodes in (
+        ([700], 0, 0),
+        ([3000], 0, 0),
+        ([1024], 4096, 0),
+        ([900], 0, 20),
+        ([300] * 3, 0, 0),
+    ):
+        want = max(20_000, 22 * padded_rows(sum(lengths) + decodes, 64)) + decodes * 30 + 2000 * len(lengths)
+        want += sum(chunk_pairs(cached, n) for n in lengths) * 0.0003
+        assert fitted_us(lengths, cached, decodes) == pytest.approx(want, rel=0.03)
+    assert fit.gaps.chunk_after_idle - fit.gaps.chunk_after_chunk == pytest.approx(500 * US, abs=200 * US)
+    assert fit.measured.mixed_decodes == 60
+    assert fit.measured.cached_tokens == 8192
+
+
+def test_noise_in_proportion_to_time_does_not_make_the_fit_too_short() -> None:
+    random = Random(3)
+    samples = []
+    for batch in (1, 2, 4, 8, 16):
+        for i in range(400):
+            sample = decode_sample(batch, batch * 100 + i * batch * 40, FOLLOWING, "same", 0, random)
+            noisy = round(sample.duration_ps * random.uniform(0.6, 1.4))
+            samples.append(
+                StepSample(*(noisy if f == "duration_ps" else getattr(sample, f) for f in sample.__struct_fields__))
+            )
+    residual = fit_engine(samples, "cuda", 64).residuals[0]
+    assert abs(residual.bias) < 0.01
+
+
+def test_a_link_is_a_fixed_time_and_bytes_over_a_rate() -> None:
+    random = Random(4)
+    samples = []
+    for tokens in (32, 100, 512, 1000, 4096, 8192):
+        for i in range(6):
+            us = (1500 + tokens * 131_072 / 350e9 * 1e6) * random.gauss(1, 0.02) + (20_000 if i == 3 else 0)
+            samples.append(TransferSample(1, 1, 2, tokens, -(-tokens // 32), 1, round(us * US), None))
+    cost, residuals = fit_link(samples, 131_072, 390e9)
+    assert cost.fixed == pytest.approx(1500 * US, rel=0.03)
+    assert cost.bytes_per_s == pytest.approx(350e9, rel=0.05)
+    assert residuals[0].num_outliers == 6
+
+
+def test_messages_are_told_apart_by_pair_and_reports_do_not_count() -> None:
+    samples = [MessageSample(1, 0, 1, "orchestrator to executor", "Enqueue", 800 * US + i) for i in range(120)]
+    samples += [MessageSample(1, 1, 0, "executor to orchestrator", "Response", 600 * US + i) for i in range(20)]
+    samples += [MessageSample(1, 1, 0, "executor to orchestrator", "Report", 90 * US) for _ in range(50)]
+    samples.append(MessageSample(1, 0, 1, "orchestrator to executor", "Enqueue", 900_000 * US))
+    latency, spreads = fit_messages(samples)
+    assert latency.into_executor == pytest.approx(800 * US, rel=1e-3)
+    assert latency.from_executor == pytest.approx(600 * US, rel=1e-3)
+    assert latency.between_executors == pytest.approx(700 * US, rel=1e-3)  # none was seen: like the others
+    assert set(spreads) == {"orchestrator to executor", "executor to orchestrator"}
+
+
+def test_knots_stand_at_values_and_not_too_close() -> None:
+    values = np.array([3, 5, 70, 90, 1000, 1040])
+    assert knots_for(values, (0, 4, 8, 16, 32, 64, 128, 1000, 4096)) == [0, 3, 5, 90, 1040]
+    assert knots_for(np.array([0, 0]), (0, 4)) == [0, 1]
+    assert ramps(np.array([0, 2, 4, 6, 20]), [0, 4, 12]).tolist() == [[0, 0], [0.5, 0], [1, 0], [1, 0.25], [1, 2.0]]
+
+
+def test_only_what_lies_far_from_the_median_is_an_outlier() -> None:
+    assert keep_near(np.array([10.0, 10.1, 9.9, 10.2, 30.0])).tolist() == [True] * 4 + [False]
+    assert keep_near(np.array([10.0, 10.0, 10.0, 10.4])).all()
+
+
+def test_too_few_samples_leave_a_family_out() -> None:
+    random = Random(5)
+    fit = fit_engine([decode_sample(1, 10, FOLLOWING, "same", 0, random)] * 2, "cuda", 64)
+    assert fit.decode is None
+    assert fit.chunks is None
+    assert fit_engine([], "cpu", 4).decode is None

@@ -1,0 +1,73 @@
+"""The sessions of a calibration: each fits the cluster that it is for, and together they go through what is to be known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from disagg.core.cost import roofline
+from disagg.core.measured_cost import graph_sizes
+from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _staggered, plan_sessions
+from disagg.experiments.cluster import cluster_of, device_of, shape_of
+from disagg.experiments.experiment_file import load_experiment
+from disagg.runtime.session_series import Session
+
+H200 = Path(__file__).resolve().parent.parent / "benchmarks" / "h200"
+
+
+def sessions_of(name: str, overrides: list[str], effort: Effort) -> tuple[Session, ...]:
+    config = load_experiment(H200 / f"{name}.yaml", overrides).experiment
+    return plan_sessions(config, roofline(shape_of(config), device_of(config)), effort)
+
+
+@pytest.mark.parametrize("effort", [STANDARD, QUICK], ids=["standard", "quick"])
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("calibrate_1p1", []),
+        ("calibrate_mixed", []),
+        ("calibrate_1p1", ["cluster.generation_servers.kv_cache={tokens_per_block: 32, max_tokens: 20000}"]),
+        ("calibrate_1p1", ["model.id=tiny-llama", "cluster.context_servers.scheduler.max_num_tokens=64"]),
+    ],
+    ids=["1p1", "mixed", "little KV", "short steps"],
+)
+def test_every_request_of_every_session_fits_into_the_cluster(name: str, overrides: list[str], effort: Effort) -> None:
+    config = load_experiment(H200 / f"{name}.yaml", overrides).experiment
+    sessions = sessions_of(name, overrides, effort)
+    longest = shape_of(config).max_position_embeddings
+    executors = cluster_of(config).executors
+    least_kv = min(e.num_blocks * e.tokens_per_block for e in executors)
+    for session in sessions:
+        assert session.phases[0].submissions
+        for submission in session.phases[0].submissions:
+            request, length = submission.request, submission.output_length
+            assert length is not None
+            assert request.input_token_ids is not None
+            assert len(request.input_token_ids) == request.num_prompt_tokens
+            assert request.total_kv_tokens <= min(longest, least_kv)
+            # the world ends every sequence before its bound, but for contexts alone, which end with their first token
+            assert length < request.max_tokens or (length == request.max_tokens == 1)
+        assert len({s.request.id for s in session.phases[0].submissions}) == len(session.phases[0].submissions)
+
+
+def test_full_decode_batches_of_every_length_fit_into_the_kv_at_once() -> None:
+    overrides = ["cluster.generation_servers.kv_cache={tokens_per_block: 32, max_tokens: 20000}"]
+    for session in sessions_of("calibrate_1p1", overrides, STANDARD):
+        if session.name.startswith("decodes at") and "mixed" not in session.name:
+            assert session.orchestrator.skip_context_phase
+            assert sum(s.request.total_kv_tokens for s in session.phases[0].submissions) <= 20000
+
+
+def test_a_batch_stays_for_a_while_at_each_size_that_has_a_graph() -> None:
+    ends = _staggered(48, 6)
+    batches = [sum(end > step for end in ends) for step in range(1, max(ends))]
+    assert set(batches) == set(graph_sizes(48))
+    assert all(batches.count(size) >= 6 for size in graph_sizes(48))
+    assert _staggered(0, 6) == []
+
+
+def test_one_plan_is_the_same_every_time() -> None:
+    assert sessions_of("calibrate_1p1", [], QUICK) == sessions_of("calibrate_1p1", [], QUICK)

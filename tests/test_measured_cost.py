@@ -1,0 +1,137 @@
+"""The measured cost model: exact sums, monotone in every feature, sane outside what was measured."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg.core.cost import StepFeatures, end_of_step, steps_by
+from disagg.core.measured_cost import Curve, Measured, MeasuredCost, chunk_pairs, graph_sizes, padded_rows
+
+SMALL = st.integers(0, 1 << 40)
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> Curve:
+    knots = [0, *sorted(draw(st.sets(st.integers(1, 5000), max_size=6)))]
+    return Curve.of(draw(SMALL), knots, [draw(SMALL) for _ in knots])
+
+
+@st.composite
+def costs(draw: st.DrawFn) -> MeasuredCost:
+    return MeasuredCost(
+        graph_sizes=draw(st.sampled_from([(), graph_sizes(16), graph_sizes(300)])),
+        row_multiple=draw(st.sampled_from([1, 64])),
+        decode_rows=draw(curves()),
+        decode_kv=draw(curves()),
+        decode=draw(SMALL),
+        chunk_rows=draw(curves()),
+        pair=draw(SMALL),
+        cached_token=draw(SMALL),
+        chunk=draw(SMALL),
+        sample=draw(SMALL),
+        mixed_kv=draw(curves()),
+        mixed_decode=draw(SMALL),
+        measured=Measured(),
+    )
+
+
+CHUNKS = st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 3000), st.booleans()), max_size=3).map(tuple)
+FEATURES = st.builds(StepFeatures, st.integers(0, 300), st.integers(0, 9000), CHUNKS)
+
+
+@given(curves(), st.integers(0, 6000), st.integers(0, 900), st.integers(1, 60))
+def test_the_total_of_a_curve_is_the_sum_of_its_terms(curve: Curve, first: int, stride: int, num: int) -> None:
+    assert curve.total(first, stride, num) == sum(curve.at(first + stride * i) for i in range(num))
+
+
+@given(costs(), FEATURES, st.integers(1, 50))
+def test_a_span_takes_exactly_the_sum_of_its_steps(cost: MeasuredCost, features: StepFeatures, num: int) -> None:
+    assert cost.span_time(features, num) == sum(cost.step_time(features.after(i)) for i in range(num))
+
+
+@given(costs(), FEATURES, st.integers(0, 40), st.integers(0, 5000))
+def test_a_step_never_gets_cheaper_by_more_decodes_or_kv(
+    cost: MeasuredCost, features: StepFeatures, decodes: int, kv: int
+) -> None:
+    more = StepFeatures(features.num_decodes + decodes, features.num_kv_tokens + kv, features.chunks)
+    assert cost.step_time(more) >= cost.step_time(features)
+
+
+@given(costs(), FEATURES.filter(lambda f: f.chunks), st.integers(0, 2000), st.integers(0, 2000))
+def test_a_step_never_gets_cheaper_by_longer_or_later_or_more_chunks(
+    cost: MeasuredCost, features: StepFeatures, longer: int, later: int
+) -> None:
+    (before, length, _), *others = features.chunks
+    grown = ((before + later, length + longer, True), *others)
+    assert cost.step_time(features._replace(chunks=grown)) >= cost.step_time(features)
+    again = (*features.chunks, (later, longer + 1, False))
+    assert cost.step_time(features._replace(chunks=again)) >= cost.step_time(features)
+
+
+@settings(max_examples=50)
+@given(costs(), FEATURES, st.integers(1, 200))
+def test_the_step_at_an_instant_is_found_on_the_same_function(
+    cost: MeasuredCost, features: StepFeatures, at_most: int
+) -> None:
+    elapsed = end_of_step(cost, features, max(1, at_most // 2))
+    k = steps_by(cost, features, elapsed, at_most)
+    assert end_of_step(cost, features, k) >= elapsed or k == at_most
+    assert k == 1 or end_of_step(cost, features, k - 1) < elapsed
+
+
+def test_a_decode_batch_runs_as_the_next_graph_and_chunks_in_whole_rows() -> None:
+    rows = Curve.line(0, 1)
+    zero = Curve.line(0, 0)
+    cost = MeasuredCost(graph_sizes(128), 64, rows, zero, 0, rows, 0, 0, 0, 0, zero, 0, Measured(128, 10))
+    assert [cost.step_time(StepFeatures(n, 0)) for n in (1, 3, 9, 65, 128)] == [1, 4, 16, 80, 128]
+    assert [cost.step_time(StepFeatures(0, 0, ((0, n, True),))) for n in (1, 64, 65, 129)] == [1, 64, 128, 192]
+    assert cost.step_time(StepFeatures(3, 0, ((0, 62, True),))) == 128
+
+
+def test_beyond_the_measured_range_the_outermost_slope_goes_on_and_is_told() -> None:
+    kv = Curve.of(5, (0, 100), (1, 3))
+    zero = Curve.line(0, 0)
+    cost = MeasuredCost((), 1, zero, kv, 0, zero, 2, 0, 0, 0, zero, 0, Measured(8, 200, 50, 1, 3000, 30))
+    assert cost.step_time(StepFeatures(1, 1100)) == 5 + 100 + 3 * 1000
+    assert cost.covers(StepFeatures(8, 200))
+    assert not cost.covers(StepFeatures(8, 201))
+    assert not cost.covers(StepFeatures(9, 100))
+    assert cost.covers(StepFeatures(0, 0, ((30, 50, True),)))
+    for features in (
+        StepFeatures(0, 0, ((0, 51, True),)),
+        StepFeatures(0, 0, ((31, 5, True),)),
+        StepFeatures(0, 0, ((0, 5, True), (0, 5, True))),
+        StepFeatures(1, 5, ((0, 5, True),)),
+    ):
+        assert not cost.covers(features)
+
+
+def test_pairs_are_those_of_causal_attention() -> None:
+    assert chunk_pairs(0, 4) == 1 + 2 + 3 + 4
+    assert chunk_pairs(10, 3) == 11 + 12 + 13
+
+
+@pytest.mark.parametrize(
+    ("start", "knots", "slopes"),
+    [
+        (0, (), ()),
+        (0, (1,), (1,)),
+        (0, (0, 5, 5), (1, 1, 1)),
+        (0, (0, 9, 5), (1, 1, 1)),
+        (-1, (0,), (1,)),
+        (0, (0,), (-1,)),
+    ],
+)
+def test_what_is_no_monotone_curve_is_refused(start: int, knots: tuple[int, ...], slopes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"knots|negative"):
+        Curve.of(start, knots, slopes)
+
+
+def test_graph_sizes_and_padding_are_those_of_the_engine() -> None:
+    fused = pytest.importorskip("disagg.runtime.fused_stepper")
+    for max_batch in (1, 2, 3, 32, 64, 100, 128, 256, 300, 1000):
+        assert graph_sizes(max_batch) == fused.ladder(max_batch)
+    for rows in (1, 63, 64, 65, 128, 129, 8191):
+        assert padded_rows(rows, fused._PAD_TO) == fused._padded(rows)

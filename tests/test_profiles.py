@@ -1,0 +1,193 @@
+"""Profile files: whole or refused, and used for what they were measured for only."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from disagg.core.cost import StepFeatures
+from disagg.core.overheads import LinkCost
+from disagg.experiments.errors import ConfigError
+from disagg.experiments.experiment_file import load_experiment
+from disagg.experiments.profile_diff import diff_profiles
+from disagg.experiments.profile_file import (
+    CurveFit,
+    DecodeFit,
+    load_profile,
+    measured_cost,
+    merged,
+    save_profile,
+    shipped_profiles,
+)
+from tests.profile_examples import EXPERIMENT, a_profile, entry
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_profile(a_profile(), tmp_path / "measured.json")
+    (tmp_path / "experiment.yaml").write_text(EXPERIMENT, encoding="utf-8")
+    return tmp_path
+
+
+def test_a_profile_comes_back_from_its_file_as_it_was(folder: Path) -> None:
+    assert load_profile(folder / "measured.json") == a_profile()
+
+
+def test_an_experiment_takes_its_step_times_from_the_profile_it_names(folder: Path) -> None:
+    from disagg.experiments.run_simulation import costs_of, gaps_of, link_costs, message_latency
+
+    config = load_experiment(folder / "experiment.yaml").experiment
+    costs = costs_of(config)
+    profile = a_profile()
+    assert costs[2] == measured_cost(profile, profile.engines[1], 8)
+    ns = 1e6 + 4 * 1e6 / 8 + 1000 * 4e5 / 4000 + 4 * 5e3
+    assert costs[2].step_time(StepFeatures(4, 1000)) / (1000 << 20) == pytest.approx(ns, rel=1e-6)
+    assert gaps_of(config)[1].decode_after_idle == 10**9
+    assert message_latency(config).between_executors == 3 * 10**9
+    assert link_costs(config, {})  # made without a look at executors
+    throttled = load_experiment(
+        folder / "experiment.yaml", ["cluster.cache_transceiver.throttle_gb_per_s=0.5"]
+    ).experiment
+    from disagg.experiments.cluster import cluster_of
+
+    executors = {executor.id: executor for executor in cluster_of(throttled).executors}
+    assert link_costs(throttled, executors)(1, 2) == LinkCost(0.5e9, 2 * 10**9)
+
+
+def test_steps_that_one_kind_of_executor_never_ran_cost_what_its_siblings_say() -> None:
+    profile = a_profile()
+    context, generation = (measured_cost(profile, e, 8) for e in profile.engines)
+    chunk = StepFeatures(0, 0, ((0, 100, True),))
+    assert generation.step_time(chunk) == context.step_time(chunk)
+    alone = a_profile(engines=(entry("generation"),))
+    assert measured_cost(alone, alone.engines[0], 8).step_time(chunk) > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.id=llama-3.1-8b"], "was measured for tiny-llama in float32, not llama-3.1-8b in float32"),
+        (["model.dtype=bfloat16"], "was measured for tiny-llama in float32, not tiny-llama in bfloat16"),
+        (["device=cuda"], "was measured for device: cpu (a processor), not cuda"),
+        (
+            ["cluster.context_servers.tensor_parallel_size=2"],
+            "was measured for context tp 1 pp 1, generation tp 1 pp 1 executors, not for context tp 2 pp 1",
+        ),
+        (
+            ["cluster.generation_servers.kv_cache.tokens_per_block=32"],
+            "was measured for KV blocks of 16 tokens, not 32",
+        ),
+        (
+            ["cluster.cache_transceiver.backend=host"],
+            "was measured for KV over mpi from tp 1 pp 1 to tp 1 pp 1, not host",
+        ),
+        (["cluster.profile=./missing.json"], "cannot be read"),
+        (["cluster.profile=cpu-3core-tiny"], "unknown profile 'cpu-3core-tiny'"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused_with_what_it_was_measured_for(
+    folder: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        load_experiment(folder / "experiment.yaml", overrides)
+    assert "cluster.profile" in str(error.value)  # named by file, line and key
+
+
+def test_roles_that_were_not_measured_are_refused(folder: Path) -> None:
+    text = EXPERIMENT.replace("context_servers", "mixed_servers", 1)
+    text = re.sub(r"  generation_servers.*\n  cache_tr.*\n", "", text)
+    (folder / "mixed.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="not for mixed tp 1 pp 1"):
+        load_experiment(folder / "mixed.yaml")
+
+
+def _broken(change: Any) -> bytes:
+    plain = msgspec.to_builtins(a_profile())
+    change(plain)
+    return json.dumps(plain).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "Input data was truncated"),
+        (b"[]", "Expected `object`"),
+        (b"\xff\xfe", "invalid"),
+        (b"[" * 100_000, "recursion|malformed|Expected"),
+        (_broken(lambda p: p.update(format_version=2)), "of format 2; allowed: 1"),
+        (_broken(lambda p: p.update(surprise=1)), "unknown field `surprise`"),
+        (_broken(lambda p: p["messages"].update(into_executor=-1)), r"messages.into_executor is -1; allowed"),
+        (_broken(lambda p: p["engines"][1]["decode"].update(sequence_ns=float("nan"))), "malformed|nan|NaN"),
+        (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(ns=[5.0, 1.0])), "negative"),
+        (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[0, 8, 9])), "argument 2 is shorter|strict"),
+        (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[1, 8])), "ascend from 0"),
+        (_broken(lambda p: p["engines"][0].update(layers_per_stage=[1] * 2000)), "2000 items; allowed: at most 1024"),
+        (_broken(lambda p: p["device"].update(memory_bytes="much")), "Expected `int`"),
+    ],
+)
+def test_what_is_no_profile_is_refused_in_one_line(tmp_path: Path, data: bytes, said: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=said) as error:
+        load_profile(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_profile_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(5 << 20)
+    with pytest.raises(ConfigError, match="allowed: at most 4194304"):
+        load_profile(path)
+
+
+def test_profiles_of_one_device_and_model_become_one() -> None:
+    one, other = a_profile(), a_profile(name="mixed", engines=(entry("mixed"),), links=())
+    both = merged([one, other], "both")
+    assert [e.role for e in both.engines] == ["context", "generation", "mixed"]
+    assert both.name == "both"
+    assert both.links == one.links
+    elsewhere = msgspec.structs.replace(other.measured_for, device_name="another processor")
+    with pytest.raises(ConfigError, match="on another processor"):
+        merged([one, a_profile(measured_for=elsewhere)], "both")
+
+
+def test_the_difference_of_two_profiles_is_that_of_their_predictions() -> None:
+    slower = entry("generation", decode=DecodeFit(CurveFit((0, 8), (1.1e6, 2.2e6), 1e5), CurveFit((0,), (0.0,), 0.0)))
+    first = a_profile(
+        engines=(entry("generation", decode=DecodeFit(CurveFit((0, 8), (1e6, 2e6), 1e5), CurveFit((0,), (0.0,), 0.0))),)
+    )
+    told = diff_profiles(first, a_profile(engines=(slower,)))
+    family = told["families"]["generation tp 1 pp 1: decode steps"]
+    assert family["mean"] == pytest.approx(0.1, rel=1e-6)
+    assert family["max_abs"] == pytest.approx(0.1, rel=1e-6)
+    assert told["mean_step_time"] == pytest.approx(0.1, rel=1e-6)
+    assert diff_profiles(first, first)["mean_step_time"] == 0
+    with pytest.raises(ConfigError, match="no kind of executor in common"):
+        diff_profiles(a_profile(links=()), a_profile(engines=(entry("mixed"),), links=()))
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_every_shipped_profile_loads(name: str) -> None:
+    from disagg.experiments.profile_file import SHIPPED
+
+    assert load_profile(SHIPPED / f"{name}.json").engines
+
+
+def test_another_gpu_than_the_profile_was_measured_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from disagg.experiments import device_names
+
+    for_ = msgspec.structs.replace(a_profile().measured_for, device_type="cuda", device_name="NVIDIA H200")
+    profile = a_profile(measured_for=for_)
+    monkeypatch.setattr(device_names, "device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    with pytest.raises(ConfigError, match="was measured on NVIDIA H200, and here is NVIDIA H100 80GB HBM3"):
+        device_names.check_device_name(profile)
+    monkeypatch.setattr(device_names, "device_name", lambda _: "NVIDIA H200")
+    device_names.check_device_name(profile)
+    device_names.check_device_name(a_profile())
