@@ -193,9 +193,15 @@ def _read(folder: Path, sessions: Sequence[Session]) -> tuple[Samples, float]:
                     f"{len(errors)} of {len(result.sends)} requests of session '{session.name}' failed: {errors[0]};"
                     " --resume runs it again"
                 )
-            samples.add(number, result, is_open_loop=session.phases[0].concurrency is None)
+            samples.add(number, result, is_open_loop=_is_spaced(session))
             seconds += result.wall_s
     return samples, seconds
+
+
+def _is_spaced(session: Session) -> bool:
+    """Whether its requests are sent one by one, each at an instant of its own."""
+    offsets = [submission.offset for phase in session.phases for submission in phase.submissions]
+    return None not in offsets and len(set(offsets)) == len(offsets)
 
 
 # ---- the profile ----------------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def make_profile(
     device = device_of(config)
     engines = tuple(_engines(config, samples, facts, placements))
     links = tuple(_links(config, samples, placements, shape.kv_bytes_per_token, device))
-    messages, spreads = fit_messages(samples.messages)
+    messages, spreads = fit_messages(samples.spaced_messages())
     first = engines[0]
     keys = next(p.keys for p in placements.values() if p.role.value == first.role)
     name = about.device_name

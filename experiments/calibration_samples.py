@@ -96,6 +96,11 @@ class Samples(Struct):
     transfers: list[TransferSample] = []
     clients: list[ClientSample] = []
 
+    def spaced_messages(self) -> list[MessageSample]:
+        """Those of open loops, where there are any: requests that are sent all at once wait for each other on their way."""
+        spaced = {sample.session for sample in self.clients if sample.is_open_loop}
+        return [sample for sample in self.messages if sample.session in spaced] or self.messages
+
     def add(self, number: int, result: SessionResult, *, is_open_loop: bool) -> None:
         """Take in one session. Raises EventLogError for a log that is none."""
         frames = {core: list(read_log(data)[1]) for core, data in result.logs.items() if data}

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from .cli_bench import bench_app
+from .cli_calibrate import calibrate, profile_app
 from .errors import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT, ConfigError, ExperimentError
 
 
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 
 app.add_typer(bench_app)
+app.add_typer(profile_app)
+app.command()(calibrate)
 
 File = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 Sets = Annotated[
@@ -47,6 +50,8 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. workload.phases.profiling.rate=4."),
 ]
 Format = Annotated[str, typer.Option("--format", help="text or json.")]
+Workers = Annotated[str, typer.Option(metavar="N|auto", help="Processes that simulate; auto: one a core.")]
+Executor = Annotated[str, typer.Option(help="Whose: processes, mpi (under mpiexec), or dask.")]
 Json = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 
 
@@ -69,9 +74,11 @@ def run(
     timeout: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Give up a run after this long, with exit code 124.")
     ] = None,
+    workers: Workers = "auto",
+    executor: Executor = "processes",
 ) -> None:
-    """Run an experiment: every point of its sweep, every repeat, one after another."""
-    from .cli_run import run_file
+    """Run an experiment: every point of its sweep, every repeat; simulations in parallel."""
+    from .cli_run import parse_workers, run_file
 
     code = run_file(
         file,
@@ -83,6 +90,39 @@ def run(
         overwrite=overwrite,
         resume=resume,
         timeout_s=timeout,
+        workers=parse_workers(workers),
+        executor=executor,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    file: File,
+    sets: Sets = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the plan; default: runs/NAME-plan.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the first repeat.")] = None,
+    workers: Workers = "auto",
+    executor: Executor = "processes",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the plan in the output folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up what is finished.")] = False,
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Find the cluster and the routers with the highest goodput per GPU under the objectives, by simulation."""
+    from .cli_plan import plan_file
+    from .cli_run import parse_workers
+
+    code = plan_file(
+        file,
+        overrides=sets or [],
+        output=output,
+        seed=seed,
+        workers=parse_workers(workers),
+        executor=executor,
+        resume=resume,
+        overwrite=overwrite,
+        as_json=_wants_json(format, json),
     )
     raise typer.Exit(code)
 
@@ -153,6 +193,61 @@ def report(
     from .cli_report import report_runs
 
     report_runs(runs, output)
+
+
+Replay = Annotated[
+    bool,
+    typer.Option("--replay/--no-replay", help="Simulate the hardware's own routes, to tell timing from decisions."),
+]
+Root = Annotated[
+    Path | None, typer.Option(help="Where the experiment's relative paths start; default: its file's folder.")
+]
+RankedBy = Annotated[str, typer.Option(help="What policies are ranked by, e.g. p90_e2e_latency.")]
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="SIM_RUN HW_RUN", help="Two runs, or two folders of a sweep.")],
+    ranking: Annotated[
+        bool, typer.Option("--ranking", help="Compare the order of policies; a second HW folder may follow.")
+    ] = False,
+    metric: RankedBy = "mean_ttft",
+    output: Annotated[Path | None, typer.Option(help="Folder for comparison.json, comparison.md and plots.")] = None,
+    replay: Replay = True,
+    root: Root = None,
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Say how far a simulation was off the hardware, by metric, stage and cause; two hardware runs give the floor."""
+    from .cli_compare import compare_rankings, compare_runs
+
+    as_json = _wants_json(format, json)
+    if len(runs) < 2 or len(runs) > (3 if ranking else 2):
+        raise ConfigError(
+            f"{len(runs)} folders: SIM_RUN HW_RUN are wanted, and with --ranking one more HW_RUN may follow"
+        )
+    if ranking:
+        compare_rankings(runs[0], runs[1:], metric, as_json=as_json)
+    else:
+        compare_runs(runs[0], runs[1], as_json=as_json, output=output, replay=replay, root=root)
+
+
+@app.command()
+def fidelity(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the runs of all experiments.")],
+    output: Annotated[Path, typer.Option(help="The page to write, .md; data and plots go beside it.")],
+    commit: Annotated[str | None, typer.Option(help="Of profile and predictions; default: what the runs say.")] = None,
+    metric: RankedBy = "mean_ttft",
+    replay: Replay = True,
+    root: Root = None,
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Write the table of all experiments that were simulated and run on hardware, once or twice."""
+    from .cli_compare import write_fidelity
+
+    as_json = _wants_json(format, json)
+    write_fidelity(folder, output, commit=commit, metric=metric, as_json=as_json, replay=replay, root=root)
 
 
 @app.command()

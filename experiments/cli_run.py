@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from .cluster import cluster_of, world_size
-from .errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, ExperimentError, ResourceError
+from .errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, ExperimentError, ResourceError, did_you_mean
 from .experiment_file import LoadedExperiment, load_experiment
-from .run_directory import RunDirectory, prepare_output
-from .run_point import NoProgress, Progress, RunOutcome, RunPoint, run_points
+from .progress_bar import progress_bar
+from .run_directory import prepare_output
+from .run_point import RunPoint, run_points
+from .sweep import Tally, run_in_parallel, workers_for
+from .sweep_task import Runner as Runner
+from .sweep_task import run_one, try_one
+from .sweep_workers import EXECUTORS, Pool, open_pool
 from .workload import Workload
 
+MOST_WORKERS: Final = 1024
 _SILENT_S: Final = 5.0
-
-Runner = Callable[[Any, RunPoint, RunDirectory, Progress], RunOutcome]
 
 
 def run_file(
@@ -34,31 +37,87 @@ def run_file(
     overwrite: bool = False,
     resume: bool = False,
     timeout_s: float | None = None,
+    workers: int | None = None,
+    executor: str = "processes",
 ) -> int:
     """Run an experiment file and return the exit code. Raises ExperimentError for what its user can put right.
 
-    `timeout_s` is for each run by itself.
+    `timeout_s` is for each run by itself. `workers` (default: one a core) and `executor` are for simulations; runs on
+    hardware follow each other.
     """
     if timeout_s is not None and not timeout_s > 0:
         raise ConfigError(f"--timeout {timeout_s:g}: must be more than 0 seconds")
-    loaded = load_experiment(file, overrides, backend=backend, seed=seed)
-    for warning in loaded.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    target = output if output is not None else Path("runs") / loaded.experiment.name
-    points = run_points(loaded, target, timeout_s)
-    if dry_run:
-        _describe(loaded, points)
-        return EXIT_OK
+    check_workers(workers, executor)
 
-    def run() -> int:
-        try:
-            runner = runner_of(loaded.experiment.backend)
-            todo = prepare_output(points, target, overwrite=overwrite, resume=resume)
-            return run_all(runner, points, todo, overwrite=overwrite)
-        except (ModelError, PolicyError) as error:
-            raise ConfigError(str(error)) from error
+    def load_and_run(world: Pool | None) -> int:
+        loaded = load_experiment(file, overrides, backend=backend, seed=seed)
+        for warning in loaded.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        target = output if output is not None else Path("runs") / loaded.experiment.name
+        points = run_points(loaded, target, timeout_s)
+        on_hardware = loaded.experiment.backend == "hardware"
+        if on_hardware and (executor != "processes" or (workers or 1) > 1):
+            raise ConfigError(
+                "--workers and --executor are for simulations: runs on hardware follow each other; allowed: --workers 1"
+            )
+        if dry_run:
+            _describe(loaded, points)
+            return EXIT_OK
+        if world is None and not on_hardware:
+            _refuse_many_ranks()
 
-    return run() if loaded.experiment.backend != "hardware" else in_world(run, points)
+        def run() -> int:
+            try:
+                runner = runner_of(loaded.experiment.backend)
+                todo = prepare_output(points, target, overwrite=overwrite, resume=resume)
+                if len(todo) < len(points):
+                    print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
+                if world is not None:
+                    return run_in_parallel(world, points, todo, overwrite=overwrite)
+                num_workers = 1 if on_hardware else workers_for(todo, workers)
+                if num_workers == 1 and executor == "processes":
+                    return run_all(runner, points, todo, overwrite=overwrite)
+                with open_pool(executor, num_workers) as pool:
+                    return EXIT_OK if pool is None else run_in_parallel(pool, points, todo, overwrite=overwrite)
+            except (ModelError, PolicyError) as error:
+                raise ConfigError(str(error)) from error
+
+        return in_world(run, points) if on_hardware else run()
+
+    if executor != "mpi":
+        return load_and_run(None)
+    with open_pool(executor, 0) as pool:  # before anything can fail: the other ranks wait for it
+        return EXIT_OK if pool is None else load_and_run(pool)
+
+
+def _refuse_many_ranks() -> None:
+    """Raises ConfigError where every rank of a world would compute the same runs, into the same folder."""
+    from ..runtime.launcher import inside_mpi
+
+    found = inside_mpi()
+    if found is not None and found.size > 1:
+        raise ConfigError(
+            f"a simulation in an {found.kind} world of {found.size} ranks; allowed: --executor mpi, or one rank"
+        )
+
+
+def check_workers(workers: int | None, executor: str) -> None:
+    """Raises ConfigError."""
+    if executor not in EXECUTORS:
+        raise ConfigError(
+            f"--executor {executor}: must be one of {', '.join(EXECUTORS)}{did_you_mean(executor, EXECUTORS)}"
+        )
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"--workers {workers}: must be 1 to {MOST_WORKERS}, or auto")
+
+
+def parse_workers(text: str) -> int | None:
+    """Of `--workers`: None for auto. Raises ConfigError."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or len(text) > 9:
+        raise ConfigError(f"--workers {text}: must be a whole number or auto")
+    return int(text)
 
 
 def in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
@@ -104,33 +163,19 @@ def in_world(run: Callable[[], int], points: Sequence[RunPoint]) -> int:
 def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint], *, overwrite: bool = False) -> int:
     """Run `todo` in order; a run that fails is told, leaves nothing and does not stop the others. Returns the exit code.
 
-    An interrupt stops them all.
+    An interrupt stops them all. What a single run raises goes through.
     """
-    code = EXIT_OK
-    if len(todo) < len(points):
-        print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
-    for number, point in enumerate(todo, start=1):
-        label = f"[{number}/{len(todo)}] {point.title}"
-        with RunDirectory(point, overwrite=overwrite) as writer, progress_bar(label) as progress:
-            outcome = runner(point.experiment, point, writer, progress)
-            if outcome.exit_code == EXIT_OK:
-                summary = writer.finish(outcome)
-        if outcome.exit_code == EXIT_INTERRUPTED:
+    tally = Tally(len(points), len(todo))
+    run = run_one if len(points) == 1 else try_one
+    for point in todo:
+        label = tally.label(point)
+        with progress_bar(label) as progress:
+            result = run(runner, point, progress, overwrite=overwrite)
+        if result.exit_code == EXIT_INTERRUPTED:
             print(f"interrupted: {label}; nothing of it was kept", file=sys.stderr)
             return EXIT_INTERRUPTED
-        if outcome.exit_code != EXIT_OK:
-            print(f"error: {label}: {outcome.message or 'the run failed'}; nothing was kept", file=sys.stderr)
-            code = code or outcome.exit_code
-            continue
-        failed = f", {outcome.num_failed} failed" if outcome.num_failed else ""
-        print(f"{label}: {outcome.num_requests} requests{failed} -> {point.directory}")
-        if outcome.num_failed:
-            print(f"warning: {label}: {outcome.num_failed} of {outcome.num_requests} requests failed", file=sys.stderr)
-        if outcome.message:
-            print(f"{label}: {outcome.message}")
-        if "error" in summary and len(summary) == 1:
-            print(f"warning: {label}: no summary: {summary['error']}", file=sys.stderr)
-    return code
+        tally.tell(point, result)
+    return tally.exit_code()
 
 
 def runner_of(backend: str) -> Runner:
@@ -166,34 +211,3 @@ def _describe(loaded: LoadedExperiment, points: Sequence[RunPoint]) -> None:
     print(f"{len(points)} {'run' if len(points) == 1 else 'runs'}:")
     for run_point in points:
         print(f"  {run_point.directory} (seed {run_point.seed})")
-
-
-class _Bar:
-    def __init__(self, bar: Any, task: Any) -> None:
-        self._bar = bar
-        self._task = task
-
-    def update(self, completed: int, total: int | None) -> None:
-        self._bar.update(self._task, completed=completed, total=total)
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Progress]:
-    """A bar on a terminal, nothing otherwise."""
-    if not sys.stderr.isatty():
-        yield NoProgress()
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
-
-    with RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        yield _Bar(bar, bar.add_task(escape(label), total=None))

@@ -46,10 +46,16 @@ class RunDirectory:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.target)
         self.path = self.target.parent / f".{self.target.name}.partial-{os.getpid()}"
-        self.path.mkdir()
-        self._tables = {name: TableWriter(self.path / f"{name}.parquet", kind) for name, kind in TABLES.items()}
-        self._by_type = {TABLES[name]: table for name, table in self._tables.items()}
+        self._tables: dict[str, TableWriter] = {}
         self._open = True
+        try:
+            self.path.mkdir()
+            for name, kind in TABLES.items():  # the first one loads libraries, which gives time to be interrupted
+                self._tables[name] = TableWriter(self.path / f"{name}.parquet", kind)
+        except BaseException:
+            self.discard()
+            raise
+        self._by_type = {TABLES[name]: table for name, table in self._tables.items()}
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -194,6 +200,8 @@ def _is_finished(point: RunPoint) -> bool:
 
 def remove_abandoned(target: Path) -> None:
     """Remove what killed runs left beside `target`, if their processes are gone."""
+    if not target.parent.is_dir():
+        return
     for kind in ("partial", "replaced"):
         prefix = f".{target.name}.{kind}-"
         for path in target.parent.iterdir():

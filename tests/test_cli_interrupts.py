@@ -43,7 +43,7 @@ def wait_for(folder: Path, pattern: str) -> None:
 def test_ctrl_c_ends_a_simulation_at_once_and_leaves_nothing_half_written(sweep: str, tmp_path: Path) -> None:
     file, output = tmp_path / "experiment.yaml", tmp_path / "out"
     file.write_text(LONG + sweep)
-    process = start(file, output)
+    process = start(file, output, "--workers", "1")
     try:
         wait_for(tmp_path, "out/seed=1/.0.partial-*" if sweep else ".out.partial-*")
         time.sleep(0.5)

@@ -1,0 +1,146 @@
+"""A finished search as text: the ranking, the arithmetic beside it, and why the winner won."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from .plan import Entry, Search
+from .plan_ranking import Rank
+
+_MOST_LINES: Final = 20
+
+
+def print_plan(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | None) -> None:
+    for line in plan_lines(search, ranks, winner):
+        print(line)
+
+
+def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | None) -> list[str]:
+    slo = search.base.slo
+    named = [
+        f"{name} {value:g} ms"
+        for name, value in (
+            ("TTFT", slo and slo.ttft_ms),
+            ("TPOT", slo and slo.tpot_ms),
+            ("latency", slo and slo.e2e_ms),
+        )
+        if value
+    ]
+    share = f"{100 * slo.attainment:g} %" if slo else ""
+    lines = [
+        f"{search.base.name}: {', '.join(named)}, met by {share} of the requests;"
+        f" prompts {search.lengths.prompt:.0f}, outputs {search.lengths.output:.0f} tokens on average",
+        f"{len(search.entries)} candidates, {search.num_probes} simulations;"
+        f" {_percent(search.num_known, search.num_requests)} of their requests had to be simulated",
+        "",
+        "goodput per GPU: highest rate (requests/s) that meets the objectives, over GPUs; 95 % interval over"
+        f" {len(search.seeds)} seeds; rates tried are {100 * search.plan.tolerance:g} % apart",
+    ]
+    rows: list[tuple[str, ...]] = [
+        ("", "cluster", "routers", "GPUs", "goodput", "per GPU", "interval", "limit", "against the best")
+    ]
+    for number, each in enumerate(ranks[:_MOST_LINES], start=1):
+        rows.append(
+            (
+                str(number),
+                each.entry.candidate.shape.label,
+                each.entry.candidate.routers,
+                str(each.entry.num_gpus),
+                f"{each.rate:.3g}",
+                f"{each.per_gpu.value or 0:.3g}",
+                _interval(each.per_gpu.low, each.per_gpu.high),
+                ", ".join(each.limits) or "-",
+                _against(each, number),
+            )
+        )
+    lines += _table(rows)
+    lines += ["", "rate matching: requests/s of one executor that never waits, and what follows for the cluster"]
+    rows = [("", "cluster", "context", "generation", "mixed", "bound", "per GPU", "of bound", "limit", "matched")]
+    for number, each in enumerate(ranks[:_MOST_LINES], start=1):
+        arithmetic = each.entry.arithmetic
+        matched = "-"
+        if arithmetic.matched_ratio is not None and arithmetic.matched_throughput_per_gpu is not None:
+            matched = f"{arithmetic.matched_ratio:.2f} : 1, {arithmetic.matched_throughput_per_gpu:.0f} tok/s/GPU"
+        rows.append(
+            (
+                str(number),
+                each.entry.candidate.shape.label,
+                _number(arithmetic.context_rate),
+                _number(arithmetic.generation_rate),
+                _number(arithmetic.mixed_rate),
+                f"{arithmetic.bound:.3g}",
+                f"{arithmetic.bound_per_gpu:.3g}",
+                _percent(each.rate, arithmetic.bound),
+                arithmetic.limited_by,
+                matched,
+            )
+        )
+    lines += _table(rows)
+    lines += ["", *_why(ranks), *_others(search)]
+    if winner is not None:
+        lines += ["", f"winner: {winner['candidate']}, every seed met the objectives at {winner['rate']:g} requests/s",
+                  f"wrote {winner['file']}; next: disagg run {winner['file']} [--backend hardware]"]  # fmt: skip
+    return lines
+
+
+def _why(ranks: Sequence[Rank]) -> list[str]:
+    """The best of either role, and what holds each back."""
+    lines: list[str] = []
+    for role in ("disaggregated", "mixed"):
+        first = next((each for each in ranks if each.entry.role == role), None)
+        if first is None or not first.rate:
+            continue
+        above = [found.above for found in first.entry.finals if found.above is not None]
+        missed: dict[str, int] = {}
+        for verdict in above:
+            for key, count in verdict["missed"].items():
+                missed[key] = missed.get(key, 0) + count
+        held = [f"{count} missed {key}" for key, count in sorted(missed.items(), key=lambda item: -item[1])]
+        held += ["the backlog grows"] if "backlog grows" in first.limits else []
+        bound = first.entry.arithmetic
+        lines.append(
+            f"best {role}: {first.entry.candidate.shape.label}, {first.per_gpu.value or 0:.3g} requests/s/GPU of"
+            f" {bound.bound_per_gpu:.3g} without queues; at the next rate, over {len(above)} seeds: {', '.join(held) or '-'}"
+        )
+    return lines
+
+
+def _others(search: Search) -> list[str]:
+    def count(entries: Sequence[Entry], why: str) -> list[str]:
+        number = sum(entry.left_out == why for entry in entries)
+        return [f"{number} {why}"] if number else []
+
+    told = [*count(search.entries, "rate matching"), *count(search.entries, "screened out")]
+    lines = [f"not ranked: {', '.join(told)}"] if told else []
+    if search.unfit:
+        reasons = sorted({each.why for each in search.unfit})
+        lines.append(f"cannot be built: {len(search.unfit)}, e.g. {reasons[0]}")
+    return lines
+
+
+def _against(each: Rank, number: int) -> str:
+    if number == 1:
+        return "best"
+    if each.behind is None or each.behind.value is None:
+        return "-"
+    if len(each.entry.finals) == 1:
+        return f"-{each.behind.value:.3g} per GPU (one seed)"
+    return f"-{each.behind.value:.3g} per GPU" if each.is_apart else "not distinguishable"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.3g} … {high:.3g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
