@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 from .bench_rows import BenchRow
+from .bench_transfer_marks import Step
 from .launcher import LaunchError, launch
 from .transport import TransportError
 from .transport_facts import TransportFacts, gather_facts, transport_problem
@@ -51,6 +52,8 @@ class Measured(Struct, frozen=True):
     plain_seconds: float  # of a plain copy of as many bytes
     left_bytes: int = 0
     blocking_seconds: float = 0.0
+    data_seconds: float = 0.0  # of `seconds`: from the first work on pages to the last byte seen in place
+    steps: tuple[Step, ...] = ()
 
 
 class TransferResult(Struct, frozen=True):
@@ -86,7 +89,9 @@ def _job(backend: str, device: str, variant: str, facts: TransportFacts, quick: 
     else:
         sizes = (64, 256, _REQUEST_TOKENS, 4096, 8192) if device == "cuda" else (64, 256, _REQUEST_TOKENS)
     layerwise = 0 if variant == "relayout" else 4096 if device == "cuda" else _REQUEST_TOKENS
-    return TransferJob(backend, device, variant, sizes, layerwise, facts.num_devices, 3 if quick else 9)
+    return TransferJob(
+        backend, device, variant, sizes, layerwise, facts.num_devices, 3 if quick else 31 if device == "cuda" else 9
+    )
 
 
 def _in_world(job: TransferJob) -> TransferResult:
@@ -127,7 +132,8 @@ def rows_of(result: TransferResult) -> list[BenchRow]:
             note = f"of {item.num_bytes / 1e6:,.0f} MB, a layer every {job.layer_interval_s * 1e3:g} ms"
             name = f"{text}: left at the end"
             rows.append(_at_most(BenchRow(name, item.left_bytes / 1e6, None, share, 0.10, None, "MB", note), job))
-            note = "beside the blocking transfer; both with their control messages"
+            control = 1e6 * max(0.0, item.seconds - item.data_seconds)
+            note = f"beside the blocking transfer; both with their control messages, {control:,.0f} µs of this one"
             name = f"{text}: time after it"
             blocking = item.blocking_seconds * 1e3
             rows.append(_at_most(BenchRow(name, item.seconds * 1e3, blocking, after, 0.25, None, "ms", note), job))
@@ -136,12 +142,34 @@ def rows_of(result: TransferResult) -> list[BenchRow]:
             "copy": "copy alone",
             "batch": "copy alone, by copy engines",
             "transfer": "transfer",
+            "asked first": "transfer, the reader asked before it was sent",
             "both ways": "both ways at once, each",
             "many": "8 in flight",
         }[item.name]
         layout = ", heads re-laid out" if job.variant == "relayout" else ""
         met = None if goal is None or ratio is None else ratio >= goal
-        rows.append(BenchRow(f"{job.backend}, {tokens}{layout}: {kind}", rate, ceiling, ratio, goal, met, "GB/s", note))
+        text = f"{job.backend}, {tokens}{layout}"
+        rows.append(BenchRow(f"{text}: {kind}", rate, ceiling, ratio, goal, met, "GB/s", note))
+        if item.data_seconds:
+            rows += _parts(item, text, goal)
+    return rows
+
+
+def _parts(item: Measured, text: str, goal: float | None) -> list[BenchRow]:
+    """What a whole transfer consists of: its data path by itself, the rest, and when what happened."""
+    rate, ceiling = item.num_bytes / item.data_seconds / 1e9, item.num_bytes / item.plain_seconds / 1e9
+    ratio = rate / ceiling
+    met = None if goal is None else ratio >= goal
+    note = (
+        f"{item.data_seconds * 1e6:,.0f} µs, from the first work on pages at either end to the last byte seen in place"
+    )
+    data = BenchRow(f"{text}: data path alone, without control messages", rate, ceiling, ratio, goal, met, "GB/s", note)
+    control = 1e6 * (item.seconds - item.data_seconds)
+    rows = [data, BenchRow(f"{text}: control messages", control, unit="µs", note="transfer less data path")]
+    for step in item.steps:
+        rows.append(
+            BenchRow(f"{text}: {step.who}, {step.what}", step.seconds * 1e6, unit="µs", note="since both were called")
+        )
     return rows
 
 

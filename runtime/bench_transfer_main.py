@@ -15,6 +15,7 @@ import torch
 
 from ..core.kv_layout import KvLayout, Piece, transfer_plan
 from .bench_transfer import JOB, RESULT, Measured, TransferJob, TransferResult
+from .bench_transfer_marks import EndPair, steps_of
 from .kv_pages import KvPages
 from .kv_places import KvCopy, KvPool
 from .kv_runs import runs_of
@@ -28,6 +29,8 @@ _HEAD_DIM: Final = 128
 _IN_FLIGHT: Final = 8
 _REQUEST: Final = 1024  # tokens of the request that is measured in every way
 _WAIT_S: Final = 60.0
+_SETTLE_S: Final = 0.005
+_MARKS_BYTES: Final = 1 << 16
 _HEAD_START_CYCLES: Final = 2_000_000  # about 1 ms
 
 
@@ -76,12 +79,24 @@ class _Bench:
 
     # ---- transfers ---------------------------------------------------------------------------------------------------
 
-    def _carry(self, transfers: list[tuple[int, bool, int, int]], during: Callable[[], None] | None = None) -> Any:
-        """(id, whether rank 0 sends, tokens, slot) all at once; (seconds, outcomes) from the receivers' start."""
+    def _carry(
+        self,
+        transfers: list[tuple[int, bool, int, int]],
+        during: Callable[[], None] | None = None,
+        *,
+        asked_first: bool = False,
+    ) -> tuple[float, list[TransferOutcome]]:
+        """(id, whether rank 0 sends, tokens, slot) all at once; (seconds, outcomes) from the receivers' start.
+
+        The sends are called first, and known to the other rank by then; with `asked_first` the receives.
+        """
         outcomes: list[TransferOutcome] = []
         done = threading.Event()
+        ended = 0.0
 
         def on_done(outcome: TransferOutcome) -> None:
+            nonlocal ended
+            ended = time.perf_counter()
             outcomes.append(outcome)
             if len(outcomes) == len(transfers):
                 done.set()
@@ -97,15 +112,16 @@ class _Bench:
                     self.transport.receive(ident, self.peer, self.pieces, self.blocks(tokens, slot), tokens, on_done)
 
         self.sync()
-        begin(True)
+        begin(not asked_first)
         self.sync()
+        time.sleep(_SETTLE_S)  # for what is said at once to have been heard
         start = time.perf_counter()
-        begin(False)
+        begin(asked_first)
         if during is not None:
             during()
         if not done.wait(_WAIT_S):
             raise RuntimeError(f"{len(outcomes)} of {len(transfers)} transfers ended within {_WAIT_S:g} s")
-        seconds = time.perf_counter() - start
+        seconds = ended - start
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         if errors:
             raise RuntimeError(errors[0])
@@ -124,12 +140,28 @@ class _Bench:
         self.comm.Bcast(box, root=1)
         return float(box[0])
 
-    def transfer(self, num_tokens: int) -> float:
-        def run() -> float:
+    def transfer(self, num_tokens: int, *, asked_first: bool = False) -> list[EndPair]:
+        """What became of single transfers; known to both ranks."""
+        found = []
+        for _ in range(1 + self.job.repeats):
             self.next_id += 1
-            return float(self._carry([(self.next_id, True, num_tokens, 0)])[0])
+            outcomes = self._carry([(self.next_id, True, num_tokens, 0)], asked_first=asked_first)[1]
+            found.append(self._pair_of(outcomes[0]))
+        return found[1:]
 
-        return self._median(run)
+    def _pair_of(self, outcome: TransferOutcome) -> EndPair:
+        """Both ends' marks of a transfer from rank 0 to rank 1."""
+        import numpy as np
+
+        found = []
+        for root in (0, 1):
+            box = np.zeros(_MARKS_BYTES, dtype=np.uint8)
+            if self.world.rank == root:
+                data = msgspec.json.encode(outcome.marks)
+                box[: len(data)] = np.frombuffer(data, dtype=np.uint8)
+            self.comm.Bcast(box, root=root)
+            found.append(msgspec.json.decode(box.tobytes().rstrip(b"\0"), type=tuple[tuple[str, int], ...]))
+        return EndPair(*found)
 
     def both_ways(self, num_tokens: int) -> float:
         def run() -> float:
@@ -147,10 +179,10 @@ class _Bench:
 
         return self._median(run)
 
-    def layerwise(self, num_tokens: int) -> tuple[float, int]:
-        """(seconds, bytes) left when the last layer was written, as the sender saw them; medians, known to both."""
-        seconds, left = [], []
-        for _ in range(max(3, self.job.repeats // 2)):
+    def layerwise(self, num_tokens: int) -> tuple[float, int, float]:
+        """(seconds, bytes, seconds of data) left when the last layer was written, as the sender saw them; medians."""
+        seconds, left, data = [], [], []
+        for _ in range(max(3, self.job.repeats)):
             self.next_id += 1
             ident = self.next_id
 
@@ -165,11 +197,12 @@ class _Bench:
             _, outcomes = self._carry([(ident, True, num_tokens, 0)], prefill)
             seconds.append(outcomes[0].time_after_written / 1e12)
             left.append(outcomes[0].bytes_after_written)
+            data.append(self._pair_of(outcomes[0]).last_data_seconds)
         import numpy as np
 
-        box = np.array([statistics.median(seconds), statistics.median(left)], dtype=np.float64)
+        box = np.array([statistics.median(each) for each in (seconds, left, data)], dtype=np.float64)
         self.comm.Bcast(box, root=0)
-        return float(box[0]), int(box[1])
+        return float(box[0]), int(box[1]), float(box[2])
 
     # ---- floors ------------------------------------------------------------------------------------------------------
 
@@ -202,7 +235,7 @@ class _Bench:
         import numpy as np
 
         from .cuda_ipc import Driver
-        from .kv_kernels import copy_rows
+        from .kv_kernels import read_rows
 
         table = torch.tensor(self.blocks(num_tokens), dtype=torch.int32, device=self.device)
         sources = np.array(self.blocks(num_tokens), dtype=np.int32) if self.world.rank == 0 else None
@@ -235,7 +268,7 @@ class _Bench:
                 for each in runs:
                     driver.copy_runs(each, int(stream.cuda_stream))
                 for copy in copies if how == "kernel" else ():
-                    copy_rows(copy)
+                    read_rows(copy)
 
             with torch.cuda.stream(stream):
                 return self._on_device(launch)
@@ -303,19 +336,33 @@ class _Bench:
                 found.append(Measured("copy", tokens, size, self.copy_alone(tokens, "kernel"), plain))
                 if tokens == _REQUEST:
                     found.append(Measured("batch", tokens, size, self.copy_alone(tokens, "batch"), plain))
-            found.append(Measured("transfer", tokens, size, self.transfer(tokens), plain))
-            if tokens == _REQUEST and self.job.variant == "same":
+            pairs = self.transfer(tokens)
+            named = tokens == _REQUEST and self.job.variant == "same"
+            found.append(_whole("transfer", tokens, size, plain, pairs, with_steps=named))
+            if named:
+                pairs = self.transfer(tokens, asked_first=True)
+                found.append(_whole("asked first", tokens, size, plain, pairs, with_steps=True))
                 found.append(Measured("both ways", tokens, size, self.both_ways(tokens), plain))
                 many = self.many(tokens)
                 found.append(Measured("many", tokens, _IN_FLIGHT * size, many, self.plain(_IN_FLIGHT * size)))
         if self.job.layerwise_tokens:
             tokens = self.job.layerwise_tokens
             size = tokens * self.token_bytes
-            blocking = self.transfer(tokens)
-            seconds, left = self.layerwise(tokens)
+            blocking = statistics.median(pair.whole_seconds for pair in self.transfer(tokens))
+            seconds, left, data = self.layerwise(tokens)
             plain = self.plain(size)
-            found.append(Measured("layer-wise", tokens, size, seconds, plain, left, blocking))
+            found.append(Measured("layer-wise", tokens, size, seconds, plain, left, blocking, data))
         return TransferResult(self.job, self.transport.description, self.plain_text, tuple(found))
+
+
+def _whole(
+    name: str, num_tokens: int, num_bytes: int, plain: float, pairs: list[EndPair], *, with_steps: bool
+) -> Measured:
+    """Medians of single transfers, from when both ends had been called to the outcome at the reader."""
+    seconds = statistics.median(pair.whole_seconds for pair in pairs)
+    data = statistics.median(pair.data_seconds for pair in pairs)
+    steps = steps_of(pairs) if with_steps else ()
+    return Measured(name, num_tokens, num_bytes, seconds, plain, data_seconds=data, steps=steps)
 
 
 def main() -> None:

@@ -7,14 +7,23 @@ places are given by raw addresses: Triton refuses tensors whose device it cannot
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 import triton
 import triton.language as tl
 
-from .kv_places import KvCopy, KvPlace
+from .kv_places import KvCopy, KvPlace, KvPool, packed_place
 
-DEFAULT_PROGRAMS: Final = 528  # 4 for each of an H200's 132 multiprocessors
+if TYPE_CHECKING:
+    from .kv_pages import KvPages
+
+# Few programs with much on the way each leave most multiprocessors to the steps that run beside: 24 read 358 GB/s from a
+# peer H200, and a decode step then takes 1.3 times as long; 528 read 363, and it takes 2.8 times as long.
+FEW_PROGRAMS: Final = 24
+FEW_TILE: Final = 256  # tokens
+FEW_WARPS: Final = 32
+MANY_PROGRAMS: Final = 528  # for copies too short to keep the few busy
 _NUMBERS: Final = [
     "src", "src_table", "src_layer", "src_kv", "src_block", "src_head", "src_token", "src_size",
     "dst", "dst_table", "dst_layer", "dst_kv", "dst_block", "dst_head", "dst_token", "dst_size",
@@ -30,6 +39,10 @@ def _row_addresses(base, table, block_bytes, token_bytes, token, size, mask, PAG
         return base + block * block_bytes + (token % size).to(tl.int64) * token_bytes
     else:
         return base + token.to(tl.int64) * token_bytes
+
+
+# By device, warps and constants: launched without Triton's own look-up, which costs more than some of the copies.
+_compiled: dict[tuple[Any, ...], Any] = {}
 
 
 # Not specialised on any number: a compilation in the middle of serving costs more than it could save. All are typed, or
@@ -65,7 +78,7 @@ def _copy_rows(  # type: ignore[no-untyped-def]
         tl.store(target, tl.load(source, mask=mask), mask=mask)
 
 
-def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs: int = DEFAULT_PROGRAMS) -> None:
+def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs: int = MANY_PROGRAMS) -> None:
     """Launch `copy` on the current device and stream.
 
     `tile`: tokens a step of a program; `max_programs`: at most so many run, to leave the device to others. Whatever is
@@ -79,21 +92,50 @@ def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs:
     num_tiles = copy.num_layers * 2 * copy.num_heads * -(-copy.num_tokens // tile)
     # 128-bit loads where every row begins on 16 bytes; the strides are multiples of a row
     align = 16 if (copy.row_bytes | source.address | destination.address) % 16 == 0 else word
-    _copy_rows[(min(num_tiles, max_programs),)](
-        *_numbers(source),
-        *_numbers(destination),
-        copy.num_heads,
-        copy.num_tokens,
-        num_tiles,
-        WORDS=words,
-        COLUMNS=triton.next_power_of_2(words),
-        WORD_BYTES=word,
-        ALIGN=align,
-        TILE=tile,
-        SRC_PAGED=source.table != 0,
-        DST_PAGED=destination.table != 0,
-        num_warps=num_warps,
-    )
+    numbers = (*_numbers(source), *_numbers(destination), copy.num_heads, copy.num_tokens, num_tiles)
+    kinds = (words, triton.next_power_of_2(words), word, align, tile, source.table != 0, destination.table != 0)
+    grid = (min(num_tiles, max_programs), 1, 1)
+    key = (torch.cuda.current_device() if torch.cuda.is_initialized() else -1, num_warps, kinds)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        try:
+            compiled[grid](*numbers, *kinds)
+            return
+        except TypeError:  # a Triton whose compiled kernels want other arguments: nothing has been launched
+            pass
+    made = _copy_rows[grid](*numbers, *kinds, num_warps=num_warps)
+    if hasattr(made, "packed_metadata"):  # compiled, not interpreted
+        _compiled[key] = made
+
+
+def read_rows(copy: KvCopy) -> None:
+    """`copy_rows` from a peer's memory, where what is long must not keep this device's steps from their multiprocessors."""
+    if copy.num_tokens >= FEW_TILE:
+        copy_rows(copy, tile=FEW_TILE, num_warps=FEW_WARPS, max_programs=FEW_PROGRAMS)
+    else:
+        copy_rows(copy)
+
+
+def warm_copy(pages: KvPages) -> None:
+    """Compile all kernels that copy KV of these pages, before a transfer needs one. Their contents stay as they are."""
+    if pages.device.type == "cpu":
+        _copy_there_and_back(pages)
+        return
+    with torch.cuda.device(pages.device):
+        _copy_there_and_back(pages)
+        torch.cuda.synchronize()
+
+
+def _copy_there_and_back(pages: KvPages) -> None:
+    pool = KvPool.of(pages)
+    layers, heads = (pool.layers[0], pool.layers[0] + 1), (pool.heads[0], pool.heads[0] + 1)
+    table = torch.zeros(1, dtype=torch.int32, device=pages.device)
+    buffer = torch.empty(2 * pool.row_bytes, dtype=torch.uint8, device=pages.device)
+    paged = pool.place(layers, heads, 0, table.data_ptr())
+    packed = packed_place(buffer.data_ptr(), 1, 1, pool.row_bytes)
+    for source, destination in ((paged, packed), (packed, paged), (paged, paged)):
+        copy_rows(KvCopy(source, destination, 1, 1, 1, pool.row_bytes))
+        copy_rows(KvCopy(source, destination, 1, 1, 1, pool.row_bytes), tile=FEW_TILE, num_warps=FEW_WARPS)
 
 
 def _numbers(place: KvPlace) -> tuple[int, ...]:

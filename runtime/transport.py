@@ -58,6 +58,7 @@ class TransferOutcome(Struct, frozen=True):
     sent_checksums: bytes = b""
     bytes_after_written: int = 0
     time_after_written: int = 0  # picoseconds
+    marks: tuple[tuple[str, int], ...] = ()  # what happened when at this end, monotonic ns; for benchmarks
 
     @property
     def num_checked(self) -> int:
@@ -71,8 +72,9 @@ OutcomeHandler = Callable[[TransferOutcome], None]
 class KvTransport(Protocol):
     """All methods may be called from any thread and return at once.
 
-    `on_done` is called exactly once per transfer, on a thread of the transport; after it, the transport touches neither
-    the blocks nor their contents. A transfer that cannot be fails by its outcome, alone, and never by an exception.
+    `on_done` is called exactly once per transfer, on the thread of MPI progress, so it must be quick; after it, the
+    transport touches neither the blocks nor their contents. A transfer that cannot be fails by its outcome, alone, and
+    never by an exception.
     """
 
     @property
@@ -186,7 +188,7 @@ def _carrier(backend: str, progress: Progress, device: torch.device, survives_pe
     from .transport_cuda_ipc import cuda_carrier
 
     if backend == "cuda_ipc":
-        return cuda_carrier(device, f"the receiver reads the peer's pages in one kernel (cuda_ipc){why}")
+        return cuda_carrier(device, f"the receiver reads the peer's pages (cuda_ipc){why}")
     from .transport_staging import staged_carrier
 
     if backend == "mpi":

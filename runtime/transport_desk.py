@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import queue
+import functools
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
+from ..core.kv_layout import Range
 from .kv_pages import KvPages
 from .progress import TRANSFER_CHANNEL, Progress, ProgressError
 from .transport_ends import Carrier, End, Key, Receiving, Sending
 from .transport_segments import Written
 from .transport_throttle import Throttle
-from .transport_wire import MAX_TRANSFER_ID, KvMessage, KvReady, encode
+from .transport_wire import MAX_TRANSFER_ID, KvMessage, KvOffer, KvReady, encode
 
 MIN_SEGMENT_BYTES: Final = 8 << 20
 _REMEMBERED: Final = 1 << 16  # early questions, given-up transfers and written layers kept for whoever is late
@@ -38,7 +40,6 @@ class TransferDesk:
         self._min_segment_bytes = min_segment_bytes
         self._throttle = throttle
         self._max_line = progress.max_tag
-        self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._sends: dict[Key, Sending] = {}
         self._receives: dict[Key, Receiving] = {}
         self._out: dict[tuple[int, int], Sending] = {}  # (peer, line): sends that a receiver has asked for
@@ -48,11 +49,35 @@ class TransferDesk:
         self._written: OrderedDict[int, Written] = OrderedDict()
         self._introduced: set[int] = set()  # peers that know this rank's pool
         self._next_line = 0
+        self._offered: dict[tuple[int, int], Sending] = {}  # (peer, serial): until the receiver says KvOfferTaken
+        self._offers: dict[Key, KvOffer] = {}  # of senders, that nobody here has asked for yet
+        self._next_offer = 0
+        self._held: set[End] = set()  # whose pages are being touched
         self._closed_at: float | None = None
 
     def post(self, what: Callable[..., None], *args: Any) -> None:
-        """Call `what(*args)` on the transport's thread; from any thread."""
-        self._inbox.put((what, args))
+        """Call `what(*args)` on the transport's thread, which is that of MPI progress; from any thread."""
+        try:
+            self._progress.call(functools.partial(self._guarded, what, *args))
+        except ProgressError:  # it has stopped, and nothing moves any more: let it fail where it is
+            self._guarded(what, *args)
+
+    def _guarded(self, what: Callable[..., None], *args: Any) -> None:
+        try:
+            what(*args)
+        except Exception as error:  # one bad frame or callback must not end all transfers
+            traceback.print_exception(error)
+        self._note()
+
+    def _note(self) -> None:
+        """Tell progress how often to look. What is only offered is for its receiver to ask for, in its own time."""
+        self._progress.is_expecting = bool(
+            self._receives
+            or self._out
+            or self._in
+            or self._carrier.is_busy
+            or any(end.offer < 0 for end in self._sends.values())
+        )
 
     def _problem(self, end: End, table: dict[Key, Any]) -> str | None:
         """Why this transfer cannot be, or None."""
@@ -78,9 +103,12 @@ class TransferDesk:
 
     def hold(self, end: End) -> None:
         end.num_holding += 1
+        self._held.add(end)
 
     def release(self, end: End) -> None:
         end.num_holding -= 1
+        if end.num_holding == 0:
+            self._held.discard(end)
         self._tell_outcome(end)
 
     def _conclude(self, end: End, error: str | None) -> None:
@@ -95,11 +123,22 @@ class TransferDesk:
             del self._out[end.key[0], end.line]
         on_done, end.on_done = end.on_done, None
         if on_done is not None:
+            if end.tables is not None:
+                end.tables.release()
             on_done(end.outcome())
 
     def _drop(self, table: dict[Key, Any], end: End) -> None:
         if table.get(end.key) is end:
             del table[end.key]
+
+    def _introduce(self, peer: int) -> None:
+        """Tell `peer` once where this rank's pages are, if its carrier must know. Raises ValueError or RuntimeError."""
+        if peer in self._introduced:
+            return
+        pool = self._carrier.own_pool()
+        if pool is not None:
+            self._tell(peer, pool)
+        self._introduced.add(peer)
 
     def _tell(self, rank: int, message: KvMessage) -> bool:
         try:
@@ -122,3 +161,14 @@ def remember(memory: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     memory[key] = value
     if len(memory) > _REMEMBERED:
         memory.popitem(last=False)
+
+
+Shape = tuple[tuple[tuple[Range, Range], ...], int, int]  # ranges, tokens, bytes
+
+
+def mismatch(transfer_id: int, receiver: str, asked: Shape, sender: str, have: Shape) -> str:
+    """What is wrong where the two ends of a transfer were told different things."""
+    return (
+        f"transfer {transfer_id}: {receiver} expects {asked[2]} bytes, {asked[1]} tokens of (layers, KV heads) "
+        f"{asked[0]}, but {sender} has {have[2]} bytes, {have[1]} tokens of {have[0]}"
+    )

@@ -11,6 +11,7 @@ from ..core.kv_layout import Piece
 from .kv_pages import KvPages
 from .transport import OutcomeHandler, TransferOutcome, TransportCapabilities, ranges_of
 from .transport_segments import Incoming, Outgoing, Outline, Segment, Written
+from .transport_tables import Tables
 from .transport_wire import KvPoolAddress, KvReady
 
 Key = tuple[int, int]  # (peer rank, transfer id)
@@ -40,7 +41,11 @@ class End(ABC):
         self.is_over = False  # nothing more will be begun; told once nothing is held
         self.error: str | None = None
         self.own_checksums = b""
-        self.tables: Any = None  # block ids in the device's memory, for a carrier that needs them
+        self.tables: Tables | None = None  # block ids in the device's memory, for a carrier that needs them
+        self.marks: list[tuple[str, int]] = []  # what happened when, monotonic ns
+
+    def mark(self, what: str) -> None:
+        self.marks.append((what, time.monotonic_ns()))
 
     def blocks_until(self, num_tokens: int, tokens_per_block: int) -> tuple[int, ...]:
         """The blocks that tokens [0, num_tokens) lie in."""
@@ -55,7 +60,10 @@ class End(ABC):
         peer, transfer_id = self.key
         duration, after = 1000 * (now - self.began), 1000 * (now - since) if since else 0
         own = self.own_checksums
-        return TransferOutcome(transfer_id, peer, is_sender, num_bytes, duration, self.error, own, sent, left, after)
+        marks = (("called", self.began), *self.marks, ("told", now))
+        return TransferOutcome(
+            transfer_id, peer, is_sender, num_bytes, duration, self.error, own, sent, left, after, marks
+        )
 
 
 class Sending(End):
@@ -68,7 +76,8 @@ class Sending(End):
         self.num_announced = 0
         self.in_flight: dict[int, int] = {}  # index of a segment: its bytes
         self.being_read: dict[int, Done] = {}  # by the receiver itself: index of a segment, and whom to tell
-        self.is_last_word = False  # KvSent or KvRefused has been said
+        self.is_last_word = False  # the last segment, KvSent or KvRefused has been said
+        self.offer = -1  # serial of the offer that the receiver has not answered yet
         self.bytes_sent = 0
         self.written_at = 0  # monotonic ns; 0: not all is written
         self.bytes_after_written = 0
@@ -89,7 +98,11 @@ class Receiving(End):
         super().__init__(*args)
         self.incoming = Incoming(self.outline)
         self.num_fetching = 0  # segments on their way to here
-        self.is_last_word = False  # the sender has said KvSent or KvRefused, or is gone
+        self.is_last_word = False  # the sender has said it, or is gone, or needs no line
+        self.is_checking = False  # its checksums are being made
+        self.offer = -1  # serial of the offer that is being read
+        self.num_offered = 0  # segments of it that have not been read yet
+        self.offer_error = ""
         self.source_blocks: tuple[int, ...] = ()  # where the receiver reads by itself
         self.sent_checksums: bytes | None = None  # None: they have not come
 
@@ -134,7 +147,8 @@ class Carrier(Protocol):
     def receiver_reads(self) -> bool:
         """The receiver reads the sender's pages by itself: they are held until it says KvTaken."""
 
-    def start(self, desk: Desk) -> None: ...
+    def start(self, desk: Desk) -> None:
+        """Make everything ready that takes time; on the thread that makes the transport."""
 
     def own_pool(self) -> KvPoolAddress | None:
         """What a receiver must know of this rank's pages, once; None if nothing. Raises ValueError or RuntimeError."""
@@ -148,9 +162,17 @@ class Carrier(Protocol):
     def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
         """Take an announced segment; into the pages, unless `end.is_over`. Always calls `arrived`, once."""
 
-    def checksums(self, end: End, tokens_per_block: int) -> bytes:
-        """Those of all pieces of `end`. Raises ValueError or RuntimeError."""
+    def checksums(self, end: End, tokens_per_block: int, then: Callable[[bytes, str | None], None]) -> None:
+        """Give those of all pieces of `end`, or an error, to `then`."""
+
+    def poll(self) -> bool:
+        """Go on with what the device has done; whether there was any."""
+
+    @property
+    def is_busy(self) -> bool:
+        """The device is at work for it: `poll` often."""
 
     def peer_down(self, peer: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back what it holds; on another thread, after everything else."""

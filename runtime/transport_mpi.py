@@ -14,6 +14,7 @@ import torch
 from .progress import Progress
 from .transport import TransportCapabilities, checksum_bytes, pack_pieces, unpack_pieces
 from .transport_ends import Desk, Done, End, Receiving, Sending
+from .transport_lane import Computed, ThreadLane
 from .transport_segments import Segment
 from .transport_wire import KvPoolAddress
 
@@ -40,7 +41,12 @@ class Stager(Protocol):
 
     def give_back(self, buffer: Any) -> None: ...
 
-    def checksums(self, end: End, tokens_per_block: int) -> bytes: ...
+    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None: ...
+
+    def poll(self) -> bool: ...
+
+    @property
+    def is_busy(self) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -92,16 +98,16 @@ class MpiCarrier:
                 sent(str(error))
                 return
             keep.append(buffer)
+            end.mark("packed")
             self._desk.announce(end, index, segment)
 
         def gone(error: BaseException | None) -> None:
-            self._desk.post(finish, error)
-
-        def finish(error: BaseException | None) -> None:
+            end.mark("sent")
             self._stager.give_back(keep.pop())
             sent(None if error is None else str(error))
 
         keep: list[Any] = []
+        end.mark("packing")
         self._stager.pack(end, segment, packed, sent)
 
     def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
@@ -114,9 +120,7 @@ class MpiCarrier:
                 arrived(str(error))
 
         def landed(error: BaseException | None) -> None:
-            self._desk.post(take_in, error)
-
-        def take_in(error: BaseException | None) -> None:
+            end.mark("landed")
             buffer = keep.pop()
             if error is None and not end.is_over:
                 self._stager.unpack(end, segment, buffer, arrived)
@@ -127,8 +131,15 @@ class MpiCarrier:
         keep: list[Any] = []
         self._stager.land(end.outline.bytes_of(segment), post, arrived)
 
-    def checksums(self, end: End, tokens_per_block: int) -> bytes:
-        return self._stager.checksums(end, tokens_per_block)
+    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
+        self._stager.checksums(end, tokens_per_block, then)
+
+    def poll(self) -> bool:
+        return self._stager.poll()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._stager.is_busy
 
     def peer_down(self, peer: int) -> None:
         pass
@@ -138,22 +149,32 @@ class MpiCarrier:
 
 
 class CpuStager:
-    """Pages in host memory: packed and unpacked at once, into buffers made for the purpose."""
+    """Pages in host memory: packed and unpacked by a thread, into buffers made for the purpose."""
 
     max_segment_bytes: Final = _MESSAGE_BYTES
 
     def __init__(self, desk: Desk) -> None:
+        self._desk = desk
         self._pages = desk.pages
+        self._lane = ThreadLane(desk.post)
 
     def pack(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> None:
         first, last = segment.tokens
         blocks = end.blocks_until(last, self._pages.tokens_per_block)
-        try:
-            buffer = pack_pieces(self._pages, end.outline.pieces_of(segment), blocks, last, first)
-        except (ValueError, RuntimeError) as error:
-            failed(str(error))
-            return
-        packed(buffer)
+        made: list[Any] = []
+
+        def work() -> None:
+            made.append(pack_pieces(self._pages, end.outline.pieces_of(segment), blocks, last, first))
+
+        def finish(error: str | None) -> None:
+            self._desk.release(end)
+            if error is None:
+                packed(made.pop())
+            else:
+                failed(error)
+
+        self._desk.hold(end)
+        self._lane.run(work, finish)
 
     def message(self, buffer: Any) -> Any:
         return buffer.numpy()
@@ -164,18 +185,31 @@ class CpuStager:
     def unpack(self, end: Receiving, segment: Segment, buffer: Any, done: Done) -> None:
         first, last = segment.tokens
         blocks = end.blocks_until(last, self._pages.tokens_per_block)
-        try:
-            unpack_pieces(self._pages, buffer, end.outline.pieces_of(segment), blocks, last, first)
-        except (ValueError, RuntimeError) as error:
-            done(str(error))
-            return
-        done(None)
+
+        def finish(error: str | None) -> None:
+            self._desk.release(end)
+            done(error)
+
+        self._desk.hold(end)
+        self._lane.run(
+            lambda: unpack_pieces(self._pages, buffer, end.outline.pieces_of(segment), blocks, last, first), finish
+        )
 
     def give_back(self, buffer: Any) -> None:
         pass
 
-    def checksums(self, end: End, tokens_per_block: int) -> bytes:
-        return checksum_bytes(self._pages, end.outline.ranges, end.blocks, end.outline.num_tokens, tokens_per_block)
+    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
+        pages, outline = self._pages, end.outline
+        self._lane.compute(
+            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block), then
+        )
+
+    def poll(self) -> bool:
+        return self._lane.poll()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._lane.is_busy
 
     def close(self) -> None:
-        pass
+        self._lane.close()

@@ -7,6 +7,7 @@ per layer says it all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -39,6 +40,10 @@ class Written:
     def advance_all(self) -> None:
         self._is_all = True
 
+    @property
+    def is_all(self) -> bool:
+        return self._is_all
+
     def of(self, layer: int, num_tokens: int) -> int:
         """Tokens of `layer` that are written, at most `num_tokens`."""
         return num_tokens if self._is_all else min(num_tokens, self._tokens.get(layer, 0))
@@ -53,12 +58,8 @@ class Outline:
     def __init__(self, ranges: Sequence[tuple[Range, Range]], num_tokens: int, row_bytes: int) -> None:
         self.ranges = tuple(ranges)
         self.num_tokens = num_tokens
-        self._bytes: dict[int, int] = {}  # layer: bytes a token
-        for layers, heads in self.ranges:
-            for layer in range(*layers):
-                self._bytes[layer] = self._bytes.get(layer, 0) + 2 * (heads[1] - heads[0]) * row_bytes
-        self.layers = tuple(sorted(self._bytes))
-        self.num_bytes = num_tokens * sum(self._bytes.values())
+        self._bytes, self.layers, token_bytes = _weights_of(self.ranges, row_bytes)
+        self.num_bytes = num_tokens * token_bytes
 
     def bytes_of(self, segment: Segment) -> int:
         per_token = sum(self._bytes.get(layer, 0) for layer in range(*segment.layers))
@@ -72,6 +73,16 @@ class Outline:
             if start < stop:
                 parts.append(((start, stop), heads))
         return tuple(parts)
+
+    def whole(self) -> tuple[Segment, ...]:
+        """All of it, in as few segments as there are runs of layers."""
+        runs: list[tuple[int, int]] = []
+        for layer in self.layers:
+            if runs and runs[-1][1] == layer:
+                runs[-1] = (runs[-1][0], layer + 1)
+            else:
+                runs.append((layer, layer + 1))
+        return tuple(Segment(run, (0, self.num_tokens)) for run in runs)
 
     def split(self, segment: Segment, max_bytes: int) -> list[Segment]:
         """The segment in parts of at most `max_bytes` (or one token of one layer): by layers, then by tokens."""
@@ -95,6 +106,16 @@ class Outline:
         return parts
 
 
+@lru_cache(maxsize=256)
+def _weights_of(ranges: tuple[tuple[Range, Range], ...], row_bytes: int) -> tuple[dict[int, int], tuple[int, ...], int]:
+    """(bytes a token of each layer, the layers, bytes a token), of pieces that come again with every transfer."""
+    weights: dict[int, int] = {}
+    for layers, heads in ranges:
+        for layer in range(*layers):
+            weights[layer] = weights.get(layer, 0) + 2 * (heads[1] - heads[0]) * row_bytes
+    return weights, tuple(sorted(weights)), sum(weights.values())
+
+
 class Outgoing:
     """What of a transfer has been cut off for sending."""
 
@@ -102,10 +123,16 @@ class Outgoing:
         self.outline = outline
         self._cut = dict.fromkeys(outline.layers, 0)
 
+    def cut_all(self) -> None:
+        """Everything at once."""
+        self._cut = dict.fromkeys(self._cut, self.outline.num_tokens)
+
     def is_over(self) -> bool:
         return all(tokens == self.outline.num_tokens for tokens in self._cut.values())
 
     def is_written(self, written: Written) -> bool:
+        if written.is_all:
+            return True
         num_tokens = self.outline.num_tokens
         return all(written.of(layer, num_tokens) == num_tokens for layer in self._cut)
 
@@ -153,6 +180,11 @@ class Incoming:
                 )
         for layer in range(*segment.layers):
             self._announced[layer] = stop
+
+    @property
+    def is_untouched(self) -> bool:
+        """Nothing has been announced."""
+        return not any(self._announced.values())
 
     def arrive(self, segment: Segment) -> None:
         self._bytes_left -= self.outline.bytes_of(segment)

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..core.kv_layout import Range
-from .transport_desk import TransferDesk, remember
+from .transport_desk import TransferDesk, mismatch, remember
 from .transport_ends import Key, Sending
 from .transport_segments import Segment, Written
-from .transport_wire import KvGivenUp, KvReady, KvRefused, KvSegment, KvSent
+from .transport_wire import (
+    MAX_OFFERS,
+    KvGivenUp,
+    KvOffer,
+    KvReady,
+    KvRefused,
+    KvSegment,
+    KvSent,
+    KvWithdrawn,
+)
 
 
 class SenderDesk(TransferDesk):
     """See `transport_worker`."""
 
     def _on_send(self, end: Sending, is_written: bool) -> None:
+        end.mark("begun")
         key = end.key
         refusal = self._refusals.pop(key, None)
         problem = self._problem(end, self._sends)
@@ -30,6 +40,8 @@ class SenderDesk(TransferDesk):
         ready = self._early.pop(key, None)
         if ready is not None:
             self._meet(end, ready)
+        else:
+            self._offer(end)
 
     def _on_advance(self, transfer_id: int, layers: Range, num_tokens: int) -> None:
         self._written_of(transfer_id).advance(layers, num_tokens)
@@ -54,14 +66,13 @@ class SenderDesk(TransferDesk):
         end.ready, end.line = ready, ready.line
         self._out[end.key[0], ready.line] = end
         if asked != have:
-            self._fail_send(
-                end,
-                f"transfer {ready.transfer_id}: rank {end.key[0]} expects {asked[2]} bytes, {asked[1]} tokens of "
-                f"(layers, KV heads) {asked[0]}, but the sender has {have[2]} bytes, {have[1]} tokens of {have[0]}",
-            )
+            self._fail_send(end, mismatch(ready.transfer_id, f"rank {end.key[0]}", asked, "the sender", have))
         elif ready.line > self._max_line:
             self._fail_send(end, f"transfer {ready.transfer_id}: line {ready.line}; allowed: to {self._max_line}")
+        elif end.offer >= 0:  # nothing more is to be announced
+            self._end_line(end)
         else:
+            end.mark("asked")
             self._push(end)
 
     def _push(self, end: Sending) -> None:
@@ -71,11 +82,8 @@ class SenderDesk(TransferDesk):
         worth = self._min_segment_bytes if end.in_flight and not end.written_at else 1
         segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes)
         try:
-            if segments and end.key[0] not in self._introduced:
-                pool = self._carrier.own_pool()
-                if pool is not None:
-                    self._tell(end.key[0], pool)
-                self._introduced.add(end.key[0])
+            if segments:
+                self._introduce(end.key[0])
             first = end.num_cut
             end.num_cut += len(segments)  # before any is announced: the last announced one ends the line
             for index, segment in enumerate(segments, first):
@@ -95,19 +103,40 @@ class SenderDesk(TransferDesk):
     def announce(self, end: Sending, index: int, segment: Segment) -> None:
         if end.is_over:
             return
+        if index == 0:
+            end.mark("announced")
         blocks = end.blocks if self._carrier.receiver_reads and index == 0 else ()
-        self._tell(end.key[0], KvSegment(end.line, index, segment.layers, segment.tokens, blocks))
         end.num_announced += 1
-        if end.num_announced < end.num_cut or not end.outgoing.is_over() or end.ready is None:
-            return
-        try:
-            size = end.ready.tokens_per_block
-            if size:
-                end.own_checksums = self._carrier.checksums(end, size)
-            self._tell(end.key[0], KvSent(end.line, end.own_checksums))
+        is_end = end.num_announced == end.num_cut and end.outgoing.is_over() and end.ready is not None
+        is_last = is_end and end.ready is not None and not end.ready.tokens_per_block
+        self._tell(end.key[0], KvSegment(end.line, index, segment.layers, segment.tokens, blocks, is_last))
+        if is_last:
             end.is_last_word = True
-        except (ValueError, RuntimeError) as error:
-            self._fail_send(end, f"transfer {end.key[1]}: {error}")
+        elif is_end:
+            self._end_line(end)
+
+    def _end_line(self, end: Sending) -> None:
+        """Say KvSent, with the checksums that the receiver asked for. They are made of pages that must stay."""
+        size = end.ready.tokens_per_block if end.ready is not None else 0
+        if not size:
+            self._tell(end.key[0], KvSent(end.line))
+            end.is_last_word = True
+            return
+
+        def made(checksums: bytes, error: str | None) -> None:
+            if not end.is_last_word:
+                end.is_last_word = True
+                if error is None:
+                    end.own_checksums = checksums
+                    self._tell(end.key[0], KvSent(end.line, checksums))
+                else:
+                    error = f"transfer {end.key[1]}: {error}"
+                    self._tell(end.key[0], KvRefused(end.line, error[: 1 << 12]))
+                    self._fail_send(end, error)
+            self.release(end)
+
+        self.hold(end)
+        self._carrier.checksums(end, size, made)
 
     def _on_sent(self, end: Sending, index: int, error: str | None) -> None:
         num_bytes = end.in_flight.pop(index, None)
@@ -130,6 +159,8 @@ class SenderDesk(TransferDesk):
         elif not end.is_over and not end.is_last_word:
             self._tell(end.key[0], KvRefused(end.line, error[: 1 << 12]))
             end.is_last_word = True
+        if not end.is_over:
+            self._withdraw(end)
         self._conclude(end, error)
 
     def _refuse(self, key: Key, error: str) -> None:
@@ -160,3 +191,52 @@ class SenderDesk(TransferDesk):
         if asked is not None and asked.line == message.line:
             self._refuse(key, message.reason)
             remember(self._refusals, key, message.reason)
+
+    # ---- offers ------------------------------------------------------------------------------------------------------
+
+    def _offer(self, end: Sending) -> None:
+        """Let the receiver begin before it asks, where it reads for itself and everything is there to be read."""
+        peer, transfer_id = end.key
+        if not (self._carrier.receiver_reads and end.written.is_all) or self._verify or self._throttle is not None:
+            return  # checksums would be wanted first; a throttle counts from when the receiver wants it
+        if sum(rank == peer for rank, _ in self._offered) >= MAX_OFFERS:
+            return
+        outline = end.outline
+        try:
+            self._introduce(peer)
+        except (ValueError, RuntimeError) as error:
+            self._fail_send(end, f"transfer {transfer_id}: {error}")
+            return
+        end.offer = self._next_offer
+        self._next_offer += 1
+        end.outgoing.cut_all()
+        end.in_flight[0], end.num_cut, end.num_announced = outline.num_bytes, 1, 1
+        self.hold(end)
+        self._offered[peer, end.offer] = end
+        self._tell(
+            peer, KvOffer(end.offer, transfer_id, outline.num_bytes, outline.num_tokens, outline.ranges, end.blocks)
+        )
+        end.mark("announced")
+
+    def _withdraw(self, end: Sending) -> None:
+        """Take an offer back; its pages are held until the receiver says that it does not read them."""
+        if end.offer >= 0 and not self._tell(end.key[0], KvWithdrawn(end.offer)):
+            self._end_offer(end)
+
+    def _end_offer(self, end: Sending) -> None:
+        if self._offered.pop((end.key[0], end.offer), None) is end:
+            end.offer = -1
+            self.release(end)
+
+    def _on_offer_taken(self, peer: int, serial: int, error: str) -> None:
+        end = self._offered.get((peer, serial))
+        if end is None:
+            return
+        end.mark("taken")
+        del self._offered[peer, serial]
+        end.offer = -1
+        if error:
+            self._fail_send(end, error)
+        else:
+            self._on_sent(end, 0, None)
+        self.release(end)

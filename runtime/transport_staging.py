@@ -16,11 +16,12 @@ import torch
 from .kv_places import KvCopy, KvPlace, KvPool, packed_place
 from .progress import Progress
 from .transport import TransportCapabilities, checksum_bytes
-from .transport_cuda_ipc import Copy, kernel_copy, tables_of
+from .transport_cuda_ipc import Copy, local_copy
 from .transport_ends import Desk, Done, End, Receiving, Sending
-from .transport_lane import CudaLane, Lane
+from .transport_lane import Computed, CudaLane, Lane
 from .transport_mpi import MpiCarrier
 from .transport_segments import Segment
+from .transport_tables import TableRing
 
 NUM_BUFFERS: Final = 4  # of each direction
 DEVICE_SEGMENT_BYTES: Final = 32 << 20
@@ -39,12 +40,12 @@ class StagingBuffer:
 
 
 class _Pool:
-    """At most `NUM_BUFFERS`, made when first needed, lent in the order in which they are asked for."""
+    """At most `NUM_BUFFERS`, lent in the order in which they are asked for. On a device all are made at once."""
 
-    def __init__(self, make: Callable[[], StagingBuffer]) -> None:
+    def __init__(self, make: Callable[[], StagingBuffer], num_ready: int) -> None:
         self._make = make
-        self._free: list[StagingBuffer] = []
-        self._num_made = 0
+        self._free = [make() for _ in range(num_ready)]
+        self._num_made = num_ready
         self._waiting: deque[Callable[[StagingBuffer], None]] = deque()
 
     def take(self, then: Callable[[StagingBuffer], None]) -> None:
@@ -74,12 +75,14 @@ class DeviceStager:
         self._lane = lane
         self._copy = copy
         self._row_bytes = KvPool.of(desk.pages).row_bytes
+        self._tables = TableRing(desk.pages.device)
 
         def make() -> StagingBuffer:
             return StagingBuffer(segment_bytes, self._pages.device, via_host)
 
-        self._outgoing = _Pool(make)
-        self._incoming = _Pool(make)
+        num_ready = 0 if self._pages.device.type == "cpu" else NUM_BUFFERS
+        self._outgoing = _Pool(make, num_ready)
+        self._incoming = _Pool(make, num_ready)
         self._owner: dict[StagingBuffer, _Pool] = {}
 
     def message(self, buffer: StagingBuffer) -> Any:
@@ -133,11 +136,18 @@ class DeviceStager:
     def give_back(self, buffer: StagingBuffer) -> None:
         self._owner.pop(buffer).give(buffer)
 
-    def checksums(self, end: End, tokens_per_block: int) -> bytes:
+    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
         pages, outline = self._pages, end.outline
-        return self._lane.wait(
-            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block)
+        self._lane.compute(
+            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block), then
         )
+
+    def poll(self) -> bool:
+        return self._lane.poll()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._lane.is_busy
 
     def close(self) -> None:
         self._lane.close()
@@ -165,8 +175,8 @@ class DeviceStager:
     ) -> list[tuple[KvPlace, KvPlace, tuple[int, int, int, int]]]:
         """(in the pages, in the buffer, (layers, heads, tokens, row bytes)) of each piece of the segment."""
         if end.tables is None:
-            end.tables = tables_of(self._pages.device, end.blocks)
-        pool, table = KvPool.of(self._pages), end.tables[0].data_ptr()
+            end.tables = self._tables.put(end.blocks)
+        pool, table = KvPool.of(self._pages), end.tables.addresses[0]
         first, last = segment.tokens
         address = int(buffer.device.data_ptr())
         found = []
@@ -185,9 +195,12 @@ def staged_carrier(
     via_host = name == "host"
 
     def make(desk: Desk) -> DeviceStager:
+        from .kv_kernels import warm_copy
+
         lane = CudaLane(device, desk.post)
+        warm_copy(desk.pages)
         size = HOST_SEGMENT_BYTES if via_host else DEVICE_SEGMENT_BYTES
-        return DeviceStager(desk, lane, kernel_copy(lane), size, via_host=via_host)
+        return DeviceStager(desk, lane, local_copy(lane), size, via_host=via_host)
 
     return MpiCarrier(progress, make, name, description, capabilities)
 

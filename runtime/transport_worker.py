@@ -1,13 +1,13 @@
 """A KvTransport whose bytes are carried by something else: who sends what to whom, in which segments, and how it ends.
 
-The protocol is in `transport_wire`. All state lives on one thread, on which callbacks run too. A sender cuts what is
+The protocol is in `transport_wire`. All state lives on the thread of MPI progress, where frames arrive and callbacks run:
+a message is answered in the round in which it came. What takes long is the carrier's to do elsewhere. A sender cuts what is
 written into segments: at once while nothing of the transfer is on its way, else when there is enough for a large one, so
 that the link is never idle and little is left when the last layer ends.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 import traceback
@@ -21,19 +21,31 @@ from .kv_pages import KvPages
 from .progress import TRANSFER_CHANNEL, Progress, ProgressError
 from .transport import OutcomeHandler, TransportCapabilities
 from .transport_desk import MIN_SEGMENT_BYTES
-from .transport_ends import Carrier, End, Key, Receiving, Sending
+from .transport_ends import Carrier, Key, Receiving, Sending
 from .transport_receiver import ReceiverDesk
 from .transport_segments import Written
 from .transport_sender import SenderDesk
 from .transport_throttle import Throttle
-from .transport_wire import KvGivenUp, KvMessage, KvPoolAddress, KvReady, KvSegment, KvSent, KvTaken, decode
+from .transport_wire import (
+    KvGivenUp,
+    KvMessage,
+    KvOffer,
+    KvOfferTaken,
+    KvPoolAddress,
+    KvReady,
+    KvSegment,
+    KvSent,
+    KvTaken,
+    KvWithdrawn,
+    decode,
+)
 
 _CLOSE_LIMIT_S: Final = 5.0  # for what still touches pages
 _FAREWELL_S: Final = 0.5  # for peers to say their last word on what was given up
 
 
 class SegmentTransport(SenderDesk, ReceiverDesk):
-    """See `KvTransport`. Made before `progress` is started, whose TRANSFER_CHANNEL it takes."""
+    """See `KvTransport`. Made before frames of `progress`'s TRANSFER_CHANNEL can come, which it takes."""
 
     def __init__(
         self,
@@ -48,11 +60,11 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
         super().__init__(
             progress, pages, carrier, verify=verify, min_segment_bytes=min_segment_bytes, throttle=throttle
         )
+        self._left = threading.Event()
         carrier.start(self)
-        progress.subscribe(TRANSFER_CHANNEL, lambda rank, frame: self.post(self._on_frame, rank, frame))
-        progress.watch_peers(lambda rank: self.post(self._on_peer_down, rank))
-        self._worker = threading.Thread(target=self._run, name="kv-transport", daemon=True)
-        self._worker.start()
+        progress.subscribe(TRANSFER_CHANNEL, lambda rank, frame: self._guarded(self._on_frame, rank, frame))
+        progress.watch_peers(lambda rank: self._guarded(self._on_peer_down, rank))
+        progress.poll(self._poll)
 
     @property
     def name(self) -> str:
@@ -109,37 +121,38 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
 
     def close(self) -> None:
         self.post(self._on_close)
-        if threading.current_thread() is not self._worker:
-            self._worker.join(_CLOSE_LIMIT_S + _FAREWELL_S + 5.0)
+        if self._progress.is_own_thread:
+            return
+        if self._progress.is_running:
+            self._left.wait(_CLOSE_LIMIT_S + _FAREWELL_S + 5.0)
+        self._left.set()
+        self._carrier.close()
 
     # ---- the thread --------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._may_leave():
-            try:
-                what, args = self._inbox.get(timeout=self._patience())
-                what(*args)
-            except queue.Empty:
-                pass
-            except Exception as error:  # one bad frame or callback must not end all transfers
-                traceback.print_exception(error)
-            self._progress.is_expecting = bool(self._sends or self._receives or self._out or self._in)
-            if self._throttle is not None:
-                for release in self._throttle.due():
-                    self.post(release)
-        self._carrier.close()
-
-    def _patience(self) -> float | None:
-        if self._closed_at is not None:
-            return 0.01
-        return None if self._throttle is None else self._throttle.seconds_to_next()
+    def _poll(self) -> bool:
+        """A round of the progress thread: what the device has done, and what the throttle lets through."""
+        if self._left.is_set():
+            return False
+        found = False
+        try:
+            found = self._carrier.poll()
+            for release in self._throttle.due() if self._throttle is not None else ():
+                found = True
+                release()
+        except Exception as error:  # of one callback
+            traceback.print_exception(error)
+        if found:
+            self._note()
+        if self._closed_at is not None and self._may_leave():
+            self._left.set()
+        return found
 
     def _may_leave(self) -> bool:
-        if self._closed_at is None or not self._inbox.empty():
+        if self._closed_at is None:
             return False
         waited = time.monotonic() - self._closed_at
-        ends: list[End] = [*self._out.values(), *self._in.values()]
-        if any(end.num_holding for end in ends):
+        if self._held:
             return waited > _CLOSE_LIMIT_S
         return not self._in or waited > _FAREWELL_S
 
@@ -154,11 +167,20 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
             self._on_ready((rank, message.transfer_id), message)
         elif isinstance(message, KvGivenUp):
             self._on_given_up((rank, message.transfer_id), message)
+        elif isinstance(message, KvOffer):
+            self._on_offer(rank, message)
+        elif isinstance(message, KvWithdrawn):
+            self._on_withdrawn(rank, message.serial)
+        elif self._left.is_set():
+            return  # closed: only answers are given
+        elif isinstance(message, KvOfferTaken):
+            self._on_offer_taken(rank, message.serial, message.error)
         elif isinstance(message, KvPoolAddress):
             self._carrier.learn_pool(rank, message)
         elif isinstance(message, KvTaken):
             sending = self._out.get((rank, message.line))
             if sending is not None and message.index in sending.being_read:
+                sending.mark("taken")
                 sending.being_read.pop(message.index)(None)
                 self.release(sending)
         else:
@@ -178,24 +200,30 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
 
     def _on_peer_down(self, rank: int) -> None:
         # Messages with that rank fail in Progress.
-        for receiving in [end for (peer, _), end in self._in.items() if peer == rank]:
+        theirs = [*self._in.values(), *self._receives.values()]
+        for receiving in dict.fromkeys(end for end in theirs if end.key[0] == rank):
             receiving.is_last_word = True
             if not receiving.is_over:
                 self._fail_receive(receiving, f"transfer {receiving.key[1]}: rank {rank} is down")
             self._leave_line(receiving)
-        for sending in [*[s for s in self._sends.values() if s.key[0] == rank], *self._out.values()]:
-            if sending.key[0] != rank:
-                continue
-            if self._carrier.receiver_reads:  # and does so no more
-                sending.num_holding -= len(sending.being_read)
-                sending.being_read.clear()
+        ours = [*self._sends.values(), *self._out.values(), *self._offered.values()]
+        for sending in dict.fromkeys(end for end in ours if end.key[0] == rank):
             self._drop(self._sends, sending)
             self._conclude(sending, f"transfer {sending.key[1]}: rank {rank} is down")
+            self._end_offer(sending)
+            if self._carrier.receiver_reads:  # and does so no more
+                num_read = len(sending.being_read)
+                sending.being_read.clear()
+                for _ in range(num_read):
+                    self.release(sending)
+        for key in [key for key in self._offers if key[0] == rank]:
+            del self._offers[key]
         for memory in (self._early, self._refusals):
             for key in [key for key in memory if key[0] == rank]:
                 del memory[key]
         self._introduced.discard(rank)
-        self._carrier.peer_down(rank)
+        if not self._left.is_set():
+            self._carrier.peer_down(rank)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

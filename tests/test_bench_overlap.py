@@ -41,7 +41,9 @@ def host_copy(copy: KvCopy, programs: int) -> None:
         for kv in range(2):
             for number in range(count):
                 ctypes.memmove(
-                    address(target, layer, kv, number), address(source, layer, kv, number), copy.num_heads * source.head_bytes,
+                    address(target, layer, kv, number),
+                    address(source, layer, kv, number),
+                    copy.num_heads * source.head_bytes,
                 )
 
 
@@ -117,6 +119,8 @@ def test_receive_time_is_covered_where_decode_kernels_run_and_counts_only_betwee
         DeviceWork(20, 22, "Memcpy DtoH (Device -> Pinned)"),
     ]
     assert covered_share(work) == (pytest.approx(12 / 14), pytest.approx(0.8))
+    by_engines = [*work, DeviceWork(20, 26, "Memcpy PtoP (Device -> Device)")]  # of 6 µs 4 are covered
+    assert covered_share(by_engines) == (pytest.approx(16 / 20), pytest.approx(4 / 6))
     assert covered_share(work[:1]) is None
     assert covered_share([kernel(0, 10)]) is None
 
@@ -131,7 +135,7 @@ def test_the_slow_down_of_the_first_number_of_programs_is_judged(slow: float, me
     assert rows["decode step, batch 64, receiving, 66 programs"].met is None
     assert rows["received while decoding, 66 programs"].ratio == pytest.approx(250 / 360)
     assert rows["received alone, 528 programs"].ceiling == pytest.approx(390)
-    share = rows["receive kernels' time with a decode kernel running, 528 programs"]
+    share = rows["time of receiving with a decode kernel running, 528 programs"]
     assert (share.measured, share.met) == (0.83, True)
 
 

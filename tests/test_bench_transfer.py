@@ -6,6 +6,7 @@ import pytest
 
 from disagg.runtime import bench_transfer
 from disagg.runtime.bench_transfer import Measured, TransferJob, TransferResult, rows_of
+from disagg.runtime.bench_transfer_marks import EndPair, Step, steps_of
 
 
 def job(backend: str = "cuda_ipc", device: str = "cuda", variant: str = "same") -> TransferJob:
@@ -39,12 +40,46 @@ def test_goals_are_those_of_gpus() -> None:
     assert {row[2:] for row in rows(item, moved, job=job("mpi", "cpu"))} == {(None, None)}
 
 
+def test_the_data_path_is_judged_by_itself_beside_the_whole_and_control_is_the_rest() -> None:
+    steps = (Step("reader", "launching", 20e-6),)
+    item = Measured("transfer", 1024, 134 << 20, 0.0005, 0.00038, data_seconds=0.0004, steps=steps)
+    found = rows_of(TransferResult(job(), "", "a plain copy", (item,)))
+    assert [(row.name.partition(": ")[2], row.goal, row.met) for row in found] == [
+        ("transfer", 0.93, False),
+        ("data path alone, without control messages", 0.93, True),
+        ("control messages", None, None),
+        ("reader, launching", None, None),
+    ]
+    assert found[2].measured == pytest.approx(100.0)
+    assert found[3].measured == pytest.approx(20.0)
+
+
+def test_a_transfer_begins_when_both_ends_were_called_and_its_data_with_the_first_work_on_pages() -> None:
+    sender = (("called", 1000), ("packing", 5000), ("packing", 7000), ("told", 20_000))
+    reader = (("called", 3000), ("begun", 3500), ("whole", 15_000), ("told", 16_000))
+    pair = EndPair(sender, reader)
+    assert pair.whole_seconds == pytest.approx(13e-6)
+    assert pair.data_seconds == pytest.approx(10e-6)
+    assert pair.last_data_seconds == pytest.approx(8e-6)
+    steps = steps_of([pair, pair])
+    assert [(step.who, step.what) for step in steps] == [
+        ("reader", "called"),
+        ("reader", "begun"),
+        ("sender", "packing"),
+        ("reader", "whole"),
+        ("reader", "told"),
+        ("sender", "told"),
+    ]
+    assert steps[2].seconds == pytest.approx(2e-6)
+
+
 @pytest.mark.mpi
 @pytest.mark.parametrize("variant", ["same", "relayout"])
 def test_the_measurement_runs_without_a_gpu(variant: str) -> None:
     small = TransferJob("mpi", "cpu", variant, (64,), 64 if variant == "same" else 0, repeats=1)
     result = bench_transfer._in_world(small)
     assert [item.name for item in result.measured] == ["transfer", "layer-wise"][: 2 if variant == "same" else 1]
+    assert 0 < result.measured[0].data_seconds < result.measured[0].seconds
     assert result.measured[0].num_bytes == 64 * (131072 if variant == "same" else 65536)
     assert all(item.seconds > 0 and item.plain_seconds > 0 for item in result.measured)
     assert result.description == "MPI messages from host memory"

@@ -15,7 +15,7 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from disagg.core.kv_layout import KvLayout, Range  # noqa: E402
-from disagg.runtime.kv_kernels import copy_rows  # noqa: E402
+from disagg.runtime.kv_kernels import copy_rows, warm_copy  # noqa: E402
 from disagg.runtime.kv_pages import KvPages  # noqa: E402
 from disagg.runtime.kv_places import KvCopy, KvPool, packed_place  # noqa: E402
 
@@ -82,6 +82,14 @@ def test_the_same_kernel_packs_and_unpacks(tokens: Range) -> None:
     assert torch.equal(buffer, source.pack(blocks, tokens[1], layers, heads, tokens[0]))
     copy_rows(KvCopy(packed, pools[1].place(layers, heads, tokens[0], tables[1].data_ptr()), 3, 2, count, 16))
     assert torch.equal(target.pack(into, tokens[1], layers, heads, tokens[0]), buffer)
+
+
+def test_warming_the_kernels_up_changes_no_page() -> None:
+    pages = make(2, 4, 8, "bfloat16", rank=1)
+    pages.pool.normal_()
+    before = pages.pool.clone()
+    warm_copy(pages)
+    assert torch.equal(pages.pool, before)
 
 
 def test_a_place_outside_the_pool_is_refused() -> None:

@@ -178,8 +178,9 @@ def test_a_plan_between_layouts_moves_every_page_once_through_the_local_transpor
 
 
 @pytest.mark.mpi
-def test_many_transfers_in_both_directions_arrive_with_equal_checksums(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch(str(PROGRAMS / "transfers.py"), (), 4, timeout_s=120) == 0
+@pytest.mark.parametrize(("way", "how"), [("mpi", "verify"), ("peer_read", "verify"), ("peer_read", "plain")])
+def test_many_transfers_in_both_directions_arrive_whole(way: str, how: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch(str(PROGRAMS / "transfers.py"), (way, how), 4, timeout_s=120) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if "checksums" in line]
     assert len(lines) == 4
     assert all("160 transfers" in line for line in lines)

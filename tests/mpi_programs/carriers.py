@@ -41,9 +41,8 @@ class SharedFile:
         self.path = Path(name)
         size = pages.nbytes
         self.path.write_bytes(bytes(size))
-        pages.pool = torch.from_file(name, shared=True, size=pages.pool.numel(), dtype=pages.pool.dtype).view(
-            pages.pool.shape
-        )
+        flat = torch.from_file(name, shared=True, size=pages.pool.numel(), dtype=pages.pool.dtype)
+        pages.pool = flat.as_strided(pages.pool.shape, pages.pool.stride())  # the pool is a view of its memory
         self._maps: dict[int, Any] = {}
 
     def export(self, pages: KvPages) -> tuple[bytes, int, int, bytes]:

@@ -1,0 +1,187 @@
+"""The protocol where the receiver reads for itself, frame by frame: how many there are, and that none comes too late."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from disagg.runtime.transport_wire import MAX_OFFERS
+from tests.transport_pair import NUM_TOKENS, Pair
+
+
+def test_a_transfer_that_was_offered_takes_one_frame_each_way_and_its_reader_asks_nobody() -> None:
+    pair = Pair()
+    pair.send(0)
+    pair.settle()
+    pair.send(1)
+    pair.settle()
+    pair.wire.told[0].clear()
+    pair.receive(1)
+    pair.progress[1].calls.popleft()()
+    assert pair.lanes[1].work, "the copy was not begun at once"
+    pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {1: None}
+    assert pair.arrived(1)
+    assert pair.wire.told == {0: {}, 1: {"KvOfferTaken": 1}}
+
+
+def test_a_transfer_that_was_asked_for_first_takes_three_frames() -> None:
+    pair = Pair()
+    for ident in (0, 1):
+        pair.wire.told[0].clear(), pair.wire.told[1].clear()
+        pair.receive(ident)
+        pair.settle()
+        pair.send(ident)
+        pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {0: None, 1: None}
+    assert pair.wire.told == {0: {"KvSegment": 1}, 1: {"KvReady": 1, "KvTaken": 1}}
+
+
+def test_a_sender_whose_receiver_has_not_asked_keeps_nobody_awake() -> None:
+    pair = Pair()
+    pair.send(0)
+    pair.settle()
+    assert [progress.is_expecting for progress in pair.progress] == [False, False]
+    pair.receive(0)
+    pair.progress[1].calls.popleft()()
+    assert pair.progress[1].is_expecting
+    pair.settle()
+    assert not pair.progress[1].is_expecting
+
+
+def test_question_and_offer_that_cross_make_one_transfer() -> None:
+    pair = Pair()
+    pair.send(3)
+    pair.receive(3)
+    for progress in pair.progress:
+        progress.calls.popleft()()
+    pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {3: None}
+    assert pair.arrived(3)
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_pages_that_were_offered_stay_the_senders_burden_until_the_reader_lets_go() -> None:
+    pair = Pair()
+    pair.send(2)
+    pair.settle()
+    pair.receive(2)
+    pair.progress[1].calls.popleft()()  # the copy has begun
+    pair.transports[0].abort(2, 1, "the request was cancelled")
+    pair.progress[0].calls.popleft()()
+    assert pair.outcomes[0] == {}
+    pair.settle()
+    assert pair.errors(0) == {2: "the request was cancelled"}
+    assert pair.errors(1) == {2: None}  # it was complete, and nobody took it back
+    assert pair.touched_late == []
+
+
+def test_an_offer_that_nobody_took_is_withdrawn_and_whoever_asks_later_hears_why() -> None:
+    pair = Pair()
+    pair.send(2)
+    pair.settle()
+    pair.transports[0].abort(2, 1, "the request was cancelled")
+    pair.settle()
+    assert pair.errors(0) == {2: "the request was cancelled"}
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+    pair.receive(2)
+    pair.settle()
+    assert pair.errors(1) == {2: "the request was cancelled"}
+
+
+def test_ends_that_were_told_different_things_both_fail_with_both_sides_of_it() -> None:
+    pair = Pair()
+    pair.send(1, num_tokens=NUM_TOKENS - 1)
+    pair.settle()
+    pair.receive(1)
+    pair.settle()
+    for rank in (0, 1):
+        assert "expects 896 bytes, 7 tokens" in str(pair.errors(rank)[1])
+        assert "768 bytes, 6 tokens" in str(pair.errors(rank)[1])
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_checksums_are_compared_where_the_question_comes_first_and_where_it_does_not() -> None:
+    pair = Pair(verify=True)
+    pair.receive(1)
+    pair.settle()
+    for ident in (1, 2):
+        pair.send(ident)
+    pair.settle()
+    pair.receive(2)
+    pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {1: None, 2: None}
+    assert all(outcome.num_checked == 2 * 2 * 4 for outcome in pair.outcomes[1].values())
+
+
+def test_offers_are_bounded_and_the_rest_waits_to_be_asked() -> None:
+    pair = Pair()
+    desk = pair.transports[0]
+    desk._offered.update({(1, -2 - i): None for i in range(MAX_OFFERS)})  # type: ignore[misc]
+    pair.send(1)
+    pair.progress[0].calls.popleft()()
+    assert pair.wire.told[0] == {}
+    desk._offered.clear()
+    pair.receive(1)
+    pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {1: None}
+
+
+def test_the_death_of_a_reader_frees_what_it_was_offered_and_that_of_a_sender_ends_what_was_being_read() -> None:
+    for victim in (0, 1):
+        pair = Pair()
+        pair.send(1)
+        pair.send(2)
+        pair.settle()
+        pair.receive(2)
+        pair.progress[1].calls.popleft()()
+        pair.kill(victim)
+        pair.settle()
+        survivor = 1 - victim
+        wanted = {1, 2} if survivor == 0 else {2}
+        assert set(pair.outcomes[survivor]) == wanted
+        assert all("is down" in str(error) for error in pair.errors(survivor).values())
+        assert pair.left_overs(survivor) == {}
+
+
+def life_of(pair: Pair, ident: int, rng: random.Random) -> list[Callable[[], None]]:
+    """What both ends are told of one transfer, in an order of chance: written or layer by layer, and given up or not."""
+    progressive = rng.random() < 0.4
+    begin = [lambda: pair.send(ident, is_written=not progressive), lambda: pair.receive(ident)]
+    rng.shuffle(begin)
+    late: list[Callable[[], None]] = []
+    if progressive:
+        late = [
+            lambda: pair.transports[0].advance(ident, (0, 1), 4),
+            lambda: pair.transports[0].advance(ident, (0, 2), NUM_TOKENS),
+        ]
+    if rng.random() < 0.5:
+        rank = rng.randrange(2)
+        late.insert(rng.randrange(len(late) + 1), lambda: pair.transports[rank].abort(ident, 1 - rank, "given up"))
+    return begin + late
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_whatever_crosses_whatever_every_end_is_told_once_and_no_page_is_touched_after_that(verify: bool) -> None:
+    moved = 0
+    for seed in range(250):
+        rng = random.Random(seed)
+        pair = Pair(verify=verify)
+        deeds = [life_of(pair, ident, rng) for ident in range(8)]
+        while any(deeds):
+            if rng.random() < 0.6 and pair.step(rng):
+                continue
+            rng.choice([row for row in deeds if row]).pop(0)()
+        pair.settle(rng)
+        for rank in (0, 1):
+            assert set(pair.outcomes[rank]) == set(range(8)), f"seed {seed}: {pair.errors(rank)}"
+            assert pair.left_overs(rank) == {}, f"seed {seed}"
+        assert pair.touched_late == [], f"seed {seed}"
+        for ident, error in pair.errors(1).items():
+            assert error in (None, "given up"), f"seed {seed}"
+            if error is None:
+                moved += 1
+                assert pair.arrived(ident), f"seed {seed}"
+    assert moved > 500
