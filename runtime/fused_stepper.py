@@ -29,6 +29,7 @@ from .stepper import Launched, LayersHook
 from .weights import ModelWeights
 
 _LAYERS_AT_ONCE: Final = 4  # layers told of together while a prompt is computed
+_LONG_STARTS: Final = (2048, 8128)  # tokens before a chunk, in the warm-up
 _PAD_FROM: Final = 64
 _PAD_TO: Final = 64  # rows of a step with chunks
 _RING: Final = 64  # results that may wait for the host
@@ -114,6 +115,9 @@ class FusedStepper:
                 self._dummy_chunk(num_tokens, 0)
             for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens)}:
                 self._dummy_chunk(num_tokens, block)  # with KV before it
+            for start in _LONG_STARTS:  # few rows behind much KV are another kernel, whose loading takes half a second
+                for num_tokens in {1, min(63, max_num_tokens)}:
+                    self._dummy_chunk(num_tokens, start)
             for num in {1, min(2, self._max_batch), self._max_batch}:
                 self._dummy_chunk(min(63, max_num_tokens), 0, num)
             if self._uses_graphs:
