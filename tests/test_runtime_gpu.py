@@ -72,7 +72,7 @@ def check_checksums(result: HardwareResult) -> int:
 )
 def test_an_aggregated_cluster_says_what_transformers_says(layout: Layout, model: Any) -> None:
     folder, asked, answers = model
-    result = served(folder, [layout], asked, pipeline_depth=2)
+    result = served(folder, [layout], asked, pipeline_depth=2, plan_ahead=True)
     assert [list(row.token_ids) for row in result.sends] == answers
 
 
@@ -89,7 +89,7 @@ def test_a_disaggregated_cluster_says_the_same_over_every_transport(
     layouts: tuple[Layout, ...], transport: str, model: Any
 ) -> None:
     folder, asked, answers = model
-    result = served(folder, layouts, asked, pipeline_depth=2, transport=transport)
+    result = served(folder, layouts, asked, pipeline_depth=2, plan_ahead=True, transport=transport)
     assert [list(row.token_ids) for row in result.sends] == answers
     assert check_checksums(result) > 0
 
