@@ -115,15 +115,21 @@ class FusedStepper:
                 self._dummy_chunk(num_tokens, 0)
             for num_tokens in {1, min(63, max_num_tokens), min(1024, max_num_tokens)}:
                 self._dummy_chunk(num_tokens, block)  # with KV before it
-            for start in _LONG_STARTS:  # few rows behind much KV are another kernel, whose loading takes half a second
-                for num_tokens in {1, min(63, max_num_tokens)}:
-                    self._dummy_chunk(num_tokens, start)
-            for num in {1, min(2, self._max_batch), self._max_batch}:
-                self._dummy_chunk(min(63, max_num_tokens), 0, num)
+            self._dummy_chunk(1, 0, 1)  # behind a decode
+            if self._is_cuda:  # where there is something to compile and to load
+                self._warm_rare_steps()
             if self._uses_graphs:
                 for size in reversed(self._ladder):  # the largest first: the others fit into its memory
                     self._capture(size)
         self._settle()
+
+    def _warm_rare_steps(self) -> None:
+        few = {1, min(63, self._max_num_tokens)}
+        for start in _LONG_STARTS:  # few rows behind much KV are another kernel, whose loading takes half a second
+            for num_tokens in few:
+                self._dummy_chunk(num_tokens, start)
+        for num in {min(2, self._max_batch), self._max_batch}:
+            self._dummy_chunk(max(few), 0, num)
 
     def _dummy_chunk(self, num_tokens: int, start: int, num_decodes: int = 0) -> None:
         """A chunk after `start` tokens, behind decodes that are padding."""

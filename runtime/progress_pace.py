@@ -23,7 +23,8 @@ class Pace:
     """Ask `rest` after every round. `num_cores`: this machine's."""
 
     def __init__(self, num_cores: int | None = None) -> None:
-        cores = num_cores or os.cpu_count() or 1
+        own = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        cores = num_cores or len(own)  # not those that a scheduler or a container keeps from us
         self.can_spin: Final = cores >= _MANY_CORES
         self._longest_sleep_s = 1e-4 if self.can_spin else 1e-3  # half of it is added to a message's latency
         self._longest_in_transfer_s = 4e-5 if self.can_spin else 1e-4

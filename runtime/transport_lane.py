@@ -124,13 +124,16 @@ class CudaLane:
                 torch.cuda.set_device(self._device)
                 torch.cuda.set_stream(self._stream)
                 self._entered = threading.get_ident()
-            kept = work()
+            kept, told = work(), then
+        except Exception as error:  # of whatever kind a compiler or a driver has: it is this transfer's end
+            kept, told = None, _with_error(then, error)
+        try:
             event: Any = self._idle_events.pop() if self._idle_events else torch.cuda.Event()
             event.record(self._stream)
-        except Exception as error:  # of whatever kind a compiler or a driver has: it is this transfer's end
+        except RuntimeError as error:  # nothing works on this device any more
             then(f"{type(error).__name__}: {error}")
             return
-        self._launched.append((event, kept, then))
+        self._launched.append((event, kept, told))  # of a failure too: what it had launched may still touch pages
 
     def compute(self, work: Callable[[], bytes], then: Computed) -> None:
         def in_stream() -> bytes:
@@ -159,6 +162,11 @@ class CudaLane:
 
     def close(self) -> None:
         self._slow.close()
+
+
+def _with_error(then: Done, problem: Exception) -> Done:
+    text = f"{type(problem).__name__}: {problem}"
+    return lambda error: then(error or text)
 
 
 def _try(work: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -88,7 +88,7 @@ def test_a_fused_engine_yields_the_tokens_of_the_plain_one(name: str) -> None:
     tokens = []
     for engine in (plain, fused):
         script = Script([engine])
-        for request, text in enumerate(prompts(shape, [9, 14, 3], seed=8)):
+        for request, text in enumerate(prompts(shape, [9, 14], seed=8)):
             script.prefill(request, text, 5, len(text) + 40)
             script.run(joined=[request], num_steps=2)
         script.run(left=[1], num_steps=3)
@@ -108,10 +108,10 @@ def test_steps_launched_one_behind_the_other_are_those_of_one_at_a_time() -> Non
         for request, text in enumerate(prompts(shape, [9, 6], seed=2)):
             script.prefill(request, text, 16, len(text) + 30)
             script.run(joined=[request], num_steps=1)
-        script.run(num_steps=6, ahead=ahead)
+        script.run(num_steps=4, ahead=ahead)
         tokens.append(script.tokens)
     assert tokens[0] == tokens[1]
-    assert len(tokens[0][0]) == 10  # first, beside the other's chunk, and 8 steps
+    assert len(tokens[0][0]) == 8  # first, beside the other's chunk, and 6 steps
 
 
 def test_chance_is_drawn_alike_by_both_engines() -> None:
