@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,7 +185,10 @@ def test_a_window_that_the_run_outlives_says_what_it_saw_and_on_which_clock(
 def test_a_profiler_that_cannot_start_costs_nothing_but_its_profile(
     as_on_a_gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    was_asked = threading.Event()
+
     def refuse(activities: object) -> None:
+        was_asked.set()
         raise RuntimeError("CUPTI: insufficient privileges")
 
     import torch
@@ -192,7 +196,7 @@ def test_a_profiler_that_cannot_start_costs_nothing_but_its_profile(
     monkeypatch.setattr(torch.profiler, "profile", refuse)
     monkeypatch.setenv(VARIABLE, f"{as_on_a_gpu},0,0.2")
     profile = KernelProfile(4, "cuda:1", lambda: 0)
-    time.sleep(0.1)
+    assert was_asked.wait(20)
     profile.finish()
     assert "insufficient privileges" in json.loads((as_on_a_gpu / "rank-4.json").read_text())["error"]
 

@@ -87,6 +87,29 @@ def test_a_search_killed_in_the_middle_takes_up_what_it_had(planned: Path, tmp_p
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("slo=null", "plan: needs objectives"),
+        ("workload.phases=[{name: loop, type: concurrency, concurrency: 2, requests: 4}]", "is a closed loop"),
+        ("plan={max_gpus: 1, roles: disaggregated}", "plan: "),
+        ("plan={max_gpus: 6, tensor_parallel_sizes: [3]}", "plan: no cluster of the space can be built"),
+    ],
+)
+def test_a_file_that_cannot_be_searched_leaves_no_folder_and_no_plan_behind_or_destroyed(
+    wrong: str, told: str, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "experiment.yaml").write_text(TEXT)
+    arguments = ("plan", tmp_path / "experiment.yaml", "--workers", "1", "--set", wrong, "--output")
+    assert disagg(*arguments, tmp_path / "new") == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "plan.json").write_text("{}")
+    assert disagg(*arguments, tmp_path / "old", "--overwrite") == 2
+    assert (tmp_path / "old" / "plan.json").read_text() == "{}"
+
+
 def test_the_winner_runs_and_does_what_the_plan_says(
     planned: Path, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

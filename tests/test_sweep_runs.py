@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Executor, Future
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from disagg.experiments.errors import ResourceError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.run_point import run_points
 from disagg.experiments.sweep import WORTH_A_PROCESS, workers_for
 from disagg.experiments.sweep_task import point_of, task_of
+from disagg.experiments.sweep_workers import WorkerDied, completed, open_pool
 
 TEXT = """\
 schema_version: 1
@@ -173,14 +178,14 @@ def test_a_sweep_killed_in_the_middle_and_resumed_equals_an_undisturbed_one(
     )  # fmt: skip
     until = time.monotonic() + 60
     try:
-        killed_after = random.randint(1, 3)
+        killed_after = random.randint(1, 2)  # of 6, two at a time: a look that comes late still finds some unfinished
         while len(list(output.glob("*/0/manifest.json"))) < killed_after:
             assert time.monotonic() < until
             time.sleep(0.002)
     finally:
         process.kill()
         process.wait()
-    while any(output.rglob(".*.partial-*")):  # its workers see that it is gone, and leave nothing half-written
+    while any(output.glob("*/.*.partial-*")):  # its workers see that it is gone, and leave nothing half-written
         assert time.monotonic() < until
         time.sleep(0.01)
     finished = {path: path.stat().st_mtime_ns for path in output.glob("*/0/manifest.json")}
@@ -250,6 +255,99 @@ def test_ctrl_c_ends_the_workers_and_leaves_nothing_half_written(tmp_path: Path)
     assert process.returncode == 130
     assert error.splitlines() == ["interrupted"]
     assert not any(path.is_file() or ".partial-" in path.name for path in (tmp_path / "out").rglob("*/*"))
+
+
+# ---- workers that die ----------------------------------------------------------------------------------------------
+
+
+class Frail:
+    """A pool of `lives` executors of this process, each of which is broken for good by the text "deadly", or from outside."""
+
+    num_workers = 2
+    num_in_flight = 2
+
+    def __init__(self, lives: int, *, born_broken: bool = False) -> None:
+        self.lives = lives
+        self.num_started = 0
+        self.born_broken = born_broken
+        self._start()
+
+    def _start(self) -> None:
+        self.executor = FrailExecutor()
+        self.executor.is_broken = self.born_broken
+        self.num_started += 1
+
+    def restarted(self) -> Frail | None:
+        if self.num_started == self.lives:
+            return None
+        self._start()
+        return self
+
+    def stop(self, *, interrupted: bool = False) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FrailExecutor(Executor):
+    is_broken = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        if self.is_broken:
+            raise BrokenExecutor
+        future: Future[Any] = Future()
+        if args[-1] == "deadly":
+            self.is_broken = True
+            future.set_exception(BrokenExecutor())
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def same(text: str) -> str:
+    return text
+
+
+def end_this_process(text: str) -> str:
+    os._exit(7)
+
+
+def test_every_task_is_answered_where_no_worker_can_be_restarted() -> None:
+    answers = list(completed(Frail(lives=1), same, ["fine", "deadly", "a", "b", "c"]))
+    assert sorted(number for number, _ in answers) == [0, 1, 2, 3, 4]
+    found = dict(answers)
+    assert found[0] == "fine"
+    assert all(isinstance(found[number], WorkerDied) for number in (1, 2, 3, 4))
+    assert "its process died" in str(found[1])
+    assert "not computed" in str(found[4])
+
+
+def test_only_the_deadly_task_is_blamed_where_workers_are_restarted() -> None:
+    texts = ["a", "deadly", "b", "c", "deadly", "d"]
+    found = dict(completed(Frail(lives=20), same, texts))
+    assert [found[n] for n in (0, 2, 3, 5)] == ["a", "b", "c", "d"]
+    assert all(isinstance(found[n], WorkerDied) for n in (1, 4))
+
+
+def test_a_pool_that_is_broken_before_it_is_used_is_restarted_once_and_not_for_ever() -> None:
+    pool = Frail(lives=1000, born_broken=True)
+    assert all(isinstance(answer, WorkerDied) for _, answer in completed(pool, same, ["a", "b"]))
+    assert pool.num_started == 2
+
+
+def test_a_worker_that_dies_idle_costs_no_task() -> None:
+    with open_pool("processes", 2) as pool:
+        assert pool is not None
+        with pytest.raises(BrokenExecutor):
+            pool.executor.submit(end_this_process, "").result(timeout=60)
+        assert dict(completed(pool, str.upper, ["a", "b", "c"])) == {0: "A", 1: "B", 2: "C"}
+
+
+def test_mpi_is_not_even_loaded_outside_mpiexec(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # its import raises
+    with pytest.raises(ResourceError, match="at least 2 ranks"), open_pool("mpi", 0):
+        pass
 
 
 # ---- the words in which a run is handed to a worker -----------------------------------------------------------------

@@ -104,10 +104,13 @@ class SameProcess:
 class Pair:
     """Rank 0 sends to rank 1, which reads for itself. `outcomes[rank][id]` are the ends' outcomes, each told once."""
 
-    def __init__(self, *, verify: bool = False, min_segment_bytes: int = 1) -> None:
+    def __init__(
+        self, *, verify: bool = False, min_segment_bytes: int = 1, block_sizes: tuple[int, int] = (4, 2)
+    ) -> None:
+        self.counts = [-(-NUM_TOKENS // size) for size in block_sizes]
         self.wire = Wire()
         self.progress = [OneThread(self.wire, rank) for rank in (0, 1)]
-        self.pages = [KvPages(LAYOUT, 0, 64, size) for size in (4, 2)]
+        self.pages = [KvPages(LAYOUT, 0, 64, size) for size in block_sizes]
         self.pages[0].pool.uniform_(1.0, 2.0)
         self.lanes = [LateLane() for _ in (0, 1)]
         self.outcomes: tuple[dict[int, TransferOutcome], dict[int, TransferOutcome]] = ({}, {})
@@ -135,7 +138,7 @@ class Pair:
         )
 
     def blocks(self, rank: int, ident: int) -> tuple[int, ...]:
-        count = (2, 4)[rank]
+        count = self.counts[rank]
         return tuple(63 - ident * count - i for i in range(count))
 
     def send(self, ident: int, *, is_written: bool = True, num_tokens: int = NUM_TOKENS) -> None:
