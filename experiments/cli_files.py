@@ -117,4 +117,4 @@ def init_file(template: str, output: Path, *, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
     output.write_text(text, encoding="utf-8")
-    print(f"wrote {output}; next: disagg run {output}")
+    print(f"wrote {output}; next: disagg {'plan' if template == 'plan' else 'run'} {output}")
