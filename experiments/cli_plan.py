@@ -67,8 +67,10 @@ def _plan(
     loaded = load_experiment(file, overrides, backend="simulation", seed=seed, edit=keep)
     base = loaded.experiment
     target = output if output is not None else Path("runs") / f"{base.name}-plan"
-    _prepare(target, base.name, resume=resume, overwrite=overwrite)
-    search = run_search(data, base, pool, target / SEARCHES)
+    _check(target, resume=resume, overwrite=overwrite)
+    search = run_search(
+        data, base, pool, target / SEARCHES, begin=lambda: _prepare(target, base.name, overwrite=overwrite)
+    )
     ranks = rank(search)
     found = plain_search(search, ranks)
     winner = next((each for each in ranks if each.least_rate > 0), None)
@@ -96,8 +98,8 @@ def _end(search: Search, winner: Rank | None) -> int:
     return EXIT_RUN_FAILED if failed or winner is None else EXIT_OK
 
 
-def _prepare(target: Path, name: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the folder. Raises ConfigError for one that is not empty, without a word on what to do with it."""
+def _check(target: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises ConfigError for a folder that is not empty, without a word on what to do with it."""
     if resume and overwrite:
         raise ConfigError("--overwrite and --resume exclude each other")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -107,8 +109,12 @@ def _prepare(target: Path, name: str, *, resume: bool, overwrite: bool) -> None:
             raise ConfigError(f"--output {target}: is not empty; allowed: --resume, --overwrite, or another folder")
         if not (target / PLAN).is_file():
             raise ConfigError(f"--output {target}: holds files and no plan of disagg; it is left alone")
-        if overwrite:
-            shutil.rmtree(target)
+
+
+def _prepare(target: Path, name: str, *, overwrite: bool) -> None:
+    """Make the folder, and with `overwrite` remove what is there: only once the file is known to be searchable."""
+    if overwrite and target.exists():
+        shutil.rmtree(target)
     (target / SEARCHES).mkdir(parents=True, exist_ok=True)
     if not (target / PLAN).is_file():
         write_atomically(target / PLAN, json.dumps({"experiment": name, "ranking": None}) + "\n")

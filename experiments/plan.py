@@ -11,7 +11,7 @@ result is the same whatever the number of workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -110,10 +110,12 @@ def horizon_of(plan: Plan, base: Experiment, lengths: Lengths) -> float:
     return _LATENCIES * longest / 1e3
 
 
-def run_search(data: dict[str, Any], base: Experiment, pool: Pool, folder: Path) -> Search:
+def run_search(
+    data: dict[str, Any], base: Experiment, pool: Pool, folder: Path, begin: Callable[[], None] = lambda: None
+) -> Search:
     """Search the space of `base.plan` (its defaults if None). `data` are the file's plain values, `folder` keeps results.
 
-    Raises ConfigError where nothing can be searched.
+    `begin` is called before the first simulation. Raises ConfigError where nothing can be searched, without that call.
     """
     plan = base.plan if base.plan is not None else Plan.model_validate({})
     native = base_rate(base)
@@ -136,14 +138,17 @@ def run_search(data: dict[str, Any], base: Experiment, pool: Pool, folder: Path)
     shapes = shapes_of(plan, base)
     routers = {role: routers_of(plan, base, role) for role in ("disaggregated", "mixed")}
     num_candidates = sum(len(routers[shape.role]) for shape in shapes)
-    if plan.exhaustive or num_candidates <= FEW:
-        for shape in shapes:
-            for choice in routers[shape.role]:
-                add(shape, choice)
+    all_are_finalists = plan.exhaustive or num_candidates <= FEW
+    for shape in shapes:
+        for choice in routers[shape.role] if all_are_finalists else routers[shape.role][:1]:
+            add(shape, choice)
+    if not entries:
+        reasons = sorted({each.why for each in unfit})
+        raise ConfigError("plan: no cluster of the space can be built:", *(f"plan: {why}" for why in reasons[:5]))
+    begin()
+    if all_are_finalists:
         finalists = entries[:]
     else:
-        for shape in shapes:
-            add(shape, routers[shape.role][0])
         _leave_out_hopeless(entries)
 
         def screen(chosen: Sequence[Entry], title: str) -> None:
@@ -168,9 +173,6 @@ def run_search(data: dict[str, Any], base: Experiment, pool: Pool, folder: Path)
         if others:
             screen(others, "routers")
         finalists = _best(entries, FINAL, MOST_FINALISTS)
-    if not entries:
-        reasons = sorted({each.why for each in unfit})
-        raise ConfigError("plan: no cluster of the space can be built:", *(f"plan: {why}" for why in reasons[:5]))
     for entry in entries:
         if entry not in finalists and not entry.left_out:
             entry.left_out = "screened out"

@@ -25,6 +25,7 @@ EXECUTORS: Final = ("processes", "mpi", "dask")
 Task = Callable[[str], str]
 _GRACE_S: Final = 10.0  # for a task that is told to end, to leave nothing half-written
 _ENDED_BY_SIGNAL: Final = 128 + signal.SIGTERM
+_SET_BY_MPIEXEC: Final = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_SIZE")  # one of them, by every launcher
 
 
 class WorkerDied(Exception):
@@ -102,22 +103,26 @@ def completed(pool: Pool, task: Task, texts: Sequence[str]) -> Iterator[tuple[in
     """(number of the text, result) as they come; an exception instead of a result is that of the task or WorkerDied.
 
     When a worker dies, those that it may have died of are computed again one by one: it is told of one task, the others
-    finish.
+    finish. Every number comes exactly once: where no worker is left, WorkerDied comes for all that are not computed.
     """
     waiting = deque(range(len(texts)))
     suspects: deque[int] = deque()
     running: dict[Future[str], int] = {}
+    is_fresh = False  # restarted, and given nothing since
     try:
         while waiting or suspects or running:
             alone = bool(suspects)
             queue, room = (suspects, 1) if alone else (waiting, pool.num_in_flight)
             broken: list[int] = []
-            while queue and len(running) < room and not broken:
-                number = queue.popleft()
+            is_refused = False
+            while queue and len(running) < room and not is_refused:
                 try:
-                    running[pool.executor.submit(_call, task, texts[number])] = number
-                except BrokenExecutor:
-                    broken.append(number)
+                    future = pool.executor.submit(_call, task, texts[queue[0]])
+                except BrokenExecutor:  # a worker died before: of a task that runs, or idle, but not of this one
+                    is_refused = True
+                else:
+                    running[future] = queue.popleft()
+                    is_fresh = False
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 number = running.pop(future)
@@ -127,16 +132,19 @@ def completed(pool: Pool, task: Task, texts: Sequence[str]) -> Iterator[tuple[in
                     broken.append(number)
                 except Exception as error:
                     yield number, error
-            if broken:
+            if broken or is_refused:
                 broken += running.values()
                 running.clear()
-                following = pool.restarted()
-                if following is None or len(broken) == 1:
+                following = None if is_refused and is_fresh else pool.restarted()  # not for ever
+                is_fresh = True
+                if following is None or (len(broken) == 1 and not is_refused):
                     for number in broken:
                         yield number, WorkerDied("its process died (killed, out of memory, or a crash in native code)")
                 else:
                     suspects.extend(sorted(broken))
                 if following is None:
+                    for number in (*suspects, *waiting):
+                        yield number, WorkerDied("not computed: a process died, and no other can take its place")
                     return
     finally:
         for future in running:
@@ -284,6 +292,11 @@ class _Mpi:
 
 @contextmanager
 def _mpi_executor() -> Iterator[tuple[Any, Any] | None]:
+    too_small = ResourceError(
+        "--executor mpi needs an MPI world of at least 2 ranks, of which rank 0 hands out: mpiexec -n 5 disagg …"
+    )
+    if not any(name in os.environ for name in _SET_BY_MPIEXEC):
+        raise too_small  # before the import: it would initialise MPI for one process, and leave its shared memory behind
     try:
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor
@@ -291,9 +304,7 @@ def _mpi_executor() -> Iterator[tuple[Any, Any] | None]:
         raise ConfigError(f"--executor mpi needs mpi4py ({error}): pip install 'disagg[runtime]'") from None
     comm = MPI.COMM_WORLD
     if comm.Get_size() < 2:
-        raise ResourceError(
-            "--executor mpi needs an MPI world of at least 2 ranks, of which rank 0 hands out: mpiexec -n 5 disagg …"
-        )
+        raise too_small
     with MPICommExecutor(comm, root=0, main=False) as executor:
         yield None if executor is None else (executor, comm)
 

@@ -78,14 +78,16 @@ class Loop:
             whole(spec, sessions[:2], results, **options)
             raise HardwareRunError("rank 1 went away")
 
+        self.output.write_text("an older profile", encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibrating, "run_series", cut_short)
             with pytest.raises(calibrating.CalibrationFailedError, match=r"went away; --resume goes on"):
-                calibrated()
+                calibrated(overwrite=True)
+        self.kept = self.output.read_text(encoding="utf-8")
         self.told_before = list(self.told)
         sessions = self.output.with_suffix(".sessions")
         self.before = {path.name: path.read_bytes() for path in sessions.glob("session-*")}
-        with pytest.raises(ConfigError, match="did not end; allowed: --resume"):
+        with pytest.raises(ConfigError, match="exists; allowed: --overwrite"):
             calibrated()
         self.profile = calibrated(resume=True)
         self.sessions_left = sessions.exists()
@@ -106,6 +108,7 @@ def test_a_calibration_that_was_cut_short_goes_on_after_what_had_ended(loop: Loo
     assert loop.told[2:] == [name for name in loop.told if name not in loop.told_before]
     assert loop.profile.num_sessions == len(loop.told)
     assert not loop.sessions_left
+    assert loop.kept == "an older profile"  # until there was a new one
     assert {step.session for step in loop.samples.steps} == set(range(loop.profile.num_sessions))
 
 

@@ -129,6 +129,18 @@ def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -
     assert fit.measured.cached_tokens == 8192
 
 
+def test_a_chunk_after_something_that_was_never_measured_is_launched_like_the_others() -> None:
+    random = Random(6)
+    samples = [
+        chunk_sample([length], 0, 0, before, random)
+        for length in (16, 64, 128, 256, 512, 1024, 2048)
+        for before in ("idle", "chunk")
+        for _ in range(6)
+    ]
+    gaps = fit_engine(samples, "cuda", 64).gaps
+    assert gaps.chunk_after_decode == round((gaps.chunk_after_idle + gaps.chunk_after_chunk) / 2) > 0
+
+
 def test_noise_in_proportion_to_time_does_not_make_the_fit_too_short() -> None:
     random = Random(3)
     samples = []

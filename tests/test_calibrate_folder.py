@@ -1,0 +1,157 @@
+"""What a calibration that does not get through leaves behind: everything that was there before, and nothing wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("mpi4py")
+
+from disagg.experiments import calibrate as calibrating
+from disagg.experiments.calibrate import CalibrationFailedError, calibrate
+from disagg.experiments.errors import ConfigError, ResourceError
+from disagg.experiments.experiment_file import load_experiment
+from disagg.experiments.profile_file import Profile, load_profile, save_profile
+from disagg.runtime.hardware_run import HardwareRunError
+from disagg.runtime.session_series import SessionResult, result_file
+from tests.profile_examples import EXPERIMENT, a_profile
+
+TOO_MUCH = "cluster.generation_servers.kv_cache.max_tokens=2000000000"
+
+
+class Place:
+    """A finished profile with its samples, and calibrations that would replace it."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.output = folder / "gpus.v1.json"
+        self.sample = folder / "gpus.v1.samples" / "steps.parquet"
+        self.sessions = folder / "gpus.v1.sessions"
+        self.file = folder / "experiment.yaml"
+        self.file.write_text(EXPERIMENT.replace("./measured.json", "spec:cpu-2core"), encoding="utf-8")
+        self._patch = patch
+
+    def finish(self) -> None:
+        save_profile(a_profile(), self.output)
+        self.sample.parent.mkdir()
+        self.sample.write_bytes(b"samples")
+
+    def calibrate(self, *overrides: str, **options: Any) -> Profile:
+        config = load_experiment(self.file, overrides, backend="hardware").experiment
+        return calibrate(config, self.output, now=datetime(2026, 11, 22, tzinfo=UTC), quick=True, **options)
+
+    def leaves(self, results: dict[int, bytes] | None = None) -> None:
+        """The next series writes these results, and then its cluster breaks, or (with some) all is said to have run."""
+
+        def series(spec: Any, sessions: Any, folder: Path, **options: Any) -> None:
+            for number, data in (results or {}).items():
+                (folder / result_file(number)).write_bytes(data)
+            if not results:
+                raise HardwareRunError("rank 1 went away")
+
+        self._patch.setattr(calibrating, "run_series", series)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return Place(tmp_path, monkeypatch)
+
+
+def test_overwrite_takes_nothing_away_on_a_machine_that_cannot_run_the_cluster(place: Place) -> None:
+    place.finish()
+    place.sessions.mkdir()
+    with pytest.raises(ResourceError, match="the KV caches need"):
+        place.calibrate(TOO_MUCH, overwrite=True)
+    assert load_profile(place.output) == a_profile()
+    assert place.sample.read_bytes() == b"samples"
+    assert place.sessions.exists()
+
+
+def test_overwrite_keeps_the_old_profile_while_the_new_one_is_not_there_and_can_be_resumed(place: Place) -> None:
+    place.finish()
+    place.leaves()
+    for options in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(CalibrationFailedError, match="rank 1 went away; --resume goes on"):
+            place.calibrate(**options)
+        assert load_profile(place.output) == a_profile()
+        assert place.sample.read_bytes() == b"samples"
+    with pytest.raises(ConfigError, match="exists; allowed: --overwrite"):
+        place.calibrate()
+
+
+def test_resume_alone_replaces_no_profile(place: Place) -> None:
+    place.leaves()
+    with pytest.raises(CalibrationFailedError, match="rank 1 went away"):
+        place.calibrate()
+    with pytest.raises(ConfigError, match="did not end; allowed: --resume"):
+        place.calibrate()
+    place.finish()
+    with pytest.raises(ConfigError, match="exists; allowed: --overwrite"):
+        place.calibrate(resume=True)
+
+
+def test_a_machine_that_cannot_run_the_cluster_gets_no_folder(place: Place) -> None:
+    with pytest.raises(ResourceError, match="the KV caches need"):
+        place.calibrate(TOO_MUCH)
+    assert not place.sessions.exists()
+
+
+def test_the_device_is_named_anew_until_a_session_has_ended_on_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(name: str, **options: Any) -> str:
+        monkeypatch.setattr(calibrating, "device_name", lambda _: name)
+        with pytest.raises(CalibrationFailedError):
+            place.calibrate(**options)
+        told: str = json.loads((place.sessions / "about.json").read_bytes())["device_name"]
+        return told
+
+    place.leaves()
+    assert named("unknown GPU") == "unknown GPU"
+    assert named("NVIDIA H200", resume=True) == "NVIDIA H200"
+    (place.sessions / result_file(0)).write_bytes(b"")
+    assert named("another GPU", resume=True) == "NVIDIA H200"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x86\xa4name\xa2\xff\xff",
+        msgspec.msgpack.encode(SessionResult("cut", 1.0, {0: b"no log"}, {}, {}, [])),
+    ],
+)
+def test_a_damaged_session_is_named_in_one_line(place: Place, data: bytes) -> None:
+    place.leaves({0: data})
+    with pytest.raises(CalibrationFailedError, match=r"session-0000.msgpack is damaged: .*--resume runs session"):
+        place.calibrate()
+    assert (place.sessions / result_file(0)).read_bytes() == data
+
+
+def test_a_damaged_description_of_the_cluster_is_named(place: Place) -> None:
+    place.leaves({0: msgspec.msgpack.encode(SessionResult("first", 1.0, {}, {}, {}, []))})
+    with pytest.raises(CalibrationFailedError, match="holds sessions and no cluster"):
+        place.calibrate()
+    (place.sessions / "cluster").write_bytes(b"\xc1")
+    with pytest.raises(CalibrationFailedError, match=r"sessions/cluster: .*; start again with --overwrite"):
+        place.calibrate(resume=True)
+
+
+@pytest.mark.parametrize("name", ["gpus.v1", "gpus", "gpus.JSON", ".json"])
+def test_a_profile_is_written_to_a_json_file_only(
+    place: Place, disagg: Callable[..., int], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.finish()
+    output = place.output.with_name(name)
+    assert disagg("calibrate", place.file, "--quick", "--output", output) == 2
+    assert disagg("profile", "merge", place.output, "--output", output) == 2
+    told = capsys.readouterr().err
+    assert told.count("allowed: a file name that ends in .json") == 2
+    assert not output.exists()
