@@ -19,14 +19,17 @@ from msgspec import Struct
 
 from ..core.cost import RooflineCost, roofline
 from ..core.devices import Device
+from ..core.event_log import EventLogError
 from ..core.kv_layout import KvLayout
 from ..core.model_shapes import ModelError, ModelShape
 from ..core.overheads import LinkCost, MessageLatency
 from ..policies.vocabulary import PS_PER_S
-from ..runtime.executor_spec import SpecError
+from ..runtime.devices import check_machine
+from ..runtime.executor_spec import HardwareSpec, SpecError, check_spec
 from ..runtime.hardware_run import HardwareRunError
-from ..runtime.launcher import LaunchError
+from ..runtime.launcher import LaunchError, find_mpiexec
 from ..runtime.session_series import (
+    CLUSTER,
     ClusterFacts,
     Session,
     read_facts,
@@ -35,6 +38,7 @@ from ..runtime.session_series import (
     run_series,
 )
 from ..runtime.transport import TransportError
+from ..runtime.transport_world import world_needs
 from .calibration_fit import fit_engine, fit_points, points_of, usual
 from .calibration_plan import QUICK, STANDARD, Effort, plan_sessions
 from .calibration_samples import (
@@ -64,6 +68,8 @@ from .run_hardware import hardware_spec
 
 _PLAN: Final = "plan.sha256"
 _ABOUT: Final = "about.json"
+_REPLACES: Final = "replaces"  # there if --overwrite was given: --resume then replaces the profile, too
+_DAMAGED: Final = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, EventLogError)
 _LEAST: Final = 3
 EFFORTS: Final[dict[bool, Effort]] = {False: STANDARD, True: QUICK}
 
@@ -94,18 +100,24 @@ def calibrate(
 ) -> Profile:
     """Measure the cluster of `config` and write its profile to `output`.
 
-    `told(sessions done, in all, name of the last)` hears of progress. Raises ConfigError, ResourceError or
-    CalibrationFailedError.
+    `told(sessions done, in all, name of the last)` hears of progress. What `overwrite` replaces stays until the new
+    profile is there. Raises ConfigError, ResourceError or CalibrationFailedError.
     """
     shape = shape_of(config)
     sessions = plan_sessions(config, _rough_cost(config, shape), EFFORTS[quick])
-    folder = _session_folder(config, output, sessions, now, resume=resume, overwrite=overwrite)
+    plan, folder = _plan_hash(config, sessions), output.with_suffix(".sessions")
+    if not overwrite:
+        _check_folder(folder, output, plan, resume=resume)
 
     def finished(number: int) -> None:
         told(number + 1, len(sessions), sessions[number].name)
 
     try:
-        run_series(hardware_spec(config), sessions, folder, finished=finished, timeout_s=timeout_s)
+        spec = hardware_spec(config)
+        if overwrite or not all((folder / result_file(number)).exists() for number in range(len(sessions))):
+            _check_world(spec)
+        _make_folder(folder, config, plan, now, overwrite=overwrite)
+        run_series(spec, sessions, folder, finished=finished, timeout_s=timeout_s)
     except (SpecError, TransportError, ModelError) as error:
         raise ConfigError(str(error)) from error
     except LaunchError as error:
@@ -115,7 +127,7 @@ def calibrate(
         failed.exit_code = EXIT_TIMEOUT if error.exit_code == EXIT_TIMEOUT else error.exit_code or 1
         raise failed from error
     samples, measured_s = _read(folder, sessions)
-    facts, about = read_facts(folder), _read_about(folder)
+    facts, about = _read_facts(folder), _read_about(folder)
     if facts is None:
         raise CalibrationFailedError(f"{folder} holds sessions and no cluster; start again with --overwrite")
     profile = make_profile(config, samples, facts, about, num_sessions=len(sessions), measured_s=measured_s)
@@ -136,33 +148,43 @@ def _rough_cost(config: Experiment, shape: ModelShape) -> RooflineCost:
     return roofline(shape, device_of(config), placement.tensor_parallel_size, placement.pipeline_parallel_size)
 
 
-def _session_folder(
-    config: Experiment, output: Path, sessions: Sequence[Session], now: datetime, *, resume: bool, overwrite: bool
-) -> Path:
+def _check_folder(folder: Path, output: Path, plan: str, *, resume: bool) -> None:
+    """Raises ConfigError where a profile is, or session results that this calibration cannot go on from."""
+    if output.exists() and not (resume and (folder / _REPLACES).exists()):
+        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
+    if not folder.exists():
+        return
+    if not resume:
+        raise ConfigError(f"{folder} holds a calibration that did not end; allowed: --resume, or --overwrite")
+    try:
+        before = (folder / _PLAN).read_text()
+    except (OSError, UnicodeDecodeError):
+        before = ""
+    if before != plan:
+        raise ConfigError(f"{folder} holds a calibration of something else; allowed: --overwrite")
+
+
+def _check_world(spec: HardwareSpec) -> None:
+    """What starting the cluster would refuse, before anything is written: raises as `run_series` does."""
+    roster = check_spec(spec)
+    check_machine(roster)
+    world_needs(roster, one_host=True)
+    find_mpiexec()
+
+
+def _make_folder(folder: Path, config: Experiment, plan: str, now: datetime, *, overwrite: bool) -> None:
     """The folder of session results, empty or with those of the same plan."""
-    folder = output.with_suffix(".sessions")
     if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(samples_folder(output), ignore_errors=True)
-        output.unlink(missing_ok=True)
-    if output.exists():
-        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
-    plan = _plan_hash(config, sessions)
-    if folder.exists():
-        try:
-            before = (folder / _PLAN).read_text()
-        except OSError:
-            before = ""
-        if not resume:
-            raise ConfigError(f"{folder} holds a calibration that did not end; allowed: --resume, or --overwrite")
-        if before != plan:
-            raise ConfigError(f"{folder} holds a calibration of something else; allowed: --overwrite")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / _ABOUT).exists():
+    if overwrite:
+        (folder / _REPLACES).touch()
+    if not (folder / _ABOUT).exists() or not any(
+        folder.glob("session-*.msgpack")
+    ):  # until one has ended, nothing was measured anywhere
         about = About(device_name(config.device_type), now.isoformat(), package_versions(), git_commit())
         (folder / _ABOUT).write_bytes(msgspec.json.encode(about))
     (folder / _PLAN).write_text(plan)
-    return folder
 
 
 def _plan_hash(config: Experiment, sessions: Sequence[Session]) -> str:
@@ -176,25 +198,38 @@ def _plan_hash(config: Experiment, sessions: Sequence[Session]) -> str:
 def _read_about(folder: Path) -> About:
     try:
         return msgspec.json.decode((folder / _ABOUT).read_bytes(), type=About)
-    except (OSError, msgspec.MsgspecError) as error:
+    except _DAMAGED as error:
         raise CalibrationFailedError(f"{folder / _ABOUT}: {error}; start again with --overwrite") from error
+
+
+def _read_facts(folder: Path) -> ClusterFacts | None:
+    try:
+        return read_facts(folder)
+    except _DAMAGED as error:
+        raise CalibrationFailedError(f"{folder / CLUSTER}: {error}; start again with --overwrite") from error
 
 
 def _read(folder: Path, sessions: Sequence[Session]) -> tuple[Samples, float]:
     """The samples of all sessions, and their seconds. A session in which requests failed measured something else."""
     samples, seconds = Samples(), 0.0
     for number, session in enumerate(sessions):
-        result = read_result(folder, number)
-        if result is not None:
-            errors = [row.error for row in result.sends if row.error is not None]
-            if errors:
-                (folder / result_file(number)).unlink()
-                raise CalibrationFailedError(
-                    f"{len(errors)} of {len(result.sends)} requests of session '{session.name}' failed: {errors[0]};"
-                    " --resume runs it again"
-                )
-            samples.add(number, result, is_open_loop=_is_spaced(session))
-            seconds += result.wall_s
+        path = folder / result_file(number)
+        try:
+            result = read_result(folder, number)
+            errors = [] if result is None else [row.error for row in result.sends if row.error is not None]
+            if result is not None and not errors:
+                samples.add(number, result, is_open_loop=_is_spaced(session))
+                seconds += result.wall_s
+        except _DAMAGED as error:
+            raise CalibrationFailedError(
+                f"{path} is damaged: {error}; without it --resume runs session '{session.name}' again"
+            ) from error
+        if result is not None and errors:
+            path.unlink()
+            raise CalibrationFailedError(
+                f"{len(errors)} of {len(result.sends)} requests of session '{session.name}' failed: {errors[0]};"
+                " --resume runs it again"
+            )
     return samples, seconds
 
 

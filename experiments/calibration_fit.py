@@ -346,6 +346,10 @@ def _fit_chunks(columns: dict[str, Any], multiple: int) -> tuple[ChunkFit, Resid
         mixed_decode_ns=round(float(x[at + 5]), 3),
     )
     shifts = {f"chunk_after_{kind}": round(float(value) * 1000) for kind, value in zip(kinds, x[at + 6 :], strict=True)}
+    known = list(shifts.values())
+    for kind in ("idle", "decode", "chunk"):  # what was hardly ever seen is like what was
+        if known:
+            shifts.setdefault(f"chunk_after_{kind}", round(sum(known) / len(known)))
     return fit, fitted.residual, shifts
 
 

@@ -92,6 +92,7 @@ def merge(
     """Put the executors and links of several profiles of one device and one model into one file."""
     from .profile_file import load_profile, merged, save_profile
 
+    _check_output(output)
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
     save_profile(merged([load_profile(path) for path in profiles], output.stem), output)
@@ -117,6 +118,8 @@ def run_calibration(
 
     if timeout_s is not None and not timeout_s > 0:
         raise ConfigError(f"--timeout {timeout_s:g}: must be more than 0 seconds")
+    if output is not None:
+        _check_output(output)
     loaded = load_experiment(file, overrides or [], backend="hardware")
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -147,3 +150,9 @@ def run_calibration(
         print_profile(profile)
         print(f"wrote {target}; cluster.profile: {target} uses it")
     return EXIT_OK
+
+
+def _check_output(output: Path) -> None:
+    """Raises ConfigError unless it is a .json file: `cluster.profile` knows files by it, and names beside it end otherwise."""
+    if output.suffix != ".json":
+        raise ConfigError(f"--output {output}: allowed: a file name that ends in .json")
