@@ -169,7 +169,9 @@ def idle(
     file: Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)],
     after: Annotated[float, typer.Option(metavar="SECONDS", help="From an executor's start to the window.")] = 4.0,
     window: Annotated[float, typer.Option(metavar="SECONDS", help="How long to look.")] = 5.0,
-    output: Annotated[Path | None, typer.Option(help="Keep the runs and the profiles there, in place of those of an earlier call.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Keep the runs and the profiles there, in place of an earlier call's.")
+    ] = None,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up a run after this long.")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the file.")
