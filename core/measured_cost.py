@@ -14,6 +14,7 @@ from typing import Final
 from msgspec import Struct
 
 from .cost import UNIT_BITS, StepFeatures, affine_span_time
+from .step_sizes import padded_rows
 
 UNITS_PER_NS: Final = 1000 << UNIT_BITS
 
@@ -172,14 +173,3 @@ def _sums(chunks: Sequence[tuple[int, int, bool]]) -> tuple[int, int, int, int]:
 def chunk_pairs(before: int, length: int) -> int:
     """(query, key) pairs that causal attention computes for a chunk of `length` tokens behind `before` others."""
     return length * before + length * (length + 1) // 2
-
-
-def padded_rows(rows: int, multiple: int) -> int:
-    """Rows of a step with chunks as the device runs them: up to `multiple` as they are, above it a multiple."""
-    return rows if rows <= multiple else -(-rows // multiple) * multiple
-
-
-def graph_sizes(max_batch: int) -> tuple[int, ...]:
-    """Decode batch sizes that the GPU engine has a graph for: a batch runs as the next larger one."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, max_batch + 64, 64)]
-    return (*(size for size in sizes if size < max_batch), max_batch)

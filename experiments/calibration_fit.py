@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.measured_cost import Measured, graph_sizes
+from ..core.measured_cost import Measured
 from ..core.overheads import LaunchGaps
+from ..core.step_sizes import graph_sizes
 from .calibration_samples import CONTINUED, FIRST, FOLLOWING, NOTHING, StepSample, as_arrays
 from .profile_file import ChunkFit, CurveFit, DecodeFit, Residual, row_multiple
 

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from ..core.config import OrchestratorConfig, PolicySpec
 from ..core.cost import UNITS_PER_S, RooflineCost, StepFeatures
-from ..core.measured_cost import graph_sizes
+from ..core.step_sizes import graph_sizes
 from ..policies.vocabulary import PS_PER_S, Request, Role
 from ..runtime.orchestrator_load import LoadPhase, PlannedSubmission
 from ..runtime.session_series import Session

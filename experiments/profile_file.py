@@ -18,9 +18,10 @@ import msgspec
 from msgspec import Struct
 
 from ..core.devices import Device
-from ..core.measured_cost import UNITS_PER_NS, ZERO, Curve, Measured, MeasuredCost, graph_sizes
+from ..core.measured_cost import UNITS_PER_NS, ZERO, Curve, Measured, MeasuredCost
 from ..core.model_shapes import ModelShape
 from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
+from ..core.step_sizes import graph_sizes
 from .errors import ConfigError, did_you_mean
 
 FORMAT_VERSION: Final = 1

@@ -55,7 +55,7 @@ def run_reference_bench(
     try:
         with place:
             network = models.from_config(config, dtype=dtype, attn_implementation="sdpa")
-        network.eval()
+        network.train(False)
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(0, shape.vocab_size, (batch, prompt_tokens), generator=generator).to(place)
         _generate(network, prompts[:, :16], 2)  # kernels are chosen

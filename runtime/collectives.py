@@ -61,7 +61,7 @@ class SingleRank:
 class MpiCollectives:
     """Over the executor's own communicator, which nothing else may use for point-to-point messages.
 
-    Collective over `comm`: every rank constructs it. Buffers only (no pickle). Tensors of other devices are staged
+    Collective over `comm`: every rank constructs it. Buffers only. Tensors of other devices are staged
     through host memory, which is right everywhere and fast nowhere: a device's own collectives replace this class.
     """
 

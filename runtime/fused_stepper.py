@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.commands import Chunk
+from ..core.step_sizes import graph_sizes, padded_rows
 from .collectives import Collectives
 from .device_batch import DeviceBatch
 from .kv_pages import KvPages
@@ -30,13 +31,7 @@ from .weights import ModelWeights
 
 _LAYERS_AT_ONCE: Final = 4  # layers told of together while a prompt is computed
 _LONG_STARTS: Final = (2048, 8128)  # tokens before a chunk, in the warm-up
-_PAD_FROM: Final = 64
-_PAD_TO: Final = 64  # rows of a step with chunks
 _RING: Final = 64  # results that may wait for the host
-
-
-def _padded(rows: int) -> int:
-    return rows if rows <= _PAD_FROM else -(-rows // _PAD_TO) * _PAD_TO
 
 
 class DeviceCollectives(Collectives, Protocol):
@@ -44,14 +39,6 @@ class DeviceCollectives(Collectives, Protocol):
 
     def broadcast_device_tokens(self, tokens: Tensor) -> Tensor:
         """The int64 tokens of the last stage's first rank, in place, on every rank of the executor."""
-
-
-def ladder(max_batch: int) -> tuple[int, ...]:
-    """Batch sizes that get a graph: small steps where padding would cost most, at most an eighth of padding later."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32)]
-    sizes += range(320, max_batch + 64, 64)
-    kept = [size for size in sizes if size < max_batch]
-    return (*kept, max_batch)
 
 
 class FusedStepper:
@@ -76,7 +63,7 @@ class FusedStepper:
         record_margins: bool = False,
         graphs: bool = True,
     ) -> None:
-        max_rows = _padded(max_num_tokens + max_batch)
+        max_rows = padded_rows(max_num_tokens + max_batch)
         self.model = FusedModel(place, weights, pages, collectives, device, max_batch, max_rows)
         width = -(-self.model.max_positions // pages.tokens_per_block)
         self._place = place
@@ -89,7 +76,7 @@ class FusedStepper:
         self._is_cuda = device.type == "cuda"
         self._batch = DeviceBatch(max_batch, max_batch, width, device)
         self._synced: Any = None
-        self._ladder = ladder(max_batch)
+        self._ladder = graph_sizes(max_batch)
         self._uses_graphs = graphs and self._is_cuda
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor | None] = {}
@@ -235,7 +222,7 @@ class FusedStepper:
             if chunk.is_last:
                 sampled_rows.append(num + len(ids) - 1)
         # Padding to a common size costs the products nothing, and spares cuBLAS a search for each new size.
-        padding = _padded(num + len(ids)) - num - len(ids)
+        padding = padded_rows(num + len(ids)) - num - len(ids)
         where.append(torch.tensor([[-1], [0]], dtype=torch.int32).expand(2, padding))
         ids += [0] * padding
         new = torch.cat((torch.tensor([ids], dtype=torch.int32), torch.cat(where, dim=1)))

@@ -15,9 +15,10 @@ from ..core.kv_layout import Range
 from .kv_pages import KvPages
 from .kv_places import KvCopy, KvPool
 from .kv_runs import copy_in_host_memory, run_bytes, runs_of
-from .transport import TransportCapabilities, checksum_bytes
-from .transport_ends import Desk, Done, End, Receiving, Sending
-from .transport_lane import Computed, CudaLane, InlineLane, Lane
+from .transport import TransportCapabilities
+from .transport_ends import Desk, Done, Receiving, Sending
+from .transport_lane import CudaLane, InlineLane, Lane
+from .transport_on_lane import OnLane
 from .transport_segments import Segment
 from .transport_tables import TableRing
 from .transport_wire import KvPoolAddress
@@ -66,7 +67,7 @@ class CudaMemory:
         self._driver.close(address)
 
 
-class PeerReadCarrier:
+class PeerReadCarrier(OnLane):
     """See `Carrier`. `lane`, `memory` and `copy` make it one of a GPU, or of host memory for tests."""
 
     name: Final = "cuda_ipc"
@@ -211,19 +212,6 @@ class PeerReadCarrier:
         pool = KvPool(base + told.offset, layers, told.heads, told.num_blocks, told.tokens_per_block, own.row_bytes)
         self._open[peer] = (base, pool)
         return pool
-
-    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
-        pages, outline = self._desk.pages, end.outline
-        self._lane.compute(
-            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block), then
-        )
-
-    def poll(self) -> bool:
-        return self._lane.poll()
-
-    @property
-    def is_busy(self) -> bool:
-        return self._lane.is_busy
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from typing import Any, Final, Protocol
 import torch
 
 from .progress import Progress
-from .transport import TransportCapabilities, checksum_bytes, pack_pieces, unpack_pieces
+from .transport import TransportCapabilities, pack_pieces, unpack_pieces
 from .transport_ends import Desk, Done, End, Receiving, Sending
 from .transport_lane import Computed, ThreadLane
+from .transport_on_lane import OnLane
 from .transport_segments import Segment
 from .transport_wire import KvPoolAddress
 
@@ -148,7 +149,7 @@ class MpiCarrier:
         self._stager.close()
 
 
-class CpuStager:
+class CpuStager(OnLane):
     """Pages in host memory: packed and unpacked by a thread, into buffers made for the purpose."""
 
     max_segment_bytes: Final = _MESSAGE_BYTES
@@ -197,19 +198,6 @@ class CpuStager:
 
     def give_back(self, buffer: Any) -> None:
         pass
-
-    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
-        pages, outline = self._pages, end.outline
-        self._lane.compute(
-            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block), then
-        )
-
-    def poll(self) -> bool:
-        return self._lane.poll()
-
-    @property
-    def is_busy(self) -> bool:
-        return self._lane.is_busy
 
     def close(self) -> None:
         self._lane.close()

@@ -15,11 +15,12 @@ import torch
 
 from .kv_places import KvCopy, KvPlace, KvPool, packed_place
 from .progress import Progress
-from .transport import TransportCapabilities, checksum_bytes
+from .transport import TransportCapabilities
 from .transport_cuda_ipc import Copy, local_copy
 from .transport_ends import Desk, Done, End, Receiving, Sending
-from .transport_lane import Computed, CudaLane, Lane
+from .transport_lane import CudaLane, Lane
 from .transport_mpi import MpiCarrier
+from .transport_on_lane import OnLane
 from .transport_segments import Segment
 from .transport_tables import TableRing
 
@@ -65,7 +66,7 @@ class _Pool:
             self._free.append(buffer)
 
 
-class DeviceStager:
+class DeviceStager(OnLane):
     """See `Stager`. `via_host`: messages from pinned host memory."""
 
     def __init__(self, desk: Desk, lane: Lane, copy: Copy, segment_bytes: int, *, via_host: bool) -> None:
@@ -135,19 +136,6 @@ class DeviceStager:
 
     def give_back(self, buffer: StagingBuffer) -> None:
         self._owner.pop(buffer).give(buffer)
-
-    def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
-        pages, outline = self._pages, end.outline
-        self._lane.compute(
-            lambda: checksum_bytes(pages, outline.ranges, end.blocks, outline.num_tokens, tokens_per_block), then
-        )
-
-    def poll(self) -> bool:
-        return self._lane.poll()
-
-    @property
-    def is_busy(self) -> bool:
-        return self._lane.is_busy
 
     def close(self) -> None:
         self._lane.close()

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from disagg.experiments import cli
 from disagg.runtime.launcher import LaunchError
 from disagg.runtime.transport import TransportError
 
@@ -42,18 +41,6 @@ FUNCTIONS = {"transfer": ("bench_transfer", "run_transfer_bench"), "engine": ("b
 
 IDLE = Path(__file__).resolve().parent.parent / "benchmarks" / "h200" / "idle.yaml"
 CPU = "--set device=cpu --set cluster.cache_transceiver.backend=mpi --set cluster.profile=spec:cpu-2core"
-
-
-@pytest.fixture
-def disagg(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def call(*arguments: str | Path) -> int:
-        monkeypatch.setattr("sys.argv", ["disagg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        code = exit_.value.code
-        return code if isinstance(code, int) else 0
-
-    return call
 
 
 @pytest.fixture

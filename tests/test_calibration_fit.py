@@ -7,7 +7,8 @@ from random import Random
 import numpy as np
 import pytest
 
-from disagg.core.measured_cost import chunk_pairs, graph_sizes, padded_rows
+from disagg.core.measured_cost import chunk_pairs
+from disagg.core.step_sizes import graph_sizes, padded_rows
 from disagg.experiments.calibrate import fit_link, fit_messages
 from disagg.experiments.calibration_fit import fit_engine, keep_near, knots_for, ramps
 from disagg.experiments.calibration_samples import (

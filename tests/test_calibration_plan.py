@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from disagg.core.cost import roofline
-from disagg.core.measured_cost import graph_sizes
+from disagg.core.step_sizes import graph_sizes
 from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _staggered, plan_sessions
 from disagg.experiments.cluster import cluster_of, device_of, shape_of
 from disagg.experiments.experiment_file import load_experiment

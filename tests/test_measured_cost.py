@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.cost import StepFeatures, end_of_step, steps_by
-from disagg.core.measured_cost import Curve, Measured, MeasuredCost, chunk_pairs, graph_sizes, padded_rows
+from disagg.core.measured_cost import Curve, Measured, MeasuredCost, chunk_pairs
+from disagg.core.step_sizes import graph_sizes, padded_rows
 
 SMALL = st.integers(0, 1 << 40)
 
@@ -129,9 +130,5 @@ def test_what_is_no_monotone_curve_is_refused(start: int, knots: tuple[int, ...]
         Curve.of(start, knots, slopes)
 
 
-def test_graph_sizes_and_padding_are_those_of_the_engine() -> None:
-    fused = pytest.importorskip("disagg.runtime.fused_stepper")
-    for max_batch in (1, 2, 3, 32, 64, 100, 128, 256, 300, 1000):
-        assert graph_sizes(max_batch) == fused.ladder(max_batch)
-    for rows in (1, 63, 64, 65, 128, 129, 8191):
-        assert padded_rows(rows, fused._PAD_TO) == fused._padded(rows)
+def test_steps_with_chunks_are_padded_above_the_first_multiple() -> None:
+    assert [padded_rows(rows) for rows in (1, 63, 64, 65, 128, 129, 8191)] == [1, 63, 64, 128, 128, 192, 8192]

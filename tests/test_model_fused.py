@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from disagg.core.step_sizes import graph_sizes
 from disagg.policies.vocabulary import SamplingConfig
 from disagg.runtime.decode_attention import DecodeAttention, SplitSizes, split_sizes
-from disagg.runtime.fused_stepper import ladder
 from disagg.runtime.model_kernels import argmax_rows
 from disagg.runtime.model_place import Place
 from disagg.runtime.weights import random_weights
@@ -71,9 +71,9 @@ def test_a_launch_is_cut_by_the_batch_size_alone_and_fills_the_device() -> None:
 
 
 def test_the_ladder_ends_with_the_largest_batch_and_pads_little() -> None:
-    assert ladder(1) == (1,)
-    assert ladder(3) == (1, 2, 3)
-    steps = ladder(256)
+    assert graph_sizes(1) == (1,)
+    assert graph_sizes(3) == (1, 2, 3)
+    steps = graph_sizes(256)
     assert steps[-1] == 256
     assert all(b - a <= max(8, a // 4) for a, b in itertools.pairwise(steps))
 
