@@ -76,6 +76,9 @@ def run(
     ] = None,
     workers: Workers = "auto",
     executor: Executor = "processes",
+    cold: Annotated[
+        bool, typer.Option("--cold", help="On hardware: a new cluster for every run, not one while it stays the same.")
+    ] = False,
 ) -> None:
     """Run an experiment: every point of its sweep, every repeat; simulations in parallel."""
     from .cli_run import parse_workers, run_file
@@ -92,6 +95,7 @@ def run(
         timeout_s=timeout,
         workers=parse_workers(workers),
         executor=executor,
+        cold=cold,
     )
     raise typer.Exit(code)
 

@@ -39,11 +39,12 @@ def run_file(
     timeout_s: float | None = None,
     workers: int | None = None,
     executor: str = "processes",
+    cold: bool = False,
 ) -> int:
     """Run an experiment file and return the exit code. Raises ExperimentError for what its user can put right.
 
     `timeout_s` is for each run by itself. `workers` (default: one a core) and `executor` are for simulations; runs on
-    hardware follow each other.
+    hardware follow each other, on one warm cluster while it stays the same; `cold`: on a new one each.
     """
     if timeout_s is not None and not timeout_s > 0:
         raise ConfigError(f"--timeout {timeout_s:g}: must be more than 0 seconds")
@@ -74,6 +75,8 @@ def run_file(
                     print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
                 if world is not None:
                     return run_in_parallel(world, points, todo, overwrite=overwrite)
+                if on_hardware and len(todo) > 1 and not cold:
+                    return run_all_warm(runner, points, todo, overwrite=overwrite)
                 num_workers = 1 if on_hardware else workers_for(todo, workers)
                 if num_workers == 1 and executor == "processes":
                     return run_all(runner, points, todo, overwrite=overwrite)
@@ -175,6 +178,30 @@ def run_all(runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint]
             print(f"interrupted: {label}; nothing of it was kept", file=sys.stderr)
             return EXIT_INTERRUPTED
         tally.tell(point, result)
+    return tally.exit_code()
+
+
+def run_all_warm(
+    runner: Runner, points: Sequence[RunPoint], todo: Sequence[RunPoint], *, overwrite: bool = False
+) -> int:
+    """`run_all` on hardware, where runs that follow each other on equal clusters share a warm one."""
+    from .run_warm import run_warm, warm_groups
+
+    tally = Tally(len(points), len(todo))
+    for group in warm_groups(todo):
+        label = tally.label(group[0]) + (f" and {len(group) - 1} more on its cluster" if len(group) > 1 else "")
+        with progress_bar(label) as progress:
+            if len(group) > 1:
+                progress.update(0, len(group))
+                is_over = not run_warm(group, tally.tell, progress, overwrite=overwrite)
+            else:
+                result = try_one(runner, group[0], progress, overwrite=overwrite)
+                is_over = result.exit_code == EXIT_INTERRUPTED
+                if not is_over:
+                    tally.tell(group[0], result)
+        if is_over:
+            print(f"interrupted: {label}; what had not ended was not kept", file=sys.stderr)
+            return EXIT_INTERRUPTED
     return tally.exit_code()
 
 

@@ -42,7 +42,7 @@ class RunDirectory:
         self.point = point
         self.target = point.directory.absolute()
         self._overwrite = overwrite
-        self._started = datetime.now(UTC)
+        self.started = datetime.now(UTC)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.target)
         self.path = self.target.parent / f".{self.target.name}.partial-{os.getpid()}"
@@ -103,7 +103,7 @@ class RunDirectory:
         for table in self._tables.values():
             table.close()
         num_rows = {name: table.num_rows for name, table in self._tables.items()}
-        manifest = manifest_of(self.point, outcome, self._started, num_rows)
+        manifest = manifest_of(self.point, outcome, self.started, num_rows)
         write_json(self.path / MANIFEST, manifest)
         roles = {int(executor["id"]): str(executor["role"]) for executor in manifest["executors"]}
         write_timeline(self.path, self.path / "trace.json", roles)

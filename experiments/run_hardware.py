@@ -105,7 +105,7 @@ def _device_ids(placement: ClusterPlacement, places: list[tuple[str, int | None]
     return tuple(places[rank][1] or 0 for rank in placement.participant_ids)
 
 
-class _Load:
+class HardwareLoad:
     """The planned phases as the runtime sends them, and what was planned by request id."""
 
     def __init__(self, config: Experiment) -> None:
@@ -135,7 +135,7 @@ def run_hardware(
     """Run one point of an experiment on real executors to its end; in an existing MPI world this is rank 0's part."""
     if options.placing is None:
         check_device_name(profile_of(config))
-    load = _Load(config)
+    load = HardwareLoad(config)
     try:
         result = run_cluster(
             hardware_spec(config, options.placing),
@@ -162,7 +162,7 @@ def run_hardware(
         return RunOutcome(0, exit_code=EXIT_RUN_FAILED, message=failure)
     if result is None:
         raise RuntimeError("only rank 0 of an MPI world writes a run; the others serve_hardware")
-    return _written(config, result, load, writer)
+    return write_result(config, result, load, writer)
 
 
 def serve_hardware(config: Experiment) -> None:
@@ -170,7 +170,8 @@ def serve_hardware(config: Experiment) -> None:
     run_cluster(hardware_spec(config), ())
 
 
-def _written(config: Experiment, result: HardwareResult, load: _Load, writer: RunDirectory) -> RunOutcome:
+def write_result(config: Experiment, result: HardwareResult, load: HardwareLoad, writer: RunDirectory) -> RunOutcome:
+    """Leave what a cluster said in the run's folder."""
     bursts = {row.request_id for row in result.sends if row.in_burst}
     num_failed = num_requests = 0
     for row in result.rows:

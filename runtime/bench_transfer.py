@@ -139,6 +139,7 @@ def rows_of(result: TransferResult) -> list[BenchRow]:
             rows.append(_at_most(BenchRow(name, item.seconds * 1e3, blocking, after, 0.25, None, "ms", note), job))
             continue
         kind = {
+            "plain": "one plain copy, from the host's call to its end seen by the host",
             "copy": "copy alone",
             "batch": "copy alone, by copy engines",
             "transfer": "transfer",

@@ -289,6 +289,31 @@ class _Bench:
         args = [ctypes.c_uint64(own), ctypes.c_uint64(pool.address), ctypes.c_size_t(num_bytes)]
         return self._on_device(lambda: driver.call("cuMemcpyAsync", *args, ctypes.c_void_p(stream)))
 
+    def plain_seen_by_host(self, num_bytes: int) -> float:
+        """The same copy timed as a transfer is: from the host's call, after a rest, to its end seen by the host."""
+        import ctypes
+
+        from .cuda_ipc import Driver
+
+        driver, stream = Driver(), torch.cuda.Stream(device=self.device)
+        pool, own = self._opened(), int(self.pages.pool.data_ptr())
+        args = [ctypes.c_uint64(own), ctypes.c_uint64(pool.address), ctypes.c_size_t(num_bytes)]
+
+        def run() -> float:
+            self.sync()
+            time.sleep(_SETTLE_S)
+            if self.world.rank == 0:
+                return 0.0
+            start = time.perf_counter()
+            driver.call("cuMemcpyAsync", *args, ctypes.c_void_p(int(stream.cuda_stream)))
+            event: Any = torch.cuda.Event()
+            event.record(stream)
+            while not event.query():
+                pass
+            return time.perf_counter() - start
+
+        return self._median(run)
+
     def _on_device(self, work: Callable[[], Any]) -> float:
         start: Any = torch.cuda.Event(enable_timing=True)
         end: Any = torch.cuda.Event(enable_timing=True)
@@ -332,6 +357,8 @@ class _Bench:
         for tokens in self.job.sizes:
             size = tokens * self.token_bytes
             plain = self.plain(size)
+            if self.device.type == "cuda" and tokens == _REQUEST:
+                found.append(Measured("plain", tokens, size, self.plain_seen_by_host(size), plain))
             if self.job.backend == "cuda_ipc":
                 found.append(Measured("copy", tokens, size, self.copy_alone(tokens, "kernel"), plain))
                 if tokens == _REQUEST:

@@ -57,12 +57,21 @@ class Driver:
         if name is None:
             raise CudaError("libcuda.so.1 cannot be loaded: no NVIDIA driver is installed here")
         self._lib: Any = ctypes.CDLL(name)
+        self._batch: Any = getattr(self._lib, "cuMemcpyBatchAsync", None)  # None: drivers before 12.8
+        if self._batch is not None:  # bound once: what is looked up at every launch is looked up in cold caches
+            pointer, size = ctypes.c_void_p, ctypes.c_size_t
+            self._batch.argtypes = (pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer)
+        self._attributes = _CopyAttributes(_SOURCE_ORDER_STREAM, flags=_PREFER_OVERLAP_WITH_COMPUTE)
+        self._first, self._failed = ctypes.c_size_t(0), ctypes.c_size_t()
+        self._fixed = tuple(ctypes.addressof(each) for each in (self._attributes, self._first, self._failed))
 
     def has(self, function: str) -> bool:
         return hasattr(self._lib, function)
 
     def call(self, function: str, *args: Any) -> None:
-        code = getattr(self._lib, function)(*args)
+        self._check(function, getattr(self._lib, function)(*args))
+
+    def _check(self, function: str, code: int) -> None:
         if code == 0:
             return
         text = ctypes.c_char_p()
@@ -107,28 +116,29 @@ class Driver:
 
     def copy_runs(self, runs: Runs, stream: int) -> None:
         """Copy all runs in the order of `stream` (not the default one), by copy engines, and return at once."""
-        import numpy as np
-
-        sources, destinations, sizes = (np.ascontiguousarray(each, dtype=np.uint64) for each in runs)
-        if not self.has("cuMemcpyBatchAsync"):  # drivers before 12.8
+        sources, destinations, sizes = runs
+        count = len(sizes)
+        if self._batch is None:
             for source, destination, size in zip(sources, destinations, sizes, strict=True):
                 args = [ctypes.c_uint64(int(destination)), ctypes.c_uint64(int(source)), ctypes.c_size_t(int(size))]
                 self.call("cuMemcpyAsync", *args, ctypes.c_void_p(stream))
             return
-        attributes = _CopyAttributes(_SOURCE_ORDER_STREAM, flags=_PREFER_OVERLAP_WITH_COMPUTE)
-        first, failed = ctypes.c_size_t(0), ctypes.c_size_t()
-        self.call(
+        into, out_of, lengths = _words(destinations), _words(sources), _words(sizes)
+        attributes, first, failed = self._fixed
+        self._check(
             "cuMemcpyBatchAsync",
-            ctypes.c_void_p(destinations.ctypes.data),
-            ctypes.c_void_p(sources.ctypes.data),
-            ctypes.c_void_p(sizes.ctypes.data),
-            ctypes.c_size_t(len(sizes)),
-            ctypes.byref(attributes),
-            ctypes.byref(first),
-            ctypes.c_size_t(1),
-            ctypes.byref(failed),
-            ctypes.c_void_p(stream),
+            self._batch(into, out_of, lengths, count, attributes, first, 1, failed, stream),
         )
+
+
+def _words(values: Any) -> Any:
+    """A list, or an array of int64, as C takes it."""
+    if isinstance(values, list):
+        return (ctypes.c_uint64 * len(values))(*values)
+    import numpy as np
+
+    array = np.ascontiguousarray(values, dtype=np.uint64)
+    return array.ctypes.data_as(ctypes.c_void_p)  # which keeps the array
 
 
 def use_device(index: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .kv_places import PACKED, KvCopy
 
-Runs = tuple[Any, Any, Any]  # int64 [runs] each: addresses of the source, of the destination, bytes
+Runs = tuple[Any, Any, Any]  # addresses of the source, of the destination, bytes: lists, or int64 [runs] each
 
 
 def runs_of(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> Runs:
@@ -19,6 +19,8 @@ def runs_of(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequ
     Where blocks are of one size at both ends, they are copied whole: the rows of the first and the last that were not
     asked for are either the same at both ends already, or nothing yet.
     """
+    if (size := _block_run(copy)) is not None:
+        return _runs_of_blocks(copy, source_blocks, destination_blocks, size)
     starts, sizes = _starts(copy, source_blocks, destination_blocks)
     # From the inside out: a dimension whose stride is what one run holds, at both ends, makes longer runs, not more.
     for num, strides in _dimensions(copy):
@@ -38,6 +40,41 @@ def run_bytes(copy: KvCopy) -> int:
             break
         size *= num
     return size
+
+
+def _block_run(copy: KvCopy) -> int | None:
+    """Bytes of the one run that `copy` has in each block; None where it has several, or cuts blocks."""
+    if not _are_alike(copy) or copy.source.tokens_per_block == PACKED:
+        return None
+    size = copy.source.tokens_per_block * copy.row_bytes
+    for num, strides in _dimensions(copy):
+        if num > 1 and strides != (size, size):
+            return None
+        size *= num
+    return size
+
+
+def _runs_of_blocks(
+    copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int], size: int
+) -> tuple[list[int], list[int], list[int]]:
+    """The same as below in a few microseconds: a transfer waits for it, and finds arrays' machinery in cold caches."""
+    source, destination = copy.source, copy.destination
+    tokens = source.tokens_per_block
+    num = -(-(copy.num_tokens + source.first_token % tokens) // tokens)
+    first, into = source.first_token // tokens, destination.first_token // tokens
+    steps, bases = (source.block_bytes, destination.block_bytes), (source.address, destination.address)
+    found: tuple[list[int], list[int], list[int]] = ([], [], [])
+    ends = (-1, -1)
+    for one, other in zip(source_blocks[first : first + num], destination_blocks[into : into + num], strict=True):
+        at, to = bases[0] + one * steps[0], bases[1] + other * steps[1]
+        if (at, to) == ends:
+            found[2][-1] += size
+        else:
+            found[0].append(at)
+            found[1].append(to)
+            found[2].append(size)
+        ends = at + size, to + size
+    return found
 
 
 def _dimensions(copy: KvCopy) -> tuple[tuple[int, tuple[int, int]], ...]:

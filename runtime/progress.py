@@ -67,6 +67,7 @@ class Progress(MessageDesk):
         self._gate = threading.Lock()  # between queueing and the end
 
         self._stopping = False
+        self._is_failing = False  # what is left of transfers is being told that it will not happen
         self._drain_until = 0.0
         self._goodbye_wait_s = 0.0
         self._goodbye_until: float | None = None
@@ -188,7 +189,10 @@ class Progress(MessageDesk):
         if not 0 <= tag <= self._world.max_tag:
             raise ValueError(f"tag {tag} for rank {rank}; allowed: 0 to {self._world.max_tag}")
         transfer = BufferTransfer(is_send, rank, tag, buffer, num_bytes, on_done)
-        self._queue("transfer", transfer)
+        # From a callback at once: a message that is ready must not wait for what else its round has to do.
+        may_begin = self.is_own_thread and not self._said_goodbye and not self._is_failing
+        if not may_begin or not self._begun_at_once(transfer):
+            self._queue("transfer", transfer)
         return transfer
 
     def _check_peer(self, rank: int) -> None:
@@ -235,6 +239,7 @@ class Progress(MessageDesk):
             self._keep(error)
         finally:
             stopped = ProgressError(f"rank {self._world.rank} has stopped its MPI progress")
+            self._is_failing = True
             for transfer in self._transfers:
                 self._finish(transfer, self.failure or stopped)
             with self._gate:  # from here on nobody queues anything more

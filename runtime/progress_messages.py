@@ -59,17 +59,33 @@ class MessageDesk(PeerWatch):
 
     def _begin_transfer(self, transfer: BufferTransfer) -> None:
         rank = transfer.rank
-        # What a rank sent before its goodbye may still be taken: a small message is over for it before we have it.
-        if rank in self._down or (rank in self._departed and transfer.is_send):
+        if self._is_gone_for(transfer):
             self._finish(transfer, PeerDownError(f"rank {rank} is gone"))
             return
-        begin = self._data.Isend if transfer.is_send else self._data.Irecv
         try:
-            transfer.request = begin([transfer.buffer, self._mpi.BYTE], rank, transfer.tag)
+            self._give_to_mpi(transfer)
         except self._mpi.Exception as error:
             self._finish(transfer, PeerDownError(f"rank {rank}: {error.Get_error_string()}"))
             self._see_error(rank, error)
-            return
+
+    def _begun_at_once(self, transfer: BufferTransfer) -> bool:
+        """Whether MPI has it. What it refuses is for the loop to see, where a lost rank disturbs no callback."""
+        if self._is_gone_for(transfer):
+            return False
+        try:
+            self._give_to_mpi(transfer)
+        except self._mpi.Exception:
+            return False
+        return True
+
+    def _is_gone_for(self, transfer: BufferTransfer) -> bool:
+        # What a rank sent before its goodbye may still be taken: a small message is over for it before we have it.
+        rank = transfer.rank
+        return rank in self._down or (rank in self._departed and transfer.is_send)
+
+    def _give_to_mpi(self, transfer: BufferTransfer) -> None:
+        begin = self._data.Isend if transfer.is_send else self._data.Irecv
+        transfer.request = begin([transfer.buffer, self._mpi.BYTE], transfer.rank, transfer.tag)
         self._transfers.append(transfer)
 
     def _receive(self) -> bool:
@@ -202,7 +218,7 @@ class MessageDesk(PeerWatch):
 
     def _fail_transfers(self, rank: int, error: BaseException) -> None:
         """Fail what is in flight with `rank`. Buffers stay referenced here: MPI may still touch them."""
-        for transfer in self._transfers:
+        for transfer in list(self._transfers):
             if transfer.rank == rank and transfer.on_done is not None:
                 if transfer.request is not None and not transfer.is_send:
                     try:

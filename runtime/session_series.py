@@ -22,7 +22,7 @@ from .executor_rank import RankInfo
 from .executor_spec import HardwareSpec, SpecError, check_spec
 from .hardware_run import HardwareRunError
 from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, launch
-from .orchestrator_job import Failure
+from .orchestrator_job import Failure, Row
 from .orchestrator_load import LoadPhase, SendRow
 from .transport_world import world_needs
 from .wire import KvPart
@@ -37,11 +37,15 @@ _MAX_SESSIONS: Final = 10_000
 
 
 class Session(Struct, frozen=True):
-    """One load. `orchestrator` stands in for the spec's own: same executors, other policies or switches."""
+    """One load. `orchestrator` stands in for the spec's own: same executors, other policies or switches.
+
+    `keep_rows`: its result has the rows of a run directory too.
+    """
 
     name: str
     orchestrator: OrchestratorConfig
     phases: tuple[LoadPhase, ...]
+    keep_rows: bool = False
 
 
 class Series(Struct, frozen=True):
@@ -62,6 +66,7 @@ class SessionResult(Struct, frozen=True):
     step_ends: dict[int, list[tuple[int, int, int]]]
     parts: dict[int, list[tuple[int, KvPart]]]
     sends: list[SendRow]
+    rows: list[Row] = []
 
 
 class ClusterFacts(Struct, frozen=True):
@@ -69,6 +74,7 @@ class ClusterFacts(Struct, frozen=True):
 
     hostname: str
     ranks: list[RankInfo]
+    pid: int = 0  # of rank 0
 
 
 _series_decoder: Final = msgspec.msgpack.Decoder(Series)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,8 +42,8 @@ from .transport import TransportError
 _EXPECTED = (SpecError, TransportError, ModelError, PolicyError, LaunchError, WorldError, ClusterError, StalledError)
 
 
-def run(series: Series, results: Path) -> None:
-    """This process's part. Collective over the MPI world."""
+def run(series: Series, results: Path, failed: Callable[[BaseException], None]) -> None:
+    """This process's part. Collective over the MPI world. `failed` hears of an error before the ranks are told to leave."""
     roster = check_spec(series.spec)
     world = MpiWorld()
     if world.size != roster.num_ranks:
@@ -59,14 +60,17 @@ def run(series: Series, results: Path) -> None:
         for _ in range(series.warm_up):
             warm_up(driver)
         driver.is_starting = False
-        facts = ClusterFacts(world.hostname, [driver.ranks[rank] for rank in sorted(driver.ranks)])
+        facts = ClusterFacts(world.hostname, [driver.ranks[rank] for rank in sorted(driver.ranks)], os.getpid())
         _write_whole(results / CLUSTER, msgspec.msgpack.encode(facts))
         for number in series.todo:
             result = run_session(driver, series.sessions[number])
             _write_whole(results / result_file(number), msgspec.msgpack.encode(result))
         driver.end()
-    except BaseException:
+    except BaseException as error:  # a policy's SystemExit too, which must not pass for a good end
+        failed(error)
         driver.abandon()
+        if isinstance(error, SystemExit):
+            raise ClusterError(f"a policy raised SystemExit: {error.code}") from error
         raise
 
 
@@ -79,7 +83,8 @@ def run_session(driver: OrchestratorDriver, session: Session) -> SessionResult:
     driver.open_session()
     load.run(driver.clock, driver.submit, None, driver.num_stalled)
     record = driver.close_session()
-    return SessionResult(session.name, watch.lap(), record.logs, record.step_ends, record.parts, load.rows())
+    rows = record.rows if session.keep_rows else []
+    return SessionResult(session.name, watch.lap(), record.logs, record.step_ends, record.parts, load.rows(), rows)
 
 
 def _with_policies(roster: Roster, session: Session) -> Roster:
@@ -97,10 +102,16 @@ def _write_whole(path: Path, data: bytes) -> None:
 def main() -> int:
     """0, or the exit code of what went wrong, which rank 0 also leaves in JOB_FOLDER."""
     folder, results = Path(sys.argv[1]), Path(sys.argv[2])
+
+    def failed(error: BaseException) -> None:
+        if not (folder / FAILURE).exists():
+            text = str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"
+            _write_whole(folder / FAILURE, msgspec.msgpack.encode(Failure(text, exit_code_of(error))))
+
     try:
-        run(decode_series((folder / SERIES).read_bytes()), results)
+        run(decode_series((folder / SERIES).read_bytes()), results, failed)
     except _EXPECTED as error:
-        _write_whole(folder / FAILURE, msgspec.msgpack.encode(Failure(str(error), exit_code_of(error))))
+        failed(error)
         return exit_code_of(error)
     except ExecutorBrokenError as error:
         print(f"disagg: {error}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ does not read them any more. The sender's pool is opened once and stays open unt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import torch
@@ -68,7 +69,10 @@ class CudaMemory:
 
 
 class PeerReadCarrier(OnLane):
-    """See `Carrier`. `lane`, `memory` and `copy` make it one of a GPU, or of host memory for tests."""
+    """See `Carrier`. `make_lane`, `memory` and `make_copies` make it one of a GPU, or of host memory for tests.
+
+    `make_copies`: of runs of `engines_from` bytes on, and of shorter ones; only the latter reads block ids from tables.
+    """
 
     name: Final = "cuda_ipc"
     max_segment_bytes: Final = _NO_LIMIT
@@ -80,26 +84,31 @@ class PeerReadCarrier(OnLane):
         capabilities: TransportCapabilities,
         make_lane: Callable[[Desk], Lane],
         memory: PeerMemory,
-        make_copy: Callable[[Lane], Copy],
+        make_copies: Callable[[Lane], tuple[Copy, Copy]],
+        engines_from: int = 0,
     ) -> None:
         self.description: Final = description
         self.capabilities: Final = capabilities
         self._make_lane = make_lane
-        self._make_copy = make_copy
+        self._make_copies = make_copies
+        self._engines_from = engines_from
         self._memory = memory
         self._told: dict[int, KvPoolAddress] = {}
         self._open: dict[int, tuple[int, KvPool]] = {}  # (address of the allocation, the pool)
         self._desk: Desk
         self._lane: Lane
-        self._copy: Copy
+        self._copy_long: Copy
+        self._copy_short: Copy
         self._tables: TableRing
+        self._own: KvPool
         self._pool: KvPoolAddress | None = None
 
     def start(self, desk: Desk) -> None:
         self._desk = desk
         self._lane = self._make_lane(desk)
-        self._copy = self._make_copy(self._lane)
+        self._copy_long, self._copy_short = self._make_copies(self._lane)
         self._tables = TableRing(desk.pages.device)
+        self._own = KvPool.of(desk.pages)
         if desk.pages.device.type != "cpu":
             from .kv_kernels import warm_copy
 
@@ -157,28 +166,33 @@ class PeerReadCarrier(OnLane):
         self._lane.run(lambda: self._read(end, segment, source), done)
 
     def _read(self, end: Receiving, segment: Segment, source: KvPool) -> Any:
-        pages = self._desk.pages
         end.mark("launching")
-        if end.tables is None:
-            end.tables = self._tables.put(end.source_blocks, end.blocks)
-        source_table, own_table = end.tables.addresses
         first, last = segment.tokens
-        own = KvPool.of(pages)
+        own = self._own
         for layers, heads in end.outline.pieces_of(segment):
-            self._copy(
-                KvCopy(
-                    source.place(layers, heads, first, source_table),
-                    own.place(layers, heads, first, own_table),
-                    layers[1] - layers[0],
-                    heads[1] - heads[0],
-                    last - first,
-                    own.row_bytes,
-                ),
-                end.source_blocks,
-                end.blocks,
+            copy = KvCopy(
+                source.place(layers, heads, first, 0),
+                own.place(layers, heads, first, 0),
+                layers[1] - layers[0],
+                heads[1] - heads[0],
+                last - first,
+                own.row_bytes,
             )
+            if run_bytes(copy) >= self._engines_from:
+                self._copy_long(copy, end.source_blocks, end.blocks)
+            else:
+                self._copy_short(self._with_tables(copy, end), end.source_blocks, end.blocks)
         end.mark("launched")
         return end.tables
+
+    def _with_tables(self, copy: KvCopy, end: Receiving) -> KvCopy:
+        """Block ids that a kernel can read; copy engines are told addresses, and need none."""
+        if end.tables is None:
+            end.tables = self._tables.put(end.source_blocks, end.blocks)
+        theirs, own = end.tables.addresses
+        return replace(
+            copy, source=replace(copy.source, table=theirs), destination=replace(copy.destination, table=own)
+        )
 
     def _check_source(self, source: KvPool, end: Receiving) -> None:
         """What a peer says is not believed where believing it would read beyond its pool."""
@@ -202,7 +216,7 @@ class PeerReadCarrier(OnLane):
         if (told.head_dim, told.dtype) != (pages.layout.head_dim, pages.layout.dtype):
             raise ValueError(f"rank {peer} keeps KV as {told.head_dim} x {told.dtype}, this rank does not")
         layers: Range = told.layers
-        own = KvPool.of(pages)
+        own = self._own
         pool = KvPool(0, layers, told.heads, told.num_blocks, told.tokens_per_block, own.row_bytes)
         if layers[0] >= layers[1] or told.heads[0] >= told.heads[1] or told.offset % 16:
             raise ValueError(f"rank {peer} told of a pool that cannot be: {told.layers}, {told.heads}, {told.offset}")
@@ -234,9 +248,9 @@ class PeerReadCarrier(OnLane):
                 pass  # the driver takes it back when this process ends
 
 
-_ENGINES_FROM: Final = (
-    96 << 10
-)  # bytes a run; measured on H200: 64 KiB 46 GB/s, 128 KiB 180, 512 KiB 380, the kernel 360
+# Bytes a run from which copy engines, which leave every multiprocessor to the steps that run beside, are fast enough.
+# Measured on H200: 64 KiB 46 GB/s, 128 KiB 180, 512 KiB 380, the kernel 360.
+_ENGINES_FROM: Final = 96 << 10
 
 
 def cuda_carrier(device: torch.device, description: str, copy: str = "auto") -> PeerReadCarrier:
@@ -246,7 +260,8 @@ def cuda_carrier(device: torch.device, description: str, copy: str = "auto") -> 
         TransportCapabilities(device_memory=True, survives_peer_loss=True),
         lambda desk: CudaLane(device, desk.post),
         CudaMemory(device),
-        {"auto": auto_copy, "kernel": kernel_copy, "batch": batch_copy}[copy],
+        lambda lane: (batch_copy(lane), kernel_copy(lane)),
+        {"auto": _ENGINES_FROM, "kernel": _NO_LIMIT, "batch": 0}[copy],
     )
 
 
@@ -257,19 +272,8 @@ def host_carrier(memory: PeerMemory) -> PeerReadCarrier:
         TransportCapabilities(device_memory=False, survives_peer_loss=True),
         lambda desk: InlineLane(),
         memory,
-        lambda lane: copy_in_host_memory,
+        lambda lane: (copy_in_host_memory, copy_in_host_memory),
     )
-
-
-def auto_copy(lane: Lane) -> Copy:
-    """Copy engines where runs are long enough for them: they leave every multiprocessor to the steps that run beside."""
-    kernel, batch = kernel_copy(lane), batch_copy(lane)
-
-    def copy(what: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> None:
-        chosen = batch if run_bytes(what) >= _ENGINES_FROM else kernel
-        chosen(what, source_blocks, destination_blocks)
-
-    return copy
 
 
 def kernel_copy(lane: Lane) -> Copy:

@@ -110,6 +110,7 @@ class MpiCarrier:
         keep: list[Any] = []
         end.mark("packing")
         self._stager.pack(end, segment, packed, sent)
+        self._stager.poll()  # what was packed meanwhile goes out before the next is launched
 
     def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
         def post(buffer: Any) -> None:

@@ -81,7 +81,18 @@ def test_a_request_with_all_its_layers_and_heads_is_one_run_a_block() -> None:
     copy = KvCopy(places[0], places[1], LAYERS, HEADS, 10, DIM * 4)
     _, _, sizes = runs_of(copy, [7, 3, 5], [1, 4, 9])
     assert run_bytes(copy) == sizes[0]
-    assert sizes.tolist() == [LAYERS * 2 * HEADS * 4 * DIM * 4] * 3
+    assert list(sizes) == [LAYERS * 2 * HEADS * 4 * DIM * 4] * 3
+
+
+def test_blocks_that_follow_each_other_at_both_ends_are_one_run() -> None:
+    source, target = pages(4), pages(4)
+    places = [KvPool.of(each).place((0, LAYERS), (0, HEADS), 2, 0) for each in (source, target)]
+    copy = KvCopy(places[0], places[1], LAYERS, HEADS, 14, DIM * 4)
+    starts, into, sizes = runs_of(copy, [2, 3, 5, 6, 9], [4, 5, 6, 7, 9])
+    block = LAYERS * 2 * HEADS * 4 * DIM * 4
+    assert list(sizes) == [2 * block, 2 * block]  # the fifth block holds none of the 14 tokens from token 2 on
+    assert [at - source.pool.data_ptr() for at in starts] == [2 * block, 5 * block]
+    assert [at - target.pool.data_ptr() for at in into] == [4 * block, 6 * block]
 
 
 def test_runs_are_short_where_heads_are_re_laid_out() -> None:

@@ -96,6 +96,6 @@ def test_neighbouring_blocks_are_copied_as_one_run(blocks: list[int], into: list
     copy = KvCopy(places[0], places[1], 2, 2, 12, 16)
     sources, _, sizes = runs_of(copy, blocks, into)
     assert len(sources) == num_runs  # a block holds all layers, K and V
-    assert sizes.sum() == pools[0].pack(blocks, 12, (0, 2), (0, 2)).nbytes
+    assert sum(sizes) == pools[0].pack(blocks, 12, (0, 2), (0, 2)).nbytes
     copy_in_host_memory(copy, blocks, into)
     assert pools[1].pack(into, 12, (0, 2), (0, 2)).equal(pools[0].pack(blocks, 12, (0, 2), (0, 2)))

@@ -134,7 +134,11 @@ class Pair:
             copy_in_host_memory(what, source, destination)
 
         return PeerReadCarrier(
-            "one process", TransportCapabilities(False, True), lambda desk: lane, SameProcess(), lambda lane: copy
+            "one process",
+            TransportCapabilities(False, True),
+            lambda desk: lane,
+            SameProcess(),
+            lambda lane: (copy, copy),
         )
 
     def blocks(self, rank: int, ident: int) -> tuple[int, ...]:
