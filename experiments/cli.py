@@ -279,6 +279,47 @@ def conform(
 
 
 @app.command()
+def oracle(
+    file: File,
+    requests: Annotated[int, typer.Option(help="Requests of an instance, at most 8.")] = 4,
+    instances: Annotated[int, typer.Option(help="Instances, each with a seed of its own.")] = 5,
+    policies: Annotated[
+        list[str] | None, typer.Option("--policy", metavar="NAME", help="Policies to set beside it.")
+    ] = None,
+    sets: Sets = None,
+    workers: Workers = "auto",
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Say how far the oracle is from the best of all routings of a few requests: only where it is the best is it a bound."""
+    from .cli_hindsight import oracle_file
+    from .cli_run import parse_workers
+
+    oracle_file(
+        file,
+        overrides=sets or [],
+        num_requests=requests,
+        num_instances=instances,
+        policies=policies or [],
+        workers=parse_workers(workers),
+        as_json=_wants_json(format, json),
+    )
+
+
+@app.command()
+def regret(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False)],
+    requests: Annotated[int, typer.Option(help="Requests whose decisions are looked at, drawn by the seed.")] = 20,
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Say what the decisions of a simulated run cost: each again with every other executor, all others as they were."""
+    from .cli_hindsight import regret_run
+
+    regret_run(run_dir, requests, as_json=_wants_json(format, json))
+
+
+@app.command()
 def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Look only, measure nothing.")] = False,
     format: Format = "text",

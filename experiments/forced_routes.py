@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..policies.interfaces import AdmissionPolicy, RoutingPolicy
 from ..policies.registry import register
@@ -24,6 +24,9 @@ from .errors import ConfigError, ExperimentError
 from .run_directory import RunDirectory
 from .run_point import NoProgress, RunPoint
 from .run_simulation import run_simulation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROUTES: Final = "recorded_routes"
 ADMISSION: Final = "recorded_admission"
@@ -153,9 +156,13 @@ class Recorded:
 
 def recorded_choices(run: Run) -> Recorded:
     """What `run` decided. Raises ReportError for a run without decisions."""
-    decisions = run.decisions
-    if not len(decisions):
+    if not len(run.decisions):
         raise ReportError(f"{run.path / 'decisions.parquet'}: holds no decisions")
+    return choices_of(run.decisions, run.requests)
+
+
+def choices_of(decisions: pd.DataFrame, requests: pd.DataFrame) -> Recorded:
+    """The same from the two tables of a run."""
     stages: dict[str, dict[str, list[Choice]]] = {"context": {}, "generation": {}, "admission": {}}
     asked: dict[tuple[str, str], int] = {}
     columns = ("request_id", "stage", "answer", "executor", "generation_executor", "at_s")
@@ -171,7 +178,6 @@ def recorded_choices(run: Run) -> Recorded:
             choice = (at - first, str(answer), _executor(executor), _executor(generation))
             stages[stage].setdefault(request, []).append(choice)
             del asked[stage, request]
-    requests = run.requests
     late = (requests["dispatch_s"] - requests["arrival_s"]).clip(lower=0.0)
     delays = {str(int(i)): round(s * PS_PER_S) for i, s in zip(requests["request_id"], late)}
     return Recorded(stages["context"], stages["generation"], stages["admission"], delays)

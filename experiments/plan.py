@@ -13,21 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from .answer_book import AnswerBook
 from .config import Experiment, Plan
 from .errors import ConfigError
 from .plan_arithmetic import Arithmetic, Lengths, arithmetic, lengths_of
 from .plan_rates import base_rate, grid_place
-from .plan_search import Found, RateSearch, found_of, search_task
+from .plan_search import Found, RateSearch, failed_answer, found_of, search_task
 from .plan_space import Candidate, Unfit, candidate_of, routers_of, shapes_of
-from .progress_bar import progress_bar
-from .run_directory import write_atomically
 from .run_simulation import costs_of
 from .streams import repeat_seed
-from .sweep_workers import Pool, completed
+from .sweep_workers import Pool
 
 FEW: Final = 8  # candidates that all become finalists
 LEAST_SHARE: Final = 0.5  # of the best bound per GPU of the role
@@ -122,7 +120,7 @@ def run_search(
     lengths = lengths_of(base)
     horizon = horizon_of(plan, base, lengths)
     seeds = tuple(repeat_seed(base.seed, repeat) for repeat in range(plan.seeds))
-    book = _Book(pool, folder)
+    book = AnswerBook(pool, folder)
     entries: list[Entry] = []
     unfit: list[Unfit] = []
 
@@ -159,7 +157,7 @@ def run_search(
                 )
                 for e in chosen
             ]
-            for entry, found in zip(chosen, book.look_up(searches, title), strict=True):
+            for entry, found in zip(chosen, _answers(book, searches, title), strict=True):
                 entry.screened = found
 
         screen([e for e in entries if not e.left_out], "shapes")
@@ -181,7 +179,7 @@ def run_search(
         for e in finalists
         for seed in seeds
     ]
-    found = book.look_up(searches, "finalists")
+    found = _answers(book, searches, "finalists")
     for number, entry in enumerate(finalists):
         entry.finals = found[number * len(seeds) : (number + 1) * len(seeds)]
     return Search(base, plan, lengths, horizon, seeds, tuple(entries), tuple(unfit))
@@ -221,33 +219,6 @@ def _best(entries: Sequence[Entry], within: float, most: int) -> list[Entry]:
     return [entry for entry in entries if any(entry is each for each in chosen)]
 
 
-class _Book:
-    """Answers to searches: computed by the pool, kept in a folder as they come, so that a killed search goes on."""
-
-    def __init__(self, pool: Pool, folder: Path) -> None:
-        self._pool = pool
-        self._folder = folder
-
-    def look_up(self, searches: Sequence[RateSearch], title: str) -> list[Found]:
-        texts = [search.text() for search in searches]
-        found: dict[str, Found] = {}
-        for text in dict.fromkeys(texts):
-            path = self._path(text)
-            if path.is_file():
-                found[text] = found_of(path.read_text(encoding="utf-8"))
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
-        with progress_bar(f"{title}: {len(searches)} searches, {self._pool.num_workers} workers") as progress:
-            progress.update(len(found), len(found) + len(missing))
-            for number, answer in completed(self._pool, search_task, missing):
-                text = missing[number]
-                if isinstance(answer, Exception):
-                    found[text] = Found(0.0, None, None, 0, 0, 0, str(answer) or type(answer).__name__)
-                else:
-                    found[text] = found_of(answer)
-                    if not found[text].error:
-                        write_atomically(self._path(text), answer + "\n")
-                progress.update(len(found), len(set(texts)))
-        return [found[text] for text in texts]
-
-    def _path(self, text: str) -> Path:
-        return self._folder / f"{sha256(text.encode()).hexdigest()[:32]}.json"
+def _answers(book: AnswerBook, searches: Sequence[RateSearch], title: str) -> list[Found]:
+    texts = [search.text() for search in searches]
+    return [found_of(answer) for answer in book.look_up(search_task, texts, title, failed_answer, "searches")]

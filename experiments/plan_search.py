@@ -149,5 +149,10 @@ def _failed(error: str) -> Found:
     return Found(0.0, None, None, 0, 0, 0, " ".join(error.split()))
 
 
+def failed_answer(error: str) -> str:
+    """The answer to a search whose worker could not give one."""
+    return json.dumps(asdict(_failed(error)))
+
+
 def found_of(text: str) -> Found:
     return Found(**json.loads(text))

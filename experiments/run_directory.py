@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -236,8 +236,17 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace the text of `path` in one step: readers see the old text or the new."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically_into(path, write)
+
+
+def write_atomically_into(path: Path, write: Callable[[Path], object]) -> None:
+    """The same of whatever `write` makes of the path that it is given."""
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    write(temporary)
     _flush(temporary)
     temporary.replace(path)
 

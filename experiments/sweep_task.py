@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
-from .config import validate_mapping
+from .config import Experiment, validate_mapping
 from .errors import EXIT_CONFIGURATION, EXIT_OK, EXIT_RUN_FAILED, ExperimentError
 from .run_directory import RunDirectory
 from .run_point import NoProgress, Progress, RunOutcome, RunPoint
@@ -59,12 +59,23 @@ def try_one(runner: Runner, point: RunPoint, progress: Progress, *, overwrite: b
 # ---- as text --------------------------------------------------------------------------------------------------------
 
 
+def plain_of(experiment: Experiment) -> dict[str, Any]:
+    """All of an experiment as plain values, for a worker that reads no experiment file."""
+    return {"experiment": experiment.expanded(), "root": str(experiment.root)}
+
+
+def experiment_from(plain: Mapping[str, Any]) -> Experiment:
+    """The experiment that `plain_of` wrote down."""
+    experiment = validate_mapping(plain["experiment"], {})
+    experiment._root = Path(plain["root"])
+    return experiment
+
+
 def task_of(point: RunPoint, *, overwrite: bool = False) -> str:
     """The whole run as JSON: a worker reads no experiment file, which may change meanwhile or be elsewhere."""
     return json.dumps(
         {
-            "experiment": point.experiment.expanded(),
-            "root": str(point.experiment.root),
+            **plain_of(point.experiment),
             "name": point.name,
             "repeat": point.repeat,
             "values": point.values,
@@ -79,8 +90,7 @@ def task_of(point: RunPoint, *, overwrite: bool = False) -> str:
 def point_of(task: str) -> tuple[RunPoint, bool]:
     """The run that `task_of` wrote down, and whether it may overwrite."""
     data = json.loads(task)
-    experiment = validate_mapping(data["experiment"], {})
-    experiment._root = Path(data["root"])
+    experiment = experiment_from(data)
     point = RunPoint(
         name=data["name"],
         repeat=data["repeat"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,7 @@ from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from ..policies.vocabulary import PS_PER_S
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
@@ -31,16 +32,13 @@ class TableWriter:
     """One Parquet file (zstd) of rows of one type. `*_ps` columns become float seconds under the name with `_s`."""
 
     def __init__(self, path: Path, row_type: type[Row]) -> None:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path = path
         self.num_rows = 0
         self._row_type = row_type
         self._schema = _schema(row_type)
-        self._convert = [_converter(field.name) for field in msgspec.structs.fields(row_type)]
         self._rows: list[tuple[Any, ...]] = []
-        self._batch = pa.record_batch
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
 
     def write(self, values: tuple[Any, ...]) -> None:
@@ -57,16 +55,30 @@ class TableWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
-        import pyarrow as pa
-
-        columns = list(zip(*self._rows, strict=True))
-        arrays = []
-        for number, field in enumerate(self._schema):
-            convert = self._convert[number] if number < len(self._convert) else None
-            values = columns[number] if convert is None else [convert(value) for value in columns[number]]
-            arrays.append(pa.array(values, field.type))
-        self._writer.write_batch(self._batch(arrays, schema=self._schema))
+        self._writer.write_batch(_batch_of(self._rows, self._row_type, self._schema))
         self._rows.clear()
+
+
+def frame_of(rows: Sequence[tuple[Any, ...]], row_type: type[Row]) -> pd.DataFrame:
+    """The table that reading the file of these rows gives; values as for `TableWriter.write`."""
+    import pyarrow as pa
+
+    schema = _schema(row_type)
+    batches = [_batch_of(rows, row_type, schema)] if rows else []
+    frame: pd.DataFrame = pa.Table.from_batches(batches, schema).to_pandas()
+    return frame
+
+
+def _batch_of(rows: Sequence[tuple[Any, ...]], row_type: type[Row], schema: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    converters = [_converter(field.name) for field in msgspec.structs.fields(row_type)]
+    arrays = []
+    for number, (field, column) in enumerate(zip(schema, zip(*rows, strict=True), strict=True)):
+        convert = converters[number] if number < len(converters) else None
+        values = column if convert is None else [convert(value) for value in column]
+        arrays.append(pa.array(values, field.type))
+    return pa.record_batch(arrays, schema=schema)
 
 
 def column_name(field: str) -> str:

@@ -345,15 +345,10 @@ def summary_of(run: Run) -> dict[str, Any]:
     rows = measured(run)
     done = rows[rows["completed"]]
     start, end = window_s(rows)
-    duration = end - start
     reasons = rows["finish_reason"].astype(str).value_counts()
     failed = rows[~rows["completed"]]
     objectives = run.objectives
-    met = meets_objectives(rows, objectives)
-    has_slo = bool(set(objectives) - {"attainment"})
-
-    def rate(amount: float) -> float | None:
-        return float(amount) / duration if duration > 0 else None
+    levels = _levels(rows, objectives)
 
     def per_gpu(value: float | None) -> float | None:
         return value / run.num_devices if value is not None and run.num_devices else None
@@ -369,19 +364,15 @@ def summary_of(run: Run) -> dict[str, Any]:
         "finish_reasons": {reason.value: int(reasons.get(reason.value, 0)) for reason in FinishReason},
         "errors": {str(error): int(count) for error, count in failed["error"].dropna().value_counts().head(20).items()},
         "num_devices": run.num_devices or None,
-        "duration_s": duration,
+        "duration_s": end - start,
         "slo": objectives or None,
-        "slo_attainment": float(met.mean()) if has_slo and len(rows) else None,
-        "goodput": rate(float(met.sum())) if has_slo else None,
-        "request_throughput": rate(len(done)),
-        "input_throughput": rate(float(done["num_prompt_tokens"].sum())),
-        "throughput": rate(float(done["num_output_tokens"].sum())),
+        **levels,
         "num_input_tokens": int(done["num_prompt_tokens"].sum()),
         "num_output_tokens": int(done["num_output_tokens"].sum()),
     }
     attainment = objectives.get("attainment")
-    if has_slo and attainment is not None and len(rows):
-        summary["slo_met"] = bool(float(met.mean()) >= attainment)
+    if attainment is not None and levels["slo_attainment"] is not None:
+        summary["slo_met"] = bool(levels["slo_attainment"] >= attainment)
     summary["goodput_per_gpu"] = per_gpu(summary["goodput"])
     summary["output_tokens_per_s_per_gpu"] = per_gpu(summary["throughput"])
     for key in REQUEST_METRICS:
@@ -395,6 +386,36 @@ def summary_of(run: Run) -> dict[str, Any]:
     summary["units"] = {metric.key: metric.unit for metric in METRICS}
     summary["warnings"] = warnings_of(run, summary)
     return summary
+
+
+def _levels(rows: pd.DataFrame, objectives: dict[str, float]) -> dict[str, float | None]:
+    """Shares and rates over the measured time."""
+    done = rows[rows["completed"]]
+    start, end = window_s(rows)
+    met = meets_objectives(rows, objectives)
+    has_slo = bool(set(objectives) - {"attainment"})
+
+    def rate(amount: float) -> float | None:
+        return float(amount) / (end - start) if end > start else None
+
+    return {
+        "slo_attainment": float(met.mean()) if has_slo and len(rows) else None,
+        "goodput": rate(float(met.sum())) if has_slo else None,
+        "request_throughput": rate(len(done)),
+        "input_throughput": rate(float(done["num_prompt_tokens"].sum())),
+        "throughput": rate(float(done["num_output_tokens"].sum())),
+    }
+
+
+def brief_summary(requests: pd.DataFrame, objectives: dict[str, float]) -> dict[str, Any]:
+    """Of `requests` that count: the keys of `summary_of` that need no other table (no token gaps, transfers, executors)."""
+    rows = measure(requests)
+    found: dict[str, Any] = {"num_requests": len(rows), "num_completed": int(rows["completed"].sum())}
+    found |= _levels(rows, objectives)
+    for key in REQUEST_METRICS:
+        if key != "itl_s":
+            found |= _distribution(key, rows[key].to_numpy(np.float64), (50.0, 90.0, 99.0))
+    return found
 
 
 def _num_cut(run: Run, rows: pd.DataFrame) -> int:

@@ -40,6 +40,7 @@ from .figures import (
     styles_of,
 )
 from .metrics import METRICS
+from .regret import RegretSummary, regret_of
 from .runs import ReportError, Run, find_runs
 from .statistics import min_observations
 from .tables import (
@@ -211,6 +212,7 @@ def _backend_view(
                 "policies": [_policy_head(policy, groups[policy]) for policy in groups],
                 "rows": policy_rows(table),
                 "headlines": _headlines(table),
+                "regrets": _regrets(groups),
                 "figures": [figure for figure in figures if figure],
             }
         )
@@ -226,6 +228,12 @@ def _backend_view(
         "sweep_figure": sweep_figure,
         "timelines": _timelines(section, backend, conditions, stem, styles, shown),
     }
+
+
+def _regrets(groups: dict[str, list[Case]]) -> list[tuple[str, RegretSummary]]:
+    """Of each policy the first run whose decisions were looked at again."""
+    found = {policy: [regret for case in cases if (regret := regret_of(case.run))] for policy, cases in groups.items()}
+    return [(policy, summaries[0]) for policy, summaries in found.items() if summaries]
 
 
 def _timelines(
