@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton's kernels run in its interpreter; and what tests of the command line share."""
+"""One thread a process; where there is no GPU, Triton's kernels run in its interpreter; and what tests of the command line share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests and their ranks are as many processes as there are cores, or more: threads that spin beside them cost seven times
+# the CPU time of the models' small products. Read when torch and numpy are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
