@@ -297,6 +297,9 @@ def _mpi_executor() -> Iterator[tuple[Any, Any] | None]:
     )
     if not any(name in os.environ for name in _SET_BY_MPIEXEC):
         raise too_small  # before the import: it would initialise MPI for one process, and leave its shared memory behind
+    from ..runtime.mpi_world import quick_start
+
+    quick_start()
     try:
         from mpi4py import MPI
         from mpi4py.futures import MPICommExecutor

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Protocol, overload
+from typing import Final, Protocol, overload
 
 from msgspec import Struct
 
 from ..policies.vocabulary import ContextPhaseParams, FinishReason
+
+PROMISED: Final = (
+    "is_promised context_phase_params are the orchestrator's to give: it alone sends the first token later"
+)
 
 
 class Result(Struct, frozen=True):

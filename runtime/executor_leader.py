@@ -46,13 +46,15 @@ from ..core.executor import ExecutorCore
 from ..core.grants import Launch
 from ..policies.vocabulary import FinishReason
 from .clock import Clock
+from .executor_answers import PROMISED
 from .executor_engine import EngineThread
 from .executor_inbox import MESSAGE, Arrived, Asked, RankDown, StepReport, Submitted
 from .executor_kv import ExecutorTransfers, KvOrder, RankTransfers
 from .executor_spec import Roster
 from .executor_steps import Span, Spans, merged
-from .executor_tokens import PROMISED, Sequences, TokenError, check_tokens
+from .executor_tokens import Sequences, TokenError, check_tokens
 from .model_batch import PlanFeed
+from .rank_record import ExecutorBrokenError
 from .wire import (
     AbortKvOrder,
     Body,
@@ -70,10 +72,6 @@ from .wire import (
 _WAKE: Final = Wake()
 _CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, Shutdown)
 _encoder: Final = msgspec.msgpack.Encoder()
-
-
-class ExecutorBrokenError(RuntimeError):
-    """This executor cannot go on: one of its ranks is gone, or a step failed half-way on several ranks."""
 
 
 @dataclass(slots=True)

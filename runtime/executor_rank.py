@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
 
 from ..core.events import Report, Response
-from .clock import Clock, monotonic_ns
+from .clock import Clock
 from .clock_offsets import answer_probes
 from .collectives import Collectives, SingleRank
 from .devices import check_device, check_weights_fit
@@ -19,13 +18,14 @@ from .engine import Engine
 from .engine_build import build_stepper, executor_collectives
 from .executor_engine import EngineThread
 from .executor_inbox import Arrived, Inbox, RankDown, StepReport
-from .executor_kv import ChecksumRow, RankTransfers
-from .executor_leader import ExecutorBrokenError, ExecutorRecord, LeaderSession, obey_kv_order
+from .executor_kv import RankTransfers
+from .executor_leader import ExecutorRecord, LeaderSession, obey_kv_order
 from .executor_post import Post
 from .executor_spec import Roster
 from .kernel_profile import KernelProfile
 from .model_place import Place
 from .mpi_world import MpiWorld
+from .rank_record import DRAINED, ExecutorBrokenError, RankInfo, RankRecord, SessionConfig
 from .stepper import Stepper
 from .transport import KvTransport, make_transport
 from .transport_world import throttle_of
@@ -33,42 +33,9 @@ from .weights import load_weights, random_weights
 from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, KvPart, PlanGrant, Ready, RecordsChunk, TokenChunk
 
 ORCHESTRATOR_RANK: Final = 0
-DRAINED: Final = "drained"
 _PIECE_BYTES: Final = 16 << 20
 _SWITCH_S: Final = 1e-4  # a thread that a GPU waits for must not wait 5 ms, Python's own choice, for the interpreter
 _encoder: Final = msgspec.msgpack.Encoder()
-
-
-class SessionConfig(Struct, frozen=True):
-    """What a Hello carries: the origin of the session's clock, and whether the session is recorded."""
-
-    origin_ns: int
-    record: bool = True
-
-
-class RankInfo(Struct, frozen=True):
-    """What a rank holds, for the run's manifest and for tests."""
-
-    rank: int
-    executor: int
-    hostname: str
-    pid: int
-    device: str
-    kv_bytes: int
-    weight_bytes: int
-    layers: tuple[int, int]
-    kv_heads: tuple[int, int]
-    num_blocks: int = 0
-    free_bytes: int | None = None  # of the device, once everything has its place; None for host memory
-    transport: str | None = None  # how KV travels here, and why so
-
-
-class RankRecord(Struct, frozen=True):
-    """What a rank alone knows at its end."""
-
-    rank: int
-    margins: tuple[tuple[int, float], ...] = ()
-    checksums: tuple[ChecksumRow, ...] = ()
 
 
 class ExecutorRank:
@@ -360,8 +327,3 @@ class ExecutorRank:
 
 def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:4096]
-
-
-def session_config(record: bool) -> SessionConfig:
-    """A session that begins now."""
-    return SessionConfig(monotonic_ns(), record)

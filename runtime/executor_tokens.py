@@ -19,11 +19,6 @@ class TokenError(ValueError):
     """A request whose tokens are missing or no tokens of this model."""
 
 
-PROMISED: Final = (
-    "is_promised context_phase_params are the orchestrator's to give: it alone sends the first token later"
-)
-
-
 def check_tokens(request: Request, vocab_size: int) -> None:
     """Raise TokenError unless every token id that the request brings is one of the model's, and its sampling is sound."""
     ids = request.input_token_ids

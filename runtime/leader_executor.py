@@ -21,11 +21,12 @@ from .clock import monotonic_ns
 from .executor_answers import Answers, Response
 from .executor_inbox import Arrived, Asked, RankDown, Submitted
 from .executor_leader import LeaderSession
-from .executor_rank import ExecutorRank, RankInfo, SessionConfig
+from .executor_rank import ExecutorRank
 from .executor_spec import HardwareSpec, Roster, SpecError, check_spec
 from .executor_tokens import check_tokens
 from .launcher import LaunchError
 from .mpi_world import MpiWorld
+from .rank_record import RankInfo, SessionConfig
 from .wire import Goodbye, Ready, TokenChunk
 
 _MAX_STATS: Final = 1000  # rows kept until someone asks

@@ -12,12 +12,13 @@ from ..core.events import Report
 from ..policies.vocabulary import Request, RequestType, Role
 from .executor_answers import Answers, Response
 from .executor_inbox import Submitted
-from .executor_rank import ExecutorRank, RankInfo
+from .executor_rank import ExecutorRank
 from .executor_spec import HardwareSpec, SpecError
 from .executor_tokens import check_tokens
 from .leader_executor import Closing, join
 from .mpi_world import MpiWorld
 from .orchestrator_driver import FIRST_DIRECT_ID, OrchestratorDriver, SessionRecord
+from .rank_record import RankInfo
 
 
 def serve(spec: HardwareSpec, world: MpiWorld | None = None) -> None:

@@ -35,14 +35,13 @@ from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import FinishReason, RequestType
 from .clock import Clock
 from .clock_offsets import ClockMeter
-from .executor_answers import Listener
+from .executor_answers import PROMISED, Listener
 from .executor_inbox import MESSAGE, Arrived, Asked, Inbox, RankDown, Submitted
 from .executor_post import Post
-from .executor_rank import DRAINED, RankInfo, RankRecord, session_config
 from .executor_spec import EXIT_CONFIGURATION, Roster
-from .executor_tokens import PROMISED
 from .launcher import EXIT_RESOURCES
 from .mpi_world import MpiWorld
+from .rank_record import DRAINED, RankInfo, RankRecord, session_config
 from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, HiddenStop, KvPart, Ready, RecordsChunk, TokenChunk
 
 FIRST_DIRECT_ID: Final = 1 << 40  # ids of requests that go past the core

@@ -9,9 +9,9 @@ from msgspec import Struct
 
 from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from .clock_offsets import ClockOffset
-from .executor_rank import RankInfo, RankRecord
 from .executor_spec import HardwareSpec
 from .orchestrator_load import LoadPhase, SendRow
+from .rank_record import RankInfo, RankRecord
 from .wire import KvPart
 
 Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow

@@ -20,8 +20,6 @@ from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import PS_PER_S, ContextPhaseParams, FinishReason, Request, RequestType, Role
 from .clock_offsets import merged_rows
 from .executor_inbox import Submitted
-from .executor_leader import ExecutorBrokenError
-from .executor_rank import ExecutorRank
 from .executor_spec import EXIT_CONFIGURATION, Roster, SpecError, check_spec
 from .job_broadcast import FROM_RANK0, broadcast_job
 from .launcher import EXIT_INTERRUPTED, LaunchError
@@ -42,6 +40,7 @@ from .orchestrator_job import (
 )
 from .orchestrator_load import LoadDriver, StalledError
 from .placement_text import placement_text
+from .rank_record import ExecutorBrokenError
 from .transport import TransportError
 
 _EXPECTED = (SpecError, TransportError, ModelError, PolicyError, LaunchError, WorldError, ClusterError, StalledError)
@@ -79,6 +78,8 @@ def run_job(
             f"pipeline_parallel_size for each instance), but the MPI world it was started in has {world.size}"
         )
     if world.rank != 0:
+        from .executor_rank import ExecutorRank  # with PyTorch, which rank 0 has no use for
+
         rank = ExecutorRank(world, roster)
         rank.serve()
         rank.close()

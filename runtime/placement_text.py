@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-from .executor_rank import RankInfo
 from .executor_spec import Roster
+from .rank_record import RankInfo
 
 
 def placement_text(hostname: str, roster: Roster, ranks: Iterable[RankInfo]) -> str:

@@ -17,13 +17,12 @@ import msgspec
 from msgspec import Struct
 
 from ..core.config import OrchestratorConfig
-from .devices import check_machine
-from .executor_rank import RankInfo
 from .executor_spec import HardwareSpec, SpecError, check_spec
 from .hardware_run import HardwareRunError
 from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, launch
 from .orchestrator_job import Failure, Row
 from .orchestrator_load import LoadPhase, SendRow
+from .rank_record import RankInfo
 from .transport_world import world_needs
 from .wire import KvPart
 
@@ -133,6 +132,8 @@ def run_series(
     todo = tuple(number for number in range(len(sessions)) if not (folder / result_file(number)).exists())
     if not todo:
         return
+    from .devices import check_machine  # not for rank 0, which reads this module: it loads PyTorch
+
     check_machine(roster)
     needs = world_needs(roster, one_host=True)
     with tempfile.TemporaryDirectory(prefix="disagg-series-") as name:

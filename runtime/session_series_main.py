@@ -16,8 +16,6 @@ from msgspec import structs
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
-from .executor_leader import ExecutorBrokenError
-from .executor_rank import ExecutorRank
 from .executor_spec import Roster, SpecError, check_spec
 from .launcher import LaunchError
 from .mpi_world import MpiWorld, WorldError
@@ -25,6 +23,7 @@ from .orchestrator_driver import ClusterError, OrchestratorDriver
 from .orchestrator_job import Failure
 from .orchestrator_load import LoadDriver, StalledError
 from .orchestrator_main import exit_code_of, warm_up
+from .rank_record import ExecutorBrokenError
 from .session_series import (
     CLUSTER,
     FAILURE,
@@ -49,6 +48,8 @@ def run(series: Series, results: Path, failed: Callable[[BaseException], None]) 
     if world.size != roster.num_ranks:
         raise LaunchError(f"this series needs exactly {roster.num_ranks} ranks, the MPI world has {world.size}")
     if world.rank != 0:
+        from .executor_rank import ExecutorRank  # with PyTorch, which rank 0 has no use for
+
         rank = ExecutorRank(world, roster)
         rank.serve()
         rank.close()

@@ -1,4 +1,4 @@
-"""One thread a process; where there is no GPU, Triton's kernels run in its interpreter; and what tests of the command line share."""
+"""One thread a process; without a GPU, Triton in its interpreter; and what tests of the command line share."""
 
 from __future__ import annotations
 

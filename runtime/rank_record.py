@@ -1,0 +1,56 @@
+"""What a rank of an executor tells rank 0: where it is, what it holds, and how it ended. Knows no device.
+
+Rank 0 is no executor's: it reads these without loading what executors run on.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from msgspec import Struct
+
+from .clock import monotonic_ns
+from .executor_kv import ChecksumRow
+
+DRAINED: Final = "drained"
+
+
+class ExecutorBrokenError(RuntimeError):
+    """This executor cannot go on: one of its ranks is gone, or a step failed half-way on several ranks."""
+
+
+class SessionConfig(Struct, frozen=True):
+    """What a Hello carries: the origin of the session's clock, and whether the session is recorded."""
+
+    origin_ns: int
+    record: bool = True
+
+
+class RankInfo(Struct, frozen=True):
+    """What a rank holds, for the run's manifest and for tests."""
+
+    rank: int
+    executor: int
+    hostname: str
+    pid: int
+    device: str
+    kv_bytes: int
+    weight_bytes: int
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+    num_blocks: int = 0
+    free_bytes: int | None = None  # of the device, once everything has its place; None for host memory
+    transport: str | None = None  # how KV travels here, and why so
+
+
+class RankRecord(Struct, frozen=True):
+    """What a rank alone knows at its end."""
+
+    rank: int
+    margins: tuple[tuple[int, float], ...] = ()
+    checksums: tuple[ChecksumRow, ...] = ()
+
+
+def session_config(record: bool) -> SessionConfig:
+    """A session that begins now."""
+    return SessionConfig(monotonic_ns(), record)
