@@ -10,7 +10,6 @@ from typing import Final
 
 import msgspec
 
-from .devices import check_machine
 from .executor_spec import HardwareSpec, ModelSource, Placement, SpecError, check_spec
 from .hosts import Placing, is_local
 from .job_broadcast import FROM_RANK0
@@ -92,6 +91,8 @@ def run_cluster(
 
         return run_job(job, progress, on_placed=on_placed)
     if placing is None:
+        from .devices import check_machine  # it loads PyTorch
+
         check_machine(roster)
     else:
         placing.rank_hosts(roster.num_ranks)
