@@ -210,14 +210,15 @@ class DecodeAttention:
         self._dim = dim
         self._window = window if window is not None else 1 << 30
         self._scale = dim**-0.5 * 1.4426950408889634  # exp2 instead of exp
-        slots = max(b * split_sizes(b, num_kv).max_splits for b in range(1, max_batch + 1)) * num_query
+        self._num_sms = 132 if device.type == "cuda" else 4  # Triton's interpreter runs one program after the other
+        slots = max(b * self.sizes(b).max_splits for b in range(1, max_batch + 1)) * num_query
         self._partial = torch.empty(slots * dim, dtype=torch.float32, device=device)
         self._sums = torch.empty(slots * 2, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_batch * num_kv, dtype=torch.int32, device=device)
 
     def sizes(self, batch: int) -> SplitSizes:
         """How a launch for `batch` sequences is cut."""
-        return split_sizes(batch, self._num_kv)
+        return split_sizes(batch, self._num_kv, self._num_sms)
 
     def __call__(
         self,

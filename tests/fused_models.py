@@ -24,8 +24,8 @@ def _small(name: str, architecture: str, **more: object) -> ModelShape:
         "num_attention_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 16,
-        "intermediate_size": 70,
-        "vocab_size": 205,
+        "intermediate_size": 38,
+        "vocab_size": 101,
         "max_position_embeddings": 256,
         "dtype": "float32",
     }
