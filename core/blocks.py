@@ -73,6 +73,13 @@ class BlockManager:
         blocks = self._held[owner] = self._assigned.pop(owner)
         self.num_held += len(blocks)
 
+    def hand_on(self, owner: int, heir: int) -> None:
+        """The blocks that are held for a reader of `owner` are `heir`'s own, who has none yet."""
+        if heir in self._assigned:
+            raise BlockError(f"{heir} is given the blocks of {owner} and has {self._assigned[heir]}")
+        blocks = self._assigned[heir] = self._held.pop(owner)
+        self.num_held -= len(blocks)
+
     def quarantine(self, owner: int) -> None:
         """Its blocks wait for a transfer to fall silent; nobody will use what is in them."""
         blocks = self._held.pop(owner, None)

@@ -77,6 +77,7 @@ class OrchestratorConfig(Struct, frozen=True):
     prediction: PredictionConfig | None = None  # what policies that predict are told; None: reported step times
     seed: int = 0
     policy_root: str = "."  # where relative paths of user policies start
+    roles: PolicySpec | None = None  # changes executors' roles; None: only an operator does
 
 
 CoreConfig = ExecutorConfig | OrchestratorConfig

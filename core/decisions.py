@@ -10,6 +10,7 @@ from ..policies.views import ExecutorPool
 from ..policies.vocabulary import Hold, Reject, Route, RouteMixed
 from .tables import DecisionRow
 
+NO_REQUEST: Final = -1
 _ANSWERS: Final[dict[type, str]] = {Route: "route", RouteMixed: "mixed", Hold: "hold", Reject: "reject"}
 
 
@@ -44,3 +45,8 @@ def decision_row(request_id: int, stage: str, answer: Any, pool: ExecutorPool | 
         versions,
         age,
     )
+
+
+def role_row(executor: int, answer: str, reason: str | None, now: int) -> DecisionRow:
+    """A change of an executor's role: `answer` is the new role, `refused`, or `drained` once nothing foreign is left."""
+    return DecisionRow(NO_REQUEST, "role", answer, executor, None, reason, now, (), None)

@@ -53,6 +53,16 @@ class KvWithdrawn(Struct, frozen=True, tag="kv_withdrawn", array_like=True):
     reader_id: int
 
 
+class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
+    """The executor serves another role from now on; what it has it finishes.
+
+    An operator's order to the orchestrator, and the orchestrator's message to the executor whose role it is.
+    """
+
+    executor: int
+    role: str  # a value of `Role`
+
+
 class Shutdown(Struct, frozen=True, tag="shutdown", array_like=True):
     """Take no more requests; `drain` finishes what is there, otherwise everything fails, held KV included."""
 
@@ -209,14 +219,7 @@ class Arrive(Struct, frozen=True, tag="arrive", array_like=True):
     request: Request
 
 
-class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
-    """The executor now serves another role."""
-
-    executor: int
-    role: str
-
-
-MessageToExecutor = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown
+MessageToExecutor = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown | RoleChanged
 MessageToOrchestrator = Response | Report | ContextStarted | FirstTokenOut
 Message = (
     Enqueue
@@ -229,6 +232,7 @@ Message = (
     | Report
     | ContextStarted
     | FirstTokenOut
+    | RoleChanged
 )
 ExecutorEvent = (
     Enqueue
@@ -244,6 +248,7 @@ ExecutorEvent = (
     | KvTaken
     | PeerDown
     | Wake
+    | RoleChanged
 )
 OrchestratorEvent = (
     Arrive | Response | Report | ContextStarted | FirstTokenOut | Cancel | PeerDown | RoleChanged | Shutdown | Wake

@@ -20,6 +20,7 @@ from ..policies.vocabulary import (
     FinishReason,
     Request,
     RequestType,
+    Role,
 )
 from .commands import (
     ORCHESTRATOR,
@@ -49,6 +50,7 @@ from .events import (
     PeerDown,
     Report,
     Response,
+    RoleChanged,
     Shutdown,
     StepsCommitted,
     StepsDone,
@@ -56,6 +58,7 @@ from .events import (
 )
 from .kv_source import KvSource
 from .life_cycle import FINAL, Cause, LifeCycleError, State
+from .local_kv import LocalKv
 from .refusal import refusal
 from .scheduler import Scheduler
 from .timers import Timers
@@ -92,6 +95,7 @@ class ExecutorCore:
         # heap of generation phases whose KV is not yet asked for: those whose context phase is done go first
         self._pulls: list[tuple[bool, Any, int, Visit]] = []
         self._num_pulls = 0
+        self._local = LocalKv(self.blocks, self.visits)  # generation phases whose KV is here: no pulls
         self._has_canned = False  # a generation phase whose context phase was skipped has been seen
         self._in_flight: dict[int, Visit] = {}  # transfers that may still write
         self._gone: set[int] = set()  # executors that will never answer again
@@ -153,6 +157,10 @@ class ExecutorCore:
                 self._give_up(self.visits.get(event.request_id), CANCELLED, now)
             case PeerDown():
                 self._peer_down(event.executor, now)
+            case RoleChanged():
+                self.scheduler.role = Role(event.role)
+                self._dirty = True
+                self.scheduler.ask_to_stop()  # for a batch policy that goes by it
             case Shutdown():
                 self._closing = True
                 if not event.drain:
@@ -206,7 +214,10 @@ class ExecutorCore:
 
     def _queue_pull(self, visit: Visit, now: int) -> None:
         """It waits for blocks to receive its KV into; no longer than it may, once its context phase is done."""
-        heapq.heappush(self._pulls, (visit.awaits_token, visit.order_key, visit.serial, visit))
+        if params_of(visit.request).executor == self.id:
+            self._local.put(visit)
+        else:
+            heapq.heappush(self._pulls, (visit.awaits_token, visit.order_key, visit.serial, visit))
         if not visit.awaits_token:
             self._timers.set(now + self.config.pull_timeout, "pull", visit.id)
         if visit.num_blocks <= self.scheduler.num_free_blocks:
@@ -383,7 +394,7 @@ class ExecutorCore:
                 wanted.setdefault(params.executor, []).append(params.req_id)
         for executor, ids in wanted.items():
             self._out.append(Send(executor, LeaseRenewed(tuple(ids))))
-        if wanted:
+        if self._local.renew(now + self.config.lease) or wanted:
             self._heartbeat_armed = True
             self._timers.set(now + self.config.lease // 3, "heartbeat")
 
@@ -426,7 +437,9 @@ class ExecutorCore:
         if state is State.GENERATION_QUEUED:
             self._num_pulls -= 1
             params = params_of(visit.request)
-            if params.executor != ORCHESTRATOR and not visit.awaits_token:
+            if params.executor == self.id:
+                self._give_up(self._local.source_of(visit), why, now)
+            elif params.executor != ORCHESTRATOR and not visit.awaits_token:
                 # whoever holds the KV need not wait for its lease to run out
                 self._out.append(Send(params.executor, Cancel(params.req_id)))
         visit.advance(Cause.CANCEL if why is CANCELLED else Cause.FAIL)
@@ -527,7 +540,7 @@ class ExecutorCore:
         An early reservation waits for a context phase that may wait, elsewhere, for blocks that what is stuck here holds:
         without this the two might wait for each other.
         """
-        is_stuck = self.scheduler.num_waiting or (self._pulls and not self._pulls[0][0])
+        is_stuck = self.scheduler.num_waiting or (self._pulls and not self._pulls[0][0]) or self._local
         if not is_stuck:
             return
         for visit in self._in_flight.values():
@@ -539,6 +552,8 @@ class ExecutorCore:
     def _fill_places(self, now: int) -> None:
         if self._has_canned:  # where no KV travels, what is pulled can join at once; nothing would wake us for it later
             self._pull(now)
+        if self._local:
+            self._take_over(now)
         for visit in self.scheduler.fill_places():
             self._pending_kv -= visit.request.num_prompt_tokens
 
@@ -571,6 +586,23 @@ class ExecutorCore:
             self._out.append(ask(visit.id, params.executor, params.req_id, params.num_kv_tokens, used))
             if not visit.awaits_token:
                 self._limit_transfer(visit, now)
+
+    def _take_over(self, now: int) -> None:
+        """Let generation phases whose KV is here have it, in order."""
+        while (visit := self._local.first()) is not None:
+            source = self._local.source_of(visit)
+            if source is None:
+                self._local.drop_first()
+                self._fail(visit, "its KV is not held here any more", now, recomputable=True)
+                continue
+            if visit.num_blocks > max(self.scheduler.num_spare_blocks, 0):
+                return
+            self._local.take_over(visit, source)
+            self._num_pulls -= 1
+            visit.advance(Cause.PULL)
+            visit.transfer_start_at = now
+            self._dirty = True
+            self._arrived(visit, now)
 
     def _blocks_came_free(self) -> None:
         if self._num_pulls or (self.scheduler.num_waiting and self.scheduler.num_free_slots > 0):

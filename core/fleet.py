@@ -17,7 +17,7 @@ class Fleet:
 
     def __init__(self, executors: Sequence[ExecutorConfig], start: int, predictor: Predictor | None = None) -> None:
         pools = {role: ExecutorPool(role, [e.id for e in executors if e.role is role]) for role in Role}
-        self.view = FleetView(pools[Role.CONTEXT], pools[Role.GENERATION], pools[Role.MIXED])
+        self.view = FleetView(pools[Role.CONTEXT], pools[Role.GENERATION], pools[Role.MIXED], pools[Role.PARKED])
         self.roles: dict[int, Role] = {}
         self.configs = {e.id: e for e in executors}
         self._rows: dict[int, ExecutorRow] = {}
@@ -50,7 +50,7 @@ class Fleet:
     def at(self, now: int) -> FleetView:
         """The view, as of `now`."""
         view = self.view
-        view.now = view.context.now = view.generation.now = view.mixed.now = now
+        view.now = view.context.now = view.generation.now = view.mixed.now = view.parked.now = now
         view.context_executor = None
         return view
 
@@ -111,6 +111,19 @@ class Fleet:
 
     def is_gone(self, executor: int) -> bool:
         return executor in self._gone
+
+    def change_role(self, executor: int, role: Role) -> None:
+        """Its row goes, as it is, from one pool to another; rows of both are new ones."""
+        row = self._rows[executor]
+        old, new = row.pool, self.view.pool(role)
+        left = [other for other in old if other is not row]
+        joined = sorted((*new, row), key=lambda each: int(each.executor_id))
+        pools = ExecutorPool.of_rows(old.role, left, old), ExecutorPool.of_rows(role, joined, new)
+        self.view.replace_pools(*pools)
+        for pool in pools:
+            for each in pool:
+                self._rows[int(each.executor_id)] = each
+        self.roles[executor] = role
 
     def _set_healthy(self, executor: int, healthy: bool) -> None:
         row = self._rows[executor]

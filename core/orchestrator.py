@@ -11,7 +11,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from ..policies import registry
-from ..policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RoutingPolicy
+from ..policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RolePolicy, RoutingPolicy
 from ..policies.views import ExecutorPool
 from ..policies.vocabulary import (
     Admit,
@@ -50,6 +50,8 @@ from .fleet import Fleet
 from .held_tasks import HeldTasks
 from .life_cycle import Cause, State, advance
 from .prediction import TablePredictor
+from .roles import TIMER as ROLES
+from .roles import Roles
 from .task import Task
 from .timers import Timers
 
@@ -88,6 +90,14 @@ class OrchestratorCore:
         self._closing = False
         self._drained = False
         self._out: list[OrchestratorCommand] = []
+        policy: RolePolicy | None = None if config.roles is None else self._make(config.roles, "roles", "roles")
+        self._roles = Roles(policy, self.fleet, self._timers, self._stages_at, self._emit)
+
+    def _emit(self, command: OrchestratorCommand) -> None:
+        self._out.append(command)
+
+    def _stages_at(self, executor: int) -> list[Stage]:
+        return [self._visits[request_id][1] for request_id in self._by_executor[executor]]
 
     def _make(self, spec: PolicySpec, kind: str, name: str) -> Any:
         seed = f"{self.config.seed}/{name}"
@@ -113,6 +123,8 @@ class OrchestratorCore:
         if event is not None:
             self._take(event, now)
         if not more:
+            if self._roles.ask(now, bool(self.tasks)):
+                self._num_changes += 1
             if len(self._held):
                 self._try_held(now)
             if self._closing and not self._drained and not self.tasks:
@@ -142,9 +154,11 @@ class OrchestratorCore:
             case PeerDown():
                 self._peer_down(event.executor, now)
             case RoleChanged():
-                raise PolicyError("roles cannot change yet: ClusterPolicy is reserved")
+                if self._roles.order(event, now):
+                    self._num_changes += 1
             case Shutdown():
                 self._closing = True
+                self._roles.policy = None
                 if not event.drain:
                     for task in list(self.tasks.values()):
                         self._abandon(task, "the orchestrator was shut down", now)
@@ -161,6 +175,8 @@ class OrchestratorCore:
             self._out.append(Deliver(request.id, FinishReason.ERROR, 0, error=why))
             return
         self.tasks[request.id] = task
+        if self._roles.policy is not None:
+            self._roles.arrived(task.shown, now)
         if request.allotted_time is not None:
             self._timers.set(now + request.allotted_time, "allotted", request.id)
         first = self._held.first(Stage.CONTEXT)
@@ -172,6 +188,7 @@ class OrchestratorCore:
     def _reported(self, report: Report, now: int) -> None:
         row = self.fleet.reported(report, now)
         self._num_changes += 1
+        self._roles.reported()
         for router in dict.fromkeys(self._routers.values()):
             router.on_report(row, self.fleet.at(now))
 
@@ -212,6 +229,8 @@ class OrchestratorCore:
         """An executor owes no answer for this id any more."""
         del self._by_executor[executor][request_id]
         self.fleet.answered(executor)
+        if executor in self._roles.draining:
+            self._roles.answered(executor, stage, now)
         router = self._router(stage)
         router.on_finished(_shown(task, router), stage, executor, ok, self.fleet.at(now))
 
@@ -227,10 +246,14 @@ class OrchestratorCore:
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
         elif task.generation_id in self._visits:
             self._keep_promise(task)
-        elif task.generation_executor is not None and self.fleet.is_healthy(task.generation_executor):
+        elif task.generation_executor is not None and self._may_generate(task.generation_executor):
             self._dispatch(task, Stage.GENERATION, task.generation_executor, now)
         else:
             self._route_generation(task, now)
+
+    def _may_generate(self, executor: int) -> bool:
+        """Whether a generation phase that was bound to it may still be sent there."""
+        return self.fleet.is_healthy(executor) and self.fleet.roles[executor].serves(Stage.GENERATION)
 
     def _first_token(self, task: Task, executor: int, response: Response, now: int) -> None:
         if task.first_token_at is None:
@@ -311,6 +334,8 @@ class OrchestratorCore:
                 self._abandon(task, f"the allotted {limit} ms ran out", now)
         elif what == "renew":
             self._renew(now)
+        elif what == ROLES:
+            self._roles.woken()
 
     def _abandon(self, task: Task, error: str, now: int) -> None:
         """Fail a task at once, without waiting for the answers of executors that work on it."""
@@ -438,8 +463,8 @@ class OrchestratorCore:
         executor = task.generation_executor
         if executor is None or task.context_id is None or task.context_executor is None:
             return
-        if not self.fleet.is_healthy(executor):
-            return
+        if executor == task.context_executor or not self._may_generate(executor):
+            return  # nothing travels, or it is routed when it is due
         request = task.request
         self._next_id += 1
         request_id = task.generation_id = self._next_id
@@ -589,6 +614,8 @@ class OrchestratorCore:
         task.state = advance(task.state, cause)
         task.held_for = None
         del self.tasks[request_id]
+        if self._roles.policy is not None:
+            self._roles.ended(task.shown, task.num_tokens, now)
         self._waiting_for_generation.pop(request_id, None)
         self._out.append(Deliver(request_id, reason, task.num_tokens, executor, executor_request, error))
         self._out.append(Record(task.row(reason, error, now)))

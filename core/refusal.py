@@ -10,8 +10,8 @@ def refusal(request: Request, config: ExecutorConfig) -> str | None:
     """Why an executor of this configuration can never serve the request, in words, or None."""
     scheduler = config.scheduler
     params = request.context_phase_params
-    if params is not None and params.executor == config.id:
-        return "the KV is held by this executor itself; a request cannot be handed over to where it is"
+    if params is not None and params.executor == config.id and params.is_promised:
+        return "the KV will be this executor's own; only a context phase elsewhere can be bound early"
     if request.num_prompt_tokens < 1 or request.max_tokens < 1:
         return f"{request.num_prompt_tokens} prompt tokens and max_tokens {request.max_tokens}: both must be at least 1"
     if request.sampling is not None and request.sampling.beam_width != 1:

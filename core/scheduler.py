@@ -35,6 +35,7 @@ class Scheduler:
         if config.scheduler.capacity not in CAPACITIES:
             raise PolicyError(f"capacity {config.scheduler.capacity!r}: allowed are {' and '.join(CAPACITIES)}")
         self.config = config
+        self.role = config.role  # that it serves now
         self.evicts = config.scheduler.capacity == "max_utilization"
         self.blocks = BlockManager(config.num_blocks)
         self.batch = DecodeBatch(config.tokens_per_block)
@@ -337,7 +338,7 @@ class Scheduler:
 
     def _ask_policy(self, waiting: WaitingPrompts, now: int) -> BatchPlan:
         view = BatchView(
-            self.config.role,
+            self.role,
             self.config.scheduler,
             now,
             len(self.batch),

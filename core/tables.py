@@ -96,11 +96,13 @@ class TransferRow(Struct, frozen=True, tag="transfer", array_like=True):
 
 
 class DecisionRow(Struct, frozen=True, tag="decision", array_like=True):
-    """decisions.parquet: one row per answer of a routing or admission policy."""
+    """decisions.parquet: one row per answer of a routing or admission policy, and per change of an executor's role."""
 
-    request_id: int
-    stage: str
-    answer: str  # route, mixed, hold, reject
+    request_id: int  # -1 for a role
+    stage: str  # admission, context, generation, role
+    answer: (
+        str  # route, mixed, hold, reject; of a role: the new one, refused, or drained: nothing of the old one is left
+    )
     executor: int | None
     generation_executor: int | None  # bound early
     reason: str | None

@@ -16,6 +16,7 @@ from .views import ExecutorPool, ExecutorRow, FleetView
 from .vocabulary import (
     Admission,
     BatchPlan,
+    ChangeRole,
     Hold,
     Request,
     Role,
@@ -218,5 +219,30 @@ class BatchPolicy:
         raise _undefined(self, "plan")
 
 
-class ClusterPolicy:
-    """Reserved: changes the roles and the number of executors while the cluster runs."""
+class RolePolicy:
+    """Which executor serves what, while the cluster runs.
+
+    With an `interval_ps` it is asked each time that this has passed while there are requests, with 0 whenever a report was
+    received; and at the instant that `next_at` names. What it answers is done at once: new phases are routed by the new
+    roles, and an executor finishes what it has of an earlier one (`fleet.draining` counts that). At least one healthy
+    executor must be left for context phases and one for generation phases. `fleet.home` holds the roles of the start.
+    """
+
+    interval_ps: int = 0
+
+    def __init__(self, *, rng: Random) -> None:
+        self.rng = rng
+
+    def change_roles(self, fleet: FleetView) -> Sequence[ChangeRole]:
+        """The changes that are due now; usually none."""
+        raise _undefined(self, "change_roles")
+
+    def next_at(self, now: int) -> int | None:
+        """The instant at which to ask next, whether or not a report comes by then; None: none is known."""
+        return now + self.interval_ps if self.interval_ps else None
+
+    def on_arrival(self, request: Request, fleet: FleetView) -> None:
+        """A user has sent `request`; it is not admitted yet."""
+
+    def on_ended(self, request: Request, num_output_tokens: int, fleet: FleetView) -> None:
+        """`request` has ended, for whatever reason."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple, TypeVar
 
-from .interfaces import AdmissionPolicy, BatchPolicy, PolicyError, QueueOrder, RoutingPolicy
+from .interfaces import AdmissionPolicy, BatchPolicy, PolicyError, QueueOrder, RolePolicy, RoutingPolicy
 
 ENTRY_POINT_GROUP: Final = "disagg.policies"
 KINDS: Final[dict[str, type]] = {
@@ -24,6 +24,7 @@ KINDS: Final[dict[str, type]] = {
     "admission": AdmissionPolicy,
     "queue_order": QueueOrder,
     "batching": BatchPolicy,
+    "roles": RolePolicy,
 }
 _BUILT_IN: Final = (  # modules beside this one
     "routing",
@@ -40,6 +41,7 @@ _BUILT_IN: Final = (  # modules beside this one
     "admission",
     "queue_order",
     "batching",
+    "roles",
 )
 
 C = TypeVar("C", bound=type)

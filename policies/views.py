@@ -10,7 +10,7 @@ an expression such as `x.queued_requests + x.running_requests` is true of both `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -142,6 +142,20 @@ class ExecutorPool:
             self._cells["healthy"][i] = 1
         self._rows = tuple(ExecutorRow(self, i) for i in range(n))
         self._row_of: dict[int | None, ExecutorRow] = dict(zip(executor_ids, self._rows, strict=True))
+
+    @classmethod
+    def of_rows(cls, role: Role, rows: Sequence[ExecutorRow], like: ExecutorPool) -> ExecutorPool:
+        """For the owner of the view: a pool of these rows, taken over as they are, that asks whom `like` asks."""
+        pool = cls(role, [int(row.executor_id) for row in rows])
+        for name, cells in pool._cells.items():
+            number: Any = float if name == "device_weight" else int
+            for i, row in enumerate(rows):
+                cells[i] = number(row._cells[name][row.index])
+        pool.num_unhealthy = sum(not row.healthy for row in pool)
+        pool.predictor = like.predictor
+        if like._prefixes is not None:
+            pool.know_prefixes(like._prefixes, like.tokens_per_hash)
+        return pool
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -317,15 +331,34 @@ class FleetView:
 
     `context_executor`: at the generation stage, who has, or with early binding will have, the KV of the request's context
     phase; None otherwise, and where that phase is canned.
+    `parked` executors serve nothing at present. `home` is each executor's role at the start; `draining` counts, for those
+    that have any, the requests that an executor has and its present role does not serve.
     """
 
-    def __init__(self, context: ExecutorPool, generation: ExecutorPool, mixed: ExecutorPool) -> None:
+    def __init__(
+        self, context: ExecutorPool, generation: ExecutorPool, mixed: ExecutorPool, parked: ExecutorPool | None = None
+    ) -> None:
         self.now = 0
         self.context = context
         self.generation = generation
         self.mixed = mixed
-        self.pools = (context, generation, mixed)
+        self.parked = ExecutorPool(Role.PARKED, ()) if parked is None else parked
+        self.pools = (self.context, self.generation, self.mixed, self.parked)
         self.context_executor: int | None = None
+        self.home: Mapping[int, Role] = {
+            int(executor): pool.role for pool in self.pools for executor in pool.executor_id
+        }
+        self.draining: Mapping[int, int] = {}
+
+    def pool(self, role: Role) -> ExecutorPool:
+        return next(pool for pool in self.pools if pool.role is role)
+
+    def replace_pools(self, *pools: ExecutorPool) -> None:
+        """For the owner of the view: these serve their roles from now on."""
+        by_role = {pool.role: pool for pool in (*self.pools, *pools)}
+        self.context, self.generation = by_role[Role.CONTEXT], by_role[Role.GENERATION]
+        self.mixed, self.parked = by_role[Role.MIXED], by_role[Role.PARKED]
+        self.pools = (self.context, self.generation, self.mixed, self.parked)
 
     @property
     def predictor(self) -> Predictor:

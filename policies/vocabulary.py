@@ -24,11 +24,19 @@ class RequestType(IntEnum):
 
 
 class Role(StrEnum):
-    """What an executor serves at present. A role is state that may change, never a class of executor."""
+    """What an executor serves at present. A role is state that may change, never a class of executor.
+
+    A parked executor is sent nothing; it finishes what it has.
+    """
 
     CONTEXT = "context"
     GENERATION = "generation"
     MIXED = "mixed"
+    PARKED = "parked"
+
+    def serves(self, stage: Stage) -> bool:
+        """Whether a phase of this stage may be sent to an executor of this role."""
+        return self is Role.MIXED or self.value == stage.value
 
 
 class Stage(StrEnum):
@@ -147,6 +155,16 @@ class Admit(Struct, frozen=True, tag=True):
 
 
 Admission = Admit | Hold | Reject
+
+
+# ---- what a role policy may answer ----------------------------------------------------------------------------------
+
+
+class ChangeRole(Struct, frozen=True, array_like=True):
+    """From now on `executor` serves `role`. What it has of an earlier role it finishes."""
+
+    executor: int
+    role: Role
 
 
 # ---- what a batch policy may answer ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import simpy
 from ..core.commands import ORCHESTRATOR, AbortKv, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
 from ..core.config import OrchestratorConfig
 from ..core.event_log import LoggedCore, LogHeader
-from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, Wake
+from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, RoleChanged, Wake
 from ..core.executor import ExecutorCore
 from ..core.grants import Launch
 from ..core.orchestrator import OrchestratorCore
@@ -111,6 +111,10 @@ class SimulatedCluster:
 
     def cancel(self, request_id: int) -> None:
         self._give(Cancel(request_id))
+
+    def change_role(self, executor: int, role: str) -> None:
+        """An operator gives the executor another role: context, generation, mixed or parked. Recorded, also if refused."""
+        self._give(RoleChanged(executor, role))
 
     def kill(self, executor: int, notice_after: int = PS_PER_S) -> None:
         """The executor dies now; the others are told `notice_after` picoseconds later."""

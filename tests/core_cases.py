@@ -46,11 +46,7 @@ class Chaos(RoutingPolicy):
             return Reject("the dice said so")
         if dice < 0.2:
             return Hold(fleet.now + self.rng.randint(1, 200))
-        params = request.context_phase_params
-        rows = [*fleet.generation.healthy_rows, *fleet.mixed.healthy_rows]
-        rows = [row for row in rows if params is None or row.executor_id != params.executor]
-        if not rows:
-            return Reject("nobody else is there")
+        rows = [*fleet.generation.healthy_rows, *fleet.mixed.healthy_rows]  # where its KV is, too
         return Route(generation=self.rng.choice(rows).executor_id)
 
 
@@ -67,6 +63,7 @@ class Case:
     cancels: tuple[tuple[int, int], ...] = ()  # (instant, user's request id)
     kills: tuple[tuple[int, int, int], ...] = ()  # (instant, executor, picoseconds until the others know)
     launch: tuple[int, int, bool] = (1, 1, False)  # steps a grant, grants outstanding, whether plans are made ahead
+    switches: tuple[tuple[int, int, str], ...] = ()  # (instant, executor, the role that an operator gives it)
 
     def with_executors(self, **changes: Any) -> Case:
         executors = tuple(with_(executor, **changes) for executor in self.config.executors)
@@ -167,6 +164,26 @@ def make_early_case(rng: Random) -> Case:
     return case.with_executors(layerwise=rng.random() < 0.7)
 
 
+def make_switching_case(rng: Random) -> Case:
+    """A random cluster whose operator gives executors other roles while it runs, some of which are refused."""
+    while True:
+        case = rng.choice((make_case, make_case, make_early_case))(rng)
+        if len(case.config.executors) > 1:
+            break
+    router = PolicySpec(rng.choice(("test_chaos", "round_robin", "least_tokens", "mixed_pool", "least_kv")))
+    end = max(at for at, _, _ in case.arrivals) + 300
+    switches = tuple(
+        (rng.randint(0, end), rng.randint(1, len(case.config.executors)), rng.choice(list(Role)).value)
+        for _ in range(rng.randint(2, 12))
+    )
+    config = with_(case.config, router=router, context_router=None, generation_router=None)
+    # full executors may wait for each other's blocks, as mixed ones may: the time that a request may take ends that
+    arrivals = tuple(
+        (at, with_(request, allotted_time=rng.randint(500, 40_000)), length) for at, request, length in case.arrivals
+    )
+    return replace(case, config=config, arrivals=arrivals, switches=tuple(sorted(switches)))
+
+
 def _make_workload(rng: Random, unit: int, allotted: bool) -> tuple[tuple[tuple[int, Request, int], ...], int]:
     now = 0
     arrivals = []
@@ -233,6 +250,8 @@ def build(case: Case, records: Any = None, delivered: Any = None, log_sink: Any 
         cluster.submit_at(at, request, true_length)
     for at, request_id in case.cancels:
         at_instant(cluster, at, lambda request_id=request_id: cluster.cancel(request_id))
+    for at, executor, role in case.switches:
+        at_instant(cluster, at, lambda executor=executor, role=role: cluster.change_role(executor, role))
     for at, executor, notice in case.kills:
         at_instant(cluster, at, lambda executor=executor, notice=notice: cluster.kill(executor, notice))
     return cluster

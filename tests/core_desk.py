@@ -159,7 +159,7 @@ def asks(request_id: int = 1, reader: int = 9, reader_id: int = 50) -> KvRequest
 class OrchestratorDesk:
     """An orchestrator of context executors 1 and 2, generation executors 3 and 4, or others."""
 
-    def __init__(self, roles: str = "CCGG", router: str = "round_robin", **config: Any) -> None:
+    def __init__(self, roles: str = "CCGG", /, router: str = "round_robin", **config: Any) -> None:
         names = {"C": Role.CONTEXT, "G": Role.GENERATION, "M": Role.MIXED}
         executors = tuple(executor_config(names[r], id=i) for i, r in enumerate(roles, 1))
         spec = PolicySpec(router)

@@ -26,6 +26,7 @@ from disagg.core.events import (
     LeaseRenewed,
     Report,
     Response,
+    RoleChanged,
     Wake,
 )
 from disagg.core.orchestrator import OrchestratorCore
@@ -218,9 +219,6 @@ class NaiveExecutor:
             tokens += request.max_tokens - 1
         if self.blocks_for(tokens) > self.config.num_blocks:
             return True
-        params = request.context_phase_params
-        if params is not None and params.executor == self.id:
-            return True
         if scheduler.chunked_context:
             return False
         may_be_recomputed = self.evicts and kind is not RequestType.CONTEXT_ONLY
@@ -241,7 +239,11 @@ class NaiveExecutor:
         for v in self.at(PULLING):
             sources.setdefault(v.params.executor, []).append(v.params.req_id)
         for source, ids in sources.items():
-            self.cluster.send(self.id, source, LeaseRenewed(tuple(ids)))
+            if source != self.id:
+                self.cluster.send(self.id, source, LeaseRenewed(tuple(ids)))
+        for v in self.at(PULLING):
+            if v.params.executor == self.id and (holder := self.holder_for(v)) is not None:
+                self.renew(holder, self.cluster.now)
         if sources:
             self.heartbeat = True
             self.cluster.later(self.cluster.now + self.config.lease // 3, MESSAGE, self.id, self.beat, None)
@@ -361,7 +363,10 @@ class NaiveExecutor:
             self.fail(v, why, recomputable=False)
 
     def fail(self, v: Visitor, why: str, *, recomputable: bool) -> None:
-        if v.place == PULLING and not v.awaits:
+        if v.place == PULLING and v.params.executor == self.id:
+            if (holder := self.holder_for(v)) is not None:
+                self.forget(holder)
+        elif v.place == PULLING and not v.awaits:
             self.cluster.send(self.id, v.params.executor, Cancel(v.params.req_id))
         self.turn_away(v)
         if v.early is not None and v.reader is not None:
@@ -524,7 +529,30 @@ class NaiveExecutor:
                 v.withdrawn = True
                 self.cluster.send(self.id, v.params.executor, KvWithdrawn(v.params.req_id, self.id, v.id))
 
+    def holder_for(self, v: Visitor) -> Visitor | None:
+        """Who holds the KV here that `v` goes on from, if nobody else reads it."""
+        for holder in self.at(HELD):
+            if holder.id == v.params.req_id and holder.doom is None and holder.reader is None and holder.asker is None:
+                return holder
+        return None
+
+    def take_over(self) -> None:
+        """Generation phases whose KV is here need no transfer: they get its blocks, and what they lack beside them."""
+        for v in [v for v in self.at(PULLING) if v.params.executor == self.id]:  # in order of arrival
+            holder = self.holder_for(v)
+            if holder is None:
+                self.fail(v, ERROR, recomputable=True)
+                continue
+            if self.to_admit(v) - holder.blocks > max(self.free - self.wanted_by_decodes(), 0):
+                return
+            self.forget(holder)
+            v.blocks = self.to_admit(v)
+            v.transfer_start = v.kv_usable = self.cluster.now
+            v.place, v.kv = READY, v.request.num_prompt_tokens
+            self.ready.append(v)
+
     def join(self) -> None:
+        self.take_over()
         for v in list(self.joining):
             self.joining.remove(v)
             v.place = DECODE
@@ -579,6 +607,8 @@ class NaiveExecutor:
     def pull(self) -> None:
         now = self.cluster.now
         for v in sorted(self.at(PULLING), key=lambda v: (v.awaits, v.number)):
+            if v.params.executor == self.id:
+                continue
             reserve = self.config.pull_reserve_blocks if self.free < self.config.num_blocks else 0
             if self.to_admit(v) > self.free - self.wanted_by_decodes() - reserve:
                 return
@@ -795,6 +825,8 @@ class NaiveCluster:
         self.links: dict[tuple[int, int], NaiveLink] = {}
         for at, request_id in case.cancels:
             self.later(at, 0, 0, self.to_orchestrator, Cancel(request_id))
+        for at, executor, role in case.switches:
+            self.later(at, 0, 0, self.to_orchestrator, RoleChanged(executor, role))
         for at, request, _ in case.arrivals:
             self.later(at, MESSAGE, 0, self.to_orchestrator, Arrive(request))
 

@@ -300,8 +300,10 @@ def test_one_that_was_recomputed_cannot_be_too_long_for_one_step_with_chunking_o
         (Request(1, 5, 5, sampling=SamplingConfig(beam_width=4)), "beam width 4"),
         (Request(1, 5, 5, RequestType.GENERATION_ONLY), "context_phase_params"),
         (
-            Request(1, 5, 5, RequestType.GENERATION_ONLY, context_phase_params=ContextPhaseParams(9, 2, 5)),
-            "held by this executor itself",
+            Request(
+                1, 5, 5, RequestType.GENERATION_ONLY, context_phase_params=ContextPhaseParams(9, 2, 5, is_promised=True)
+            ),
+            "this executor's own",
         ),
         (
             Request(1, 5, 1, RequestType.GENERATION_ONLY, context_phase_params=ContextPhaseParams(9, 1, 5)),

@@ -8,7 +8,7 @@ import pytest
 
 from disagg.core.commands import Deliver, Drained, Record, Send
 from disagg.core.config import PolicySpec, RetryConfig
-from disagg.core.events import Arrive, Cancel, Enqueue, LeaseRenewed, PeerDown, Report, Response, RoleChanged, Shutdown
+from disagg.core.events import Arrive, Cancel, Enqueue, LeaseRenewed, PeerDown, Report, Response, Shutdown
 from disagg.core.tables import DecisionRow, RequestRow
 from disagg.policies.interfaces import AdmissionPolicy, PolicyError, RoutingPolicy
 from disagg.policies.registry import register
@@ -436,11 +436,6 @@ def test_a_policy_sees_no_token_ids() -> None:
     desk.give(arrive(input_token_ids=(5, 6, 7, 8, 9, 10, 11, 12)))
     assert [request.input_token_ids for request in seen] == [None]
     assert desk.enqueued[1].input_token_ids == (5, 6, 7, 8, 9, 10, 11, 12)
-
-
-def test_roles_do_not_change_yet() -> None:
-    with pytest.raises(PolicyError, match="reserved"):
-        OrchestratorDesk().give(RoleChanged(1, "generation"))
 
 
 @register("test_counting", kind="routing", source="tests")
