@@ -91,7 +91,7 @@ class OrchestratorCore:
         self._drained = False
         self._out: list[OrchestratorCommand] = []
         policy: RolePolicy | None = None if config.roles is None else self._make(config.roles, "roles", "roles")
-        self._roles = Roles(policy, self.fleet, self._timers, self._stages_at, self._emit)
+        self._roles = Roles(policy, self.fleet, self._timers, self._stages_at, self._routers, self._emit)
 
     def _emit(self, command: OrchestratorCommand) -> None:
         self._out.append(command)

@@ -7,7 +7,7 @@ fleet's view counts that as draining. Knows the fleet and how much of what each 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from types import MappingProxyType
 from typing import Final
 
@@ -28,7 +28,8 @@ _NEEDED: Final = (
 
 
 class Roles:
-    """`stages_at(executor)` are the stages of the requests that an executor owes an answer for; `emit` takes commands.
+    """`stages_at(executor)` are the stages of the requests that an executor owes an answer for; `routed` those that there
+    is a router for; `emit` takes commands.
 
     `policy` may be None: then roles change only where an operator says so.
     """
@@ -39,6 +40,7 @@ class Roles:
         fleet: Fleet,
         timers: Timers,
         stages_at: Callable[[int], Iterable[Stage]],
+        routed: Container[Stage],
         emit: Callable[[Record | Send], object],
     ) -> None:
         self.policy = policy
@@ -46,6 +48,7 @@ class Roles:
         self._fleet = fleet
         self._timers = timers
         self._stages_at = stages_at
+        self._routed = routed
         self._emit = emit
         self._due = False
         self._armed_for: int | None = None
@@ -125,6 +128,8 @@ class Roles:
             return f"{role!r} is no role; allowed: {', '.join(Role)}"
         if self._fleet.is_gone(executor):
             return f"executor {executor} is gone"
+        if role in (Role.CONTEXT, Role.GENERATION) and not all(stage in self._routed for stage, _ in _NEEDED):
+            return "context and generation phases have no routers of their own"
         after = {**self._fleet.roles, executor: Role(role)}
         for stage, what in _NEEDED:
             serving = [e for e, r in after.items() if r.serves(stage)]

@@ -178,7 +178,7 @@ def _check_profile(profile: Profile, config: Experiment) -> None:
             )
     for source_role, *source in kinds:
         for reader_role, *reader in kinds:
-            if source_role is Role.CONTEXT and reader_role is not Role.CONTEXT:
+            if config.policy.roles is not None or (source_role is Role.CONTEXT and reader_role is not Role.CONTEXT):
                 link_of(profile, config, (*source, *reader))
 
 
@@ -333,8 +333,8 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
             seed=config.seed,
         )
         executors.append(executor)
-    roles = {executor.role for executor in executors}
     policy = config.policy
+    roles = set(Role) if policy.roles is not None else {executor.role for executor in executors}
     return OrchestratorConfig(
         executors=tuple(executors),
         context_router=_router(policy.context_router, Role.CONTEXT in roles),
@@ -349,6 +349,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
         prediction=prediction_of(config, tuple(executors), shape.kv_bytes_per_token),
         seed=config.seed,
         policy_root=str(config.root),
+        roles=None if policy.roles is None else spec_of(policy.roles),
     )
 
 

@@ -184,6 +184,9 @@ class Policies(Keys):
     router: Policy | None = Field(None, description="one policy object for every stage, instead of the three above")
     admission: Policy = PolicyChoice(name="accept_all")
     queue_order: Policy = Field(PolicyChoice(name="fcfs"), description="of requests that are held")
+    roles: Policy | None = Field(
+        None, description="changes executors' roles while the cluster runs; default: they stay"
+    )
 
 
 # ---- workload -------------------------------------------------------------------------------------------------------

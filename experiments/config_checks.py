@@ -100,7 +100,7 @@ def _roles(config: Experiment) -> Iterator[Problem]:
             ("cluster",), "generation servers without context servers; allowed: add context_servers or mixed_servers"
         )
     transceiver = cluster.cache_transceiver
-    if roles != {"mixed"} and (transceiver is None or transceiver.backend is None):
+    if (roles != {"mixed"} or config.policy.roles is not None) and (transceiver is None or transceiver.backend is None):
         yield Problem(
             ("cluster", "cache_transceiver", "backend"),
             f"{NOT_ENABLED}: no cache transceiver backend is given and KV must travel between executors"
@@ -117,8 +117,16 @@ def _routers(config: Experiment, roles: set[str]) -> Iterator[Problem]:
         if given:
             yield Problem(("policy", given[0]), f"router excludes {', '.join(given)}; allowed: one way or the other")
         return
+    changes = policy.roles is not None  # then any executor may come to serve any phase
     for role, name in own.items():
         needed = role in roles and not (role == "mixed" and "context" in roles)
+        if changes and role != "mixed" and getattr(policy, name) is None:
+            yield Problem(
+                ("policy", name), "required key is missing: policy.roles may give any role (or give policy.router)"
+            )
+            continue
+        if changes:
+            continue
         if needed and getattr(policy, name) is None:
             yield Problem(
                 ("policy", name), f"required key is missing: there are {role} servers (or give policy.router)"
@@ -275,6 +283,8 @@ def _policies(config: Experiment) -> Iterator[Problem]:
         choice = getattr(config.policy, name)
         if choice is not None:
             yield from _policy(choice, "routing", ("policy", name), config)
+    if config.policy.roles is not None:
+        yield from _policy(config.policy.roles, "roles", ("policy", "roles"), config)
     yield from _policy(config.policy.admission, "admission", ("policy", "admission"), config)
     yield from _policy(config.policy.queue_order, "queue_order", ("policy", "queue_order"), config)
     seen: set[tuple[str | int, ...]] = set()

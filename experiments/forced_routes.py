@@ -149,13 +149,14 @@ class Recorded:
                 "generation_router": None,
                 "mixed_router": None,
                 "admission": PolicyChoice.model_validate({"name": ADMISSION, **admission}),
+                "roles": None,
             }
         )
         return config.model_copy(update={"policy": policy})
 
 
 def recorded_choices(run: Run) -> Recorded:
-    """What `run` decided. Raises ReportError for a run without decisions."""
+    """What `run` decided. Raises ReportError for a run without decisions, or one in which executors changed roles."""
     if not len(run.decisions):
         raise ReportError(f"{run.path / 'decisions.parquet'}: holds no decisions")
     return choices_of(run.decisions, run.requests)
@@ -163,6 +164,8 @@ def recorded_choices(run: Run) -> Recorded:
 
 def choices_of(decisions: pd.DataFrame, requests: pd.DataFrame) -> Recorded:
     """The same from the two tables of a run."""
+    if (decisions["stage"] == "role").any():
+        raise ReportError("executors changed roles in that run: its routes cannot be taken elsewhere")
     stages: dict[str, dict[str, list[Choice]]] = {"context": {}, "generation": {}, "admission": {}}
     asked: dict[tuple[str, str], int] = {}
     columns = ("request_id", "stage", "answer", "executor", "generation_executor", "at_s")

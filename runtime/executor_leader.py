@@ -39,6 +39,7 @@ from ..core.events import (
     PeerDown,
     Report,
     Response,
+    RoleChanged,
     Shutdown,
     Wake,
 )
@@ -70,7 +71,7 @@ from .wire import (
 )
 
 _WAKE: Final = Wake()
-_CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, Shutdown)
+_CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, RoleChanged, Shutdown)
 _encoder: Final = msgspec.msgpack.Encoder()
 
 

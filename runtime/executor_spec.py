@@ -149,7 +149,8 @@ def check_spec(spec: HardwareSpec) -> Roster:
 
 
 def _check_transport(spec: HardwareSpec) -> None:
-    hands_over = any(config.role is not Role.MIXED for config in spec.orchestrator.executors)
+    orchestrator = spec.orchestrator
+    hands_over = orchestrator.roles is not None or any(e.role is not Role.MIXED for e in orchestrator.executors)
     if spec.transport is None and hands_over:
         raise TransportError(NOT_ENABLED)
     if spec.transport is not None and check_backend(spec.transport) == "cuda_ipc" and spec.device == "cpu":

@@ -80,6 +80,16 @@ class DisaggExecutorOrchestrator(Closing):
         """An executor's load as it last reported it."""
         return self._driver.reports.get(executor)
 
+    def change_role(self, executor: int, role: Role) -> None:
+        """Have `executor` serve `role` from now on; it finishes what it has. An order that would leave nobody to compute
+        prompts, or to generate, changes nothing and is recorded as refused. Raises SpecError.
+        """
+        if executor not in self._roster.configs:
+            raise SpecError(f"there is no executor {executor}; allowed: {list(self._roster.configs)}")
+        if self._roster.spec.transport is None:
+            raise SpecError("roles cannot change where no KV can travel; allowed: a transport")
+        self._driver.change_role(executor, Role(role))
+
     def can_enqueue(self) -> bool:
         return not self._is_shut_down and self._driver.failure is None
 
@@ -210,4 +220,5 @@ class DisaggExecutorOrchestrator(Closing):
         check_tokens(request, self._roster.shape.vocab_size)
 
     def _of_roles(self, *roles: Role) -> list[int]:
-        return [config.id for config in self._roster.configs.values() if config.role in roles]
+        now = self._driver.roles
+        return [config.id for config in self._roster.configs.values() if now.get(config.id, config.role) in roles]

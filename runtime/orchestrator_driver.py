@@ -26,13 +26,14 @@ from ..core.events import (
     PeerDown,
     Report,
     Response,
+    RoleChanged,
     Shutdown,
     Wake,
 )
 from ..core.orchestrator import OrchestratorCore
 from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from ..policies.interfaces import PolicyError
-from ..policies.vocabulary import FinishReason, RequestType
+from ..policies.vocabulary import FinishReason, RequestType, Role
 from .clock import Clock
 from .clock_offsets import ClockMeter
 from .executor_answers import PROMISED, Listener
@@ -132,6 +133,7 @@ class OrchestratorDriver:
         self._quiet_since = 0.0  # the core had no event from then on
         self.is_starting = False  # while nobody may die: warm-up
         self._thread: threading.Thread | None = None
+        self.roles: dict[int, Role] = {}  # that executors serve at present
         self.failure: BaseException | None = None
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -167,6 +169,7 @@ class OrchestratorDriver:
             self._core = LoggedCore(self._core, LogHeader(1, orchestrator=orchestrator), self._log.append)
         self._events, self._wake_at = [], None
         self._owner, self._attempt, self._output_lengths, self._direct, self._held = {}, {}, {}, {}, {}
+        self.roles = {executor: config.role for executor, config in self.roster.configs.items()}
         self._visits, self._live, self._quiet_since = {}, set(), time.monotonic()
         waiting = set()
         for executor in self._living():
@@ -240,6 +243,10 @@ class OrchestratorDriver:
 
     def cancel(self, request_id: int) -> None:
         self._inbox.put(Asked(Cancel(request_id)))
+
+    def change_role(self, executor: int, role: Role) -> None:
+        """An operator's order. What came of it is in the decisions; one that cannot be obeyed is recorded as refused."""
+        self._inbox.put(Asked(RoleChanged(executor, role.value)))
 
     def num_stalled(self) -> int:
         """Users' requests that will never end by themselves: no executor has work, no timer runs, nothing has happened
@@ -423,6 +430,8 @@ class OrchestratorDriver:
                 case Dispatched():
                     self._dispatched(command)
                 case Send():
+                    if isinstance(command.message, RoleChanged):
+                        self.roles[command.to] = Role(command.message.role)
                     if command.to not in self._gone:
                         self._post.send(self._leader(command.to), command.message)
                 case Deliver():

@@ -189,12 +189,15 @@ class WarmUp:
 
 
 def warm_up(driver: OrchestratorDriver) -> None:
-    """One small request over every context × generation pair and on every mixed executor, in a session of its own.
+    """One small request over every context × generation pair and on every mixed executor, in a session of its own; where
+    roles may change, over every pair and on everyone.
 
     The first transfer between a pair pays for their connection, and the first step for the engine's.
     """
     roster: Roster = driver.roster
     by_role = {role: [c.id for c in roster.configs.values() if c.role is role] for role in Role}
+    if roster.spec.orchestrator.roles is not None:  # anybody may come to do anything
+        by_role = {key: list(roster.configs) for key in Role}
     warmer = WarmUp(driver)
     driver.listener = warmer
     driver.open_session(record=False)
@@ -206,6 +209,8 @@ def warm_up(driver: OrchestratorDriver) -> None:
         warmer.ask(executor, request)
     for context in by_role[Role.CONTEXT]:
         for generation in by_role[Role.GENERATION]:
+            if generation == context:
+                continue
             params = warmer.ask(context, context_only)
             if params is not None:
                 kind = RequestType.GENERATION_ONLY

@@ -45,6 +45,21 @@ def disagg(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 # (what is replaced, by what, what the error must say); `{f}` is the file's path
 POISON = {
+    "an unknown role policy": (
+        "  generation_router:",
+        "  roles: schedule\n  generation_router:",
+        ["{f}:16:3: policy.roles.name", "there is no roles policy 'schedule', did you mean 'scheduled'"],
+    ),
+    "a role that there is not": (
+        "  generation_router:",
+        "  roles: {name: scheduled, changes: [{at_s: 1, executor: 1, role: prefill}]}\n  generation_router:",
+        ["{f}:16:3: policy.roles", "role must be one of context, generation, mixed, parked, got 'prefill'"],
+    ),
+    "roles without a router for what may come": (
+        "  generation_router: {name: power_of_two, d: 2}",
+        "  roles: scheduled",
+        ["policy.generation_router", "policy.roles may give any role"],
+    ),
     "a key misspelt": (
         "num_instances: 2\n    tensor",
         "num_instnces: 2\n    tensor",

@@ -10,7 +10,8 @@ from typing import Any
 from disagg.core.config import SchedulerConfig
 from disagg.core.event_log import replay
 from disagg.core.events import Report
-from disagg.policies.vocabulary import PS_PER_MS, FinishReason, Request, RequestType
+from disagg.core.tables import DecisionRow
+from disagg.policies.vocabulary import PS_PER_MS, FinishReason, Request, RequestType, Role
 from disagg.runtime.api import DisaggExecutorOrchestrator, Response, TokenError, UnknownRequestError, request, serve
 from disagg.runtime.executor_spec import ModelSource, SpecError
 from disagg.runtime.launcher import inside_mpi
@@ -163,6 +164,33 @@ def cancels(cluster: DisaggExecutorOrchestrator) -> None:
     cluster.cancel_request(12345)  # unknown: ignored
 
 
+def roles_change(cluster: DisaggExecutorOrchestrator) -> None:
+    """Under load: all that was sent is answered, with the right tokens, whoever had become what by then."""
+    changes = [(GENERATION, Role.MIXED), (CONTEXT, Role.GENERATION), (GENERATION, Role.CONTEXT), (MIXED, Role.PARKED)]
+    back = [(MIXED, Role.MIXED), (GENERATION, Role.GENERATION), (CONTEXT, Role.CONTEXT)]
+    sent: list[tuple[int, tuple[int, ...]]] = []
+
+    def check_first(number: int) -> None:
+        for request_id, prompt in [sent.pop(0) for _ in range(number)]:
+            (response,) = cluster.await_responses(request_id)
+            check(result(response).output_token_ids == expected(prompt, 40), request_id)
+
+    for executor, role in changes + back:
+        sent += [(cluster.submit(request(prompt, 40)), prompt) for prompt in PROMPTS[:2]]
+        cluster.change_role(executor, role)  # while they run, and those before them
+        if len(sent) > 4:
+            check_first(2)
+    check_first(len(sent))
+    check(cluster.context_executors == [CONTEXT, MIXED], cluster.context_executors)
+    # KV that is where it is to be used is taken over in place
+    first = cluster.enqueue_context([context_only(PROMPTS[1], 9)], MIXED)[0]
+    params = cluster.await_context_responses(first, timeout=30)[0].result.context_phase_params
+    here = cluster.enqueue_generation([generation_only(PROMPTS[1], 9, params)], MIXED)[0]
+    (response,) = cluster.await_generation_responses(here, timeout=30)
+    check(result(response).output_token_ids == expected(PROMPTS[1], 9), "in place")
+    refused(SpecError, lambda: cluster.change_role(9, Role.MIXED), "there is no executor 9")
+
+
 def leases(cluster: DisaggExecutorOrchestrator) -> None:
     """A lease is swept without any new work, and whoever comes later is told."""
     held = cluster.enqueue_context([context_only(PROMPTS[3], 8)], CONTEXT)[0]
@@ -188,7 +216,7 @@ def main() -> None:
     cluster = DisaggExecutorOrchestrator(SPEC)
     check([info.rank for info in cluster.ranks] == [1, 2, 3], cluster.ranks)
     if drain:
-        for scenario in (routed_by_policy, streaming, routed_by_the_caller, refusals, cancels, leases):
+        for scenario in (routed_by_policy, streaming, routed_by_the_caller, refusals, cancels, roles_change, leases):
             scenario(cluster)
     out = [cluster.submit(request(prompt, 150)) for prompt in PROMPTS]
     direct = cluster.enqueue_context([context_only(PROMPTS[0], 150)], CONTEXT)
@@ -201,6 +229,8 @@ def main() -> None:
             check(response.has_error and "was shut down" in response.error_msg, response)
     check(len(cluster.await_context_responses(direct[0], timeout=0)) == 1, "the direct one was answered too")
     refused(RuntimeError, lambda: cluster.submit(request(PROMPTS[0], 4)), "is shut down")
+    roles = [row.answer for row in record.rows if isinstance(row, DecisionRow) and row.stage == "role"]
+    check(not drain or (len(roles) > 7 and "drained" in roles and "refused" not in roles), roles)
     check(all(replay(log) > 0 for log in record.logs.values()), "every log replays")
     last = [cluster.latest_report(executor) for executor in (CONTEXT, GENERATION, MIXED)]
     check(not drain or all(isinstance(report, Report) for report in last), last)
