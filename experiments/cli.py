@@ -279,6 +279,53 @@ def conform(
 
 
 @app.command()
+def leaderboard(
+    scenarios: Annotated[
+        list[str] | None, typer.Option("--scenario", metavar="NAME|FILE", help="Only these; experiment files too.")
+    ] = None,
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy", metavar="NAME|file.py:Class", help="Only these of the catalogue; your own file comes on top."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the page; default: runs/leaderboard.")] = None,
+    metric: Annotated[str, typer.Option(help="What policies are ranked by, e.g. mean_ttft.")] = "slo_attainment",
+    quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short runs: to try a policy out.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Print the scenarios and end.")] = False,
+    workers: Workers = "auto",
+    executor: Executor = "processes",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the leaderboard in the output folder.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Take up what is finished.")] = False,
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Compare every routing policy, and your own, in a fixed set of scenarios: ranks with intervals, and where each loses."""
+    from .cli_leaderboard import leaderboard as make
+    from .cli_leaderboard import list_scenarios
+    from .cli_run import parse_workers
+
+    if listing:
+        list_scenarios()
+        return
+    code = make(
+        scenarios=scenarios or [],
+        policies=policies or [],
+        output=output,
+        metric=metric,
+        quick=quick,
+        workers=parse_workers(workers),
+        executor=executor,
+        overwrite=overwrite,
+        resume=resume,
+        as_json=_wants_json(format, json),
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def oracle(
     file: File,
     requests: Annotated[int, typer.Option(help="Requests of an instance, at most 8.")] = 4,

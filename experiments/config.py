@@ -313,6 +313,7 @@ class TraceDataset(Keys):
 
     type: Literal["azure", "burstgpt", "mooncake", "sharegpt", "tensorrt_llm"]
     path: str = Field(min_length=1, max_length=4096)
+    skip: Annotated[int, Field(ge=0, le=10**9)] = Field(0, description="rows before the first one that is sent")
 
 
 Dataset = Annotated[SyntheticDataset | TraceDataset, Field(discriminator="type")]

@@ -85,7 +85,7 @@ class Workload:
         dataset = self._config.workload.dataset
         rows: Iterator[TraceRow] | None = None
         if not isinstance(dataset, SyntheticDataset):
-            rows = read_trace(dataset.type, trace_path(dataset, self._config.root))
+            rows = islice(read_trace(dataset.type, trace_path(dataset, self._config.root)), dataset.skip, None)
         first_id = 0
         for keys, num_requests in zip(self._config.workload.phases, self.counts, strict=True):
             yield PlannedPhase(keys, self._requests(keys, num_requests, first_id, rows), num_requests)
@@ -195,18 +195,20 @@ def phase_counts(config: Experiment) -> tuple[int, ...]:
     if isinstance(dataset, SyntheticDataset):
         return tuple(number or 0 for number in asked)
     path = trace_path(dataset, config.root)
-    needed = None if None in asked or isinstance(config.workload.max_tokens, Quantile) else sum(n or 0 for n in asked)
+    needed: int | None = dataset.skip + sum(n or 0 for n in asked)
+    if None in asked or isinstance(config.workload.max_tokens, Quantile):
+        needed = None
     num_rows = summarise_trace(dataset.type, path, needed).num_rows
     if num_rows == 0:
         raise ConfigError(f"{path}: holds no rows")
-    left = num_rows
+    left = max(0, num_rows - dataset.skip)
     counts: list[int] = []
     for phase, number in zip(config.workload.phases, asked, strict=True):
         taken = left if number is None else number
         if taken > left or taken == 0:
             raise ConfigError(
                 f"{path}: phase '{phase.name}' wants {number or 'at least 1'} requests and the trace has {left} left of "
-                f"{num_rows}"
+                f"{num_rows}{f' after {dataset.skip} that are skipped' if dataset.skip else ''}"
             )
         counts.append(taken)
         left -= taken

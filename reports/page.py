@@ -81,7 +81,7 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> None:
     ]
     folder = output.with_name(f"{output.stem}_files")
     page = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             title=" · ".join(section.name for section in sections),
@@ -118,7 +118,8 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def _environment() -> Any:
+def page_environment() -> Any:
+    """Templates of this package, escaped by default."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent / "templates")

@@ -205,6 +205,14 @@ def test_a_trace_that_is_too_short_is_refused(tmp_path: Path) -> None:
         Workload(config)
 
 
+def test_a_trace_begins_after_the_rows_that_are_skipped(tmp_path: Path) -> None:
+    config = experiment([{"name": "p", "type": "trace"}], trace(tmp_path) | {"skip": 3}, root=tmp_path)
+    assert [(request.num_output_tokens, request.offset) for request in Workload(config)] == [(7, 0)]
+    config = experiment([poisson(requests=2)], trace(tmp_path) | {"skip": 3}, root=tmp_path)
+    with pytest.raises(ConfigError, match="the trace has 1 left of 4 after 3 that are skipped"):
+        Workload(config)
+
+
 def test_the_quantile_of_a_trace_is_one_of_its_outputs(tmp_path: Path) -> None:
     config = experiment([poisson(requests=1)], trace(tmp_path), {"quantile": 0.75}, root=tmp_path)
     assert declared_max_tokens(config) == 50

@@ -1,0 +1,241 @@
+"""What the leaderboard computes: every policy in every scenario, under the same seeds, and what becomes of that in one table.
+
+Four studies: the scenario's own load with every seed, by which policies are ranked; other loads; older reports; the regret
+of sampled decisions in a shorter run. A run is a task of its own whose answer depends on nothing else, so the table is
+the same whatever the number of workers, and a run that was answered is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any, Final
+
+from msgspec.structs import replace
+
+from ..reports.board import Board, BoardPolicy, BoardRegret, BoardRun, BoardScenario
+from .answer_book import AnswerBook
+from .cluster import cluster_of
+from .config import ConcurrencyPhase, Experiment, Phase, TraceDataset, TracePhase
+from .errors import ExperimentError
+from .leaderboard_entries import Entry, Scenario
+from .manifest import git_commit
+from .plan_rates import at_rate, base_rate
+from .regret import regret_task
+from .run_simulation import costs_of
+from .simulated_rows import simulate_rows
+from .streams import repeat_seed
+from .sweep_task import experiment_from, plain_of
+from .workload import phase_counts
+
+MEASURES: Final = (
+    "slo_attainment",
+    "mean_ttft_s",
+    "p50_ttft_s",
+    "p90_ttft_s",
+    "p99_ttft_s",
+    "mean_tpot_s",
+    "p90_tpot_s",
+    "p99_tpot_s",
+    "mean_e2e_latency_s",
+    "p99_e2e_latency_s",
+    "num_requests",
+    "num_completed",
+)
+_VERSION: Final = 1  # of what a task means: answers to another one are not taken up
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed. `seeds` None: as many as the scenario's `repeats`; `requests` cuts each phase."""
+
+    seeds: int | None = None
+    requests: int | None = None
+    loads: tuple[float, ...] = (0.6, 0.8, 1.2)  # times the scenario's own
+    load_seeds: int = 2
+    report_intervals_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
+    stale_seeds: int = 3
+    stale_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes")
+    regret_requests: int = 8  # whose decisions are looked at again
+    regret_run: int = 200  # requests of the run in which they are
+
+
+FULL: Final = Size()
+QUICK: Final = Size(
+    seeds=2,
+    requests=150,
+    loads=(0.8, 1.2),
+    load_seeds=1,
+    report_intervals_ms=(1000.0,),
+    stale_seeds=1,
+    stale_scenarios=("heavy_tails",),
+    regret_requests=2,
+    regret_run=80,
+)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One simulation: where its result goes, and what to simulate."""
+
+    place: BoardRun
+    experiment: Experiment
+    digest: str
+
+
+def compute(
+    scenarios: Sequence[Scenario],
+    entries: Sequence[Entry],
+    size: Size,
+    begin: Callable[[], AnswerBook],
+    metric: str,
+    quick: bool,
+) -> Board:
+    """The whole table. `begin` is called before the first simulation; ConfigError comes before that call."""
+    board = [_described(scenario) for scenario in scenarios]
+    runs: list[_Run] = []
+    regrets: list[tuple[str, str, str]] = []
+    for number, scenario in enumerate(scenarios):
+        left_out: dict[str, str] = {}
+        for entry in entries:
+            why = entry.why_not(scenario.experiment)
+            if why:
+                left_out[entry.label] = why
+                continue
+            config = scenario.with_entry(entry)
+            runs += _runs(scenario, entry, config, size, _is_stale(scenario, scenarios, size))
+            short = _cut(config, size.regret_run)
+            regrets.append(
+                (scenario.name, entry.label, task_text(short, entry.digest, num_requests=size.regret_requests))
+            )
+        board[number] = replace(board[number], left_out=left_out)
+    texts = [task_text(run.experiment, run.digest) for run in runs]
+    book = begin()
+    answers = book.look_up(run_task, texts, "simulations", _failed, "runs")
+    told = book.look_up(regret_task, [text for *_, text in regrets], "regret", _failed, "runs")
+    samples = [_filled(run.place, json.loads(answer)) for run, answer in zip(runs, answers, strict=True)]
+    found: list[BoardRegret] = []
+    for (scenario_name, label, _), answer in zip(regrets, told, strict=True):
+        data = json.loads(answer)
+        found.append(BoardRegret(scenario_name, label, data.get("regrets") or [], data.get("error")))
+    policies = [
+        BoardPolicy(e.label, e.source, e.summary, e.partner, e.is_oracle, e.is_own)
+        for e in entries
+        if any(run.place.policy == e.label for run in runs)
+    ]
+    return Board(metric, quick, git_commit(), tuple(board), tuple(policies), tuple(samples), tuple(found))
+
+
+def _is_stale(scenario: Scenario, scenarios: Sequence[Scenario], size: Size) -> bool:
+    """Whether reports are made older here: in the scenarios chosen for it, or the first one if none of them runs."""
+    chosen = [each.name for each in scenarios if each.name in size.stale_scenarios] or [scenarios[0].name]
+    return scenario.name in chosen
+
+
+def _runs(scenario: Scenario, entry: Entry, config: Experiment, size: Size, is_stale: bool) -> Iterator[_Run]:
+    config = _cut(config, size.requests)
+    seeds = size.seeds or config.repeats
+
+    def run(changed: Experiment, load: float, interval_ms: float, repeat: int) -> _Run:
+        changed = _repeat(changed, repeat)
+        place = BoardRun(scenario.name, entry.label, load, interval_ms, repeat, changed.seed)
+        return _Run(place, changed, entry.digest)
+
+    for repeat in range(seeds):
+        yield run(config, 1.0, 0.0, repeat)
+    if not any(isinstance(phase, ConcurrencyPhase) for phase in config.workload.phases):
+        base = base_rate(config)
+        for load in size.loads:
+            changed = at_rate(config, base * load, base)
+            for repeat in range(min(size.load_seeds, seeds)):
+                yield run(changed, load, 0.0, repeat)
+    if is_stale:
+        for interval_ms in size.report_intervals_ms:
+            cluster = config.cluster.model_copy(
+                update={"report_interval_ms": interval_ms, "report_on_batch_change": False}
+            )
+            for repeat in range(min(size.stale_seeds, seeds)):
+                yield run(config.model_copy(update={"cluster": cluster}), 1.0, interval_ms, repeat)
+
+
+def _repeat(config: Experiment, repeat: int) -> Experiment:
+    """Another seed; of a trace, whose requests no seed changes, the next part too."""
+    update: dict[str, Any] = {"seed": repeat_seed(config.seed, repeat), "repeats": 1}
+    dataset = config.workload.dataset
+    if isinstance(dataset, TraceDataset):
+        skip = dataset.skip + repeat * sum(phase_counts(config))
+        update["workload"] = config.workload.model_copy(update={"dataset": dataset.model_copy(update={"skip": skip})})
+    return config.model_copy(update=update)
+
+
+def _cut(config: Experiment, requests: int | None) -> Experiment:
+    """The experiment with so many requests at most in each phase, and a third of them in one that does not count."""
+    if requests is None:
+        return config
+    phases: list[Phase] = []
+    for phase in config.workload.phases:
+        most = -(-requests // 3) if phase.exclude_from_results else requests
+        if isinstance(phase, TracePhase) and phase.requests is None:
+            phases.append(phase.model_copy(update={"requests": most}))
+        else:
+            phases.append(phase.model_copy(update={"requests": min(phase.requests or most, most)}))
+    return config.model_copy(update={"workload": config.workload.model_copy(update={"phases": phases})})
+
+
+def _described(scenario: Scenario) -> BoardScenario:
+    config = scenario.experiment
+    kinds: dict[str, int] = {}
+    for executor in cluster_of(config).executors:
+        kind = f"{executor.role.value} tp{executor.tensor_parallel_size}"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    is_open = not any(isinstance(phase, ConcurrencyPhase) for phase in config.workload.phases)
+    return BoardScenario(
+        scenario.name,
+        scenario.text,
+        ", ".join(f"{number} {kind}" for kind, number in kinds.items()),
+        config.cluster.profile,
+        base_rate(config) if is_open else None,
+        objectives_of(config),
+        {},
+    )
+
+
+def objectives_of(config: Experiment) -> dict[str, float]:
+    """Milliseconds by key of `slo`, of those that are given."""
+    slo = config.slo
+    found = {} if slo is None else {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms, "e2e_ms": slo.e2e_ms}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _filled(place: BoardRun, answer: dict[str, Any]) -> BoardRun:
+    return replace(place, values=answer.get("values") or {}, error=answer.get("error"))
+
+
+# ---- as a worker's task ---------------------------------------------------------------------------------------------
+
+
+def task_text(config: Experiment, digest: str, **more: Any) -> str:
+    """All that a run's answer depends on: measured costs and users' files change in place."""
+    costs = sha256(repr(sorted(costs_of(config).items())).encode()).hexdigest()
+    return json.dumps({"version": _VERSION, **plain_of(config), "costs": costs, "file": digest, **more}, sort_keys=True)
+
+
+def run_task(text: str) -> str:
+    """A worker's deed: one simulation; its measures under `values`, or what went wrong under `error`, as JSON."""
+    from ..reports.metrics import brief_summary
+
+    config = experiment_from(json.loads(text))
+    try:
+        rows = simulate_rows(config)
+    except ExperimentError as error:
+        return _failed("; ".join(error.problems))
+    keys = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s", "e2e_ms": "e2e_latency_s"}
+    objectives = {keys[key]: value / 1e3 for key, value in objectives_of(config).items()}
+    summary = brief_summary(rows.counted, objectives)
+    return json.dumps({"values": {key: summary[key] for key in MEASURES}})
+
+
+def _failed(error: str) -> str:
+    return json.dumps({"error": " ".join(error.split())})

@@ -1,0 +1,132 @@
+"""The leaderboard as plain text and as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .board import Board, Standing, ageing, overall, pareto, standings
+from .comparison import label_of, split_key
+from .figures import scale_of
+from .statistics import Estimate
+
+
+def shown(key: str, value: float | None, signed: bool = False) -> str:
+    """A value of the metric `key` with its unit; shares in percent."""
+    if value is None:
+        return "–"
+    metric = split_key(key)[1]
+    sign = "+" if signed else ""
+    if metric.key == "slo_attainment":
+        return f"{100 * value:{sign}.1f} %"
+    factor, unit = scale_of([value], metric.unit)
+    return f"{factor * value:{sign}.3g} {unit}"
+
+
+def interval_text(key: str, e: Estimate) -> str:
+    """The 95 % interval in brackets, empty without one. A share's does not leave 0 to 1."""
+    if e.low is None or e.high is None:
+        return ""
+    low, high = max(e.low, 0.0), min(e.high, 1.0) if key == "slo_attainment" else e.high
+    return f"[{shown(key, low)}, {shown(key, high)}]"
+
+
+def with_interval(key: str, e: Estimate) -> str:
+    """The value and its 95 % interval."""
+    return f"{shown(key, e.value)} {interval_text(key, e)}".rstrip()
+
+
+def behind_text(key: str, standing: Standing) -> str:
+    """How far behind the best, or that this cannot be said."""
+    if standing.is_best:
+        return "best"
+    if standing.behind is None:
+        return "oracle"
+    if standing.is_tied:
+        return "not distinguishable"
+    return f"{shown(key, standing.behind.value)} behind" if standing.behind.has_interval else "one seed"
+
+
+def as_text(board: Board) -> str:
+    """Ranks in every scenario, as aligned columns."""
+    labels = [policy.label for policy in board.policies]
+    width = max(map(len, labels))
+    places = {scenario.name: {s.policy: s for s in standings(board, scenario.name)} for scenario in board.scenarios}
+    columns = [(name, max(len(name), 9)) for name in places]
+    lines = [
+        f"Place by {label_of(board.metric)}; a range where the order may be chance, * not distinguishable from the best",
+        "",
+        " " * width + "  " + "  ".join(name.rjust(size) for name, size in columns),
+    ]
+    order = [each.policy for each in overall(board)]
+    for label in [*order, *(label for label in labels if label not in order)]:
+        cells = []
+        for name, size in columns:
+            standing = places[name].get(label)
+            star = "*" if standing is not None and standing.is_among_best else ""
+            cells.append((standing.place + star if standing is not None else "").rjust(size))
+        lines.append(f"{label.ljust(width)}  {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join("---" for _ in header) + " |",
+        *("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows),
+        "",
+    ]
+
+
+def as_markdown(board: Board) -> str:
+    """Every table of the page."""
+    lines = ["# Leaderboard", "", f"Ranked by {label_of(board.metric)}. Made by `disagg leaderboard`.", ""]
+    lines += _table(
+        ["policy", "mean place (0 first, 1 last)", "scenarios", "among the best in", "worst in"],
+        [
+            [
+                each.policy,
+                f"{each.mean_place:.2f}",
+                str(each.num_scenarios),
+                str(each.num_among_best),
+                each.worst_scenario,
+            ]
+            for each in overall(board)
+        ],
+    )
+    for scenario in board.scenarios:
+        lines += [f"## {scenario.name}", "", scenario.text, ""]
+        points = {point.policy: point for point in pareto(board, scenario.name)}
+        regrets = {r.policy: r.summary for r in board.regrets if r.scenario == scenario.name}
+        rows = []
+        for each in standings(board, scenario.name):
+            point, regret = points.get(each.policy), regrets.get(each.policy)
+            rows.append(
+                [
+                    each.place,
+                    each.policy,
+                    with_interval(board.metric, each.estimate),
+                    behind_text(board.metric, each),
+                    "–" if point is None else shown("mean_ttft_s", point.ttft_s),
+                    "–" if point is None else shown("mean_tpot_s", point.tpot_s),
+                    "yes" if point is not None and point.is_efficient else "",
+                    "–" if regret is None else f"{regret.mean.value or 0.0:.3f} s",
+                ]
+            )
+        lines += _table(
+            ["place", "policy", label_of(board.metric), "", "mean TTFT", "mean TPOT", "Pareto", "regret a decision"],
+            rows,
+        )
+        aged = ageing(board, scenario.name)
+        if aged:
+            intervals = sorted({interval for each in aged for interval in each.ttft_s})
+            lines += ["Mean TTFT by report interval (0: at every change of a batch):", ""]
+            lines += _table(
+                ["policy", *(f"{interval:g} ms" for interval in intervals)],
+                [[each.policy, *(shown("mean_ttft_s", each.ttft_s[i].value) for i in intervals)] for each in aged],
+            )
+        if scenario.left_out:
+            lines += ["Left out: " + "; ".join(f"{name} ({why})" for name, why in scenario.left_out.items()) + ".", ""]
+    failures = board.failures()
+    if failures:
+        lines += ["## Failed", "", *(f"- {line}" for line in failures), ""]
+    return "\n".join(lines)
