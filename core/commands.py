@@ -65,13 +65,17 @@ class StopAfterStep(Struct, frozen=True, tag="stop_after_step", array_like=True)
 
 
 class ReceiveKv(Struct, frozen=True, tag="receive_kv", array_like=True):
-    """Ask executor `source` for the KV of its request `source_id` and write it into `blocks`, in token order."""
+    """Ask executor `source` for the KV of its request `source_id` and write it into `blocks`, in token order.
+
+    The first `num_present` tokens, whole blocks, are here already: `num_tokens` and `blocks` are those behind them.
+    """
 
     request_id: int
     source: int
     source_id: int
     num_tokens: int
     blocks: tuple[int, ...]
+    num_present: int = 0
 
 
 class PrepareReceive(Struct, frozen=True, tag="prepare_receive", array_like=True):

@@ -54,6 +54,7 @@ class ExecutorConfig(Struct, frozen=True):
     report_on_batch_change: bool = True
     max_span_steps: int = 1 << 20
     seed: int = 0
+    enable_block_reuse: bool = False  # blocks of a prompt's prefix outlive it, and are shared
 
 
 class RetryConfig(Struct, frozen=True):

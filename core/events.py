@@ -95,7 +95,10 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     num_steps: int = 0  # steps ever run, at the last change of batch
     step_time: int = 0  # picoseconds a step of the last finished epoch, 0 before any
     healthy: bool = True
-    cache_events: tuple[int, ...] = ()  # filled once prefix caching exists
+    # prefix caching: the number of blocks that are cached or in use no longer, their hashes, then the hashes of blocks that
+    # came, each chain from its front; net since the last report, () for none
+    cache_events: tuple[int, ...] = ()
+    blocks_cached: int = 0  # nobody's, and there to be reused or evicted
 
 
 class ContextStarted(Struct, frozen=True, tag="context_started", array_like=True):
@@ -127,6 +130,7 @@ class Response(Struct, frozen=True, tag="response", array_like=True):
     last_token: int | None = None
     report: Report | None = None
     kv_overlap: int | None = None  # picoseconds of this context phase during which its KV was already being sent
+    num_cached_tokens: int = 0  # of the prompt, that were not computed, or for a generation phase not transferred
 
 
 # ---- what the driver of an executor saw -----------------------------------------------------------------------------
@@ -160,6 +164,8 @@ class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
     that was committed, those not told then.
     `first_tokens` holds (request id, token id) for each prompt finished in the span; empty in simulation.
     A failed step reports `error`: every request in the plan failed with it.
+    `block_hashes`: of sequences that end in the span, (request id, hashes of the blocks behind those that its request
+    names, as far as the world knows them): their KV may be reused. Only executors that reuse blocks want them.
     """
 
     plan: int
@@ -168,6 +174,7 @@ class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
     stopped: tuple[Stopped, ...] = ()
     first_tokens: tuple[tuple[int, int], ...] = ()
     error: str | None = None
+    block_hashes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def stops_in_order(stops: Iterable[Stopped]) -> tuple[Stopped, ...]:
@@ -177,12 +184,14 @@ def stops_in_order(stops: Iterable[Stopped]) -> tuple[Stopped, ...]:
 class KvRequested(Struct, frozen=True, tag="kv_requested", array_like=True):
     """`reader` asks to read the KV of `request_id` into its own request `reader_id`.
 
-    With early binding it may ask before the context phase is done, or has begun.
+    With early binding it may ask before the context phase is done, or has begun. The KV of the first `num_present` tokens is
+    there already: only the rest is wanted.
     """
 
     request_id: int
     reader: int
     reader_id: int
+    num_present: int = 0
 
 
 class KvReceived(Struct, frozen=True, tag="kv_received", array_like=True):

@@ -59,6 +59,7 @@ from .events import (
 from .kv_source import KvSource
 from .life_cycle import FINAL, Cause, LifeCycleError, State
 from .local_kv import LocalKv
+from .prefix_cache import PrefixCache
 from .refusal import refusal
 from .scheduler import Scheduler
 from .timers import Timers
@@ -99,7 +100,7 @@ class ExecutorCore:
         self._has_canned = False  # a generation phase whose context phase was skipped has been seen
         self._in_flight: dict[int, Visit] = {}  # transfers that may still write
         self._gone: set[int] = set()  # executors that will never answer again
-        self._source = KvSource(self.blocks, self._gone, self._emit, config.layerwise)
+        self._source = KvSource(self.blocks, self._gone, self._emit, config.layerwise, config.tokens_per_block)
         self._pending_kv = 0  # KV tokens of generation phases not yet in the decode batch
         self._serial = 0
         self._seen_requests = 0
@@ -218,6 +219,8 @@ class ExecutorCore:
             self._local.put(visit)
         else:
             heapq.heappush(self._pulls, (visit.awaits_token, visit.order_key, visit.serial, visit))
+            if self.scheduler.cache is not None:
+                self._look(visit, self.scheduler.cache)
         if not visit.awaits_token:
             self._timers.set(now + self.config.pull_timeout, "pull", visit.id)
         if visit.num_blocks <= self.scheduler.num_free_blocks:
@@ -239,6 +242,9 @@ class ExecutorCore:
         if event.error is not None and is_open:
             self._fail_plan(over.run, event.error, now)
             return
+        for request_id, hashes in event.block_hashes:
+            if request_id in self.visits:
+                self.visits[request_id].output_hashes = hashes
         for visit, reason, last_step in over.ended:
             self._finish(visit, reason, now, last_step)
         if over.ended:
@@ -312,6 +318,11 @@ class ExecutorCore:
 
     def _arrived(self, visit: Visit, now: int) -> None:
         visit.num_kv_tokens = visit.request.num_prompt_tokens
+        cache = self.scheduler.cache
+        if cache is not None and params_of(visit.request).executor != ORCHESTRATOR:  # canned KV is nobody else's
+            cache.arrived(visit.id)
+            self.scheduler.note_written(visit)
+            self._blocks_came_free()  # or whoever waits finds more here, and needs fewer
         if visit.awaits_token:
             visit.advance(Cause.KV_COMES_FIRST)
             self.scheduler.early[visit.id] = visit
@@ -466,6 +477,8 @@ class ExecutorCore:
         """A visit's last token is out; it is out of the batch, and its blocks are quiet unless an early reader is there."""
         self._dirty = True
         visit.advance(Cause.FINISH)
+        if visit.output_hashes:
+            self.scheduler.note_generated(visit)
         self._source.turn_away(visit, f"request {visit.id} ended with its first token")
         if visit.pinned_by is not None:
             self.blocks.quarantine(visit.id)
@@ -485,6 +498,7 @@ class ExecutorCore:
             context_start=visit.started_at,
             transfer_start=visit.transfer_start_at,
             kv_usable=visit.kv_usable_at,
+            num_cached_tokens=visit.num_cached_tokens,
             **fields,
         )
         self._responses.append(response)
@@ -500,7 +514,7 @@ class ExecutorCore:
         self._out.append(Record(stay_row(self.id, visit, now, last_step)))
 
     def _record_transfer(self, visit: Visit, now: int, ok: bool, error: str | None) -> None:
-        num_blocks = self.scheduler.blocks_for(visit.request.num_prompt_tokens)
+        num_blocks = self.scheduler.blocks_for(visit.request.num_prompt_tokens - visit.num_cached_tokens)
         self._out.append(Record(transfer_row(self.id, visit, num_blocks, now, ok, error)))
 
     # ---- planning ---------------------------------------------------------------------------------------------------
@@ -559,6 +573,7 @@ class ExecutorCore:
 
     def _pull(self, now: int) -> None:
         """Reserve blocks for generation phases, in order, and ask for their KV."""
+        cache = self.scheduler.cache
         while self._pulls:
             is_promise, _, _, visit = self._pulls[0]
             if visit.state is not State.GENERATION_QUEUED or is_promise != visit.awaits_token:
@@ -566,10 +581,15 @@ class ExecutorCore:
                 continue
             # an executor that holds nothing has nothing to reserve for, and a large request must fit at last
             reserve = self.config.pull_reserve_blocks if self.blocks.num_free < self.blocks.num_blocks else 0
+            if cache is not None:
+                self._look(visit, cache)
             if visit.num_blocks > self.scheduler.num_spare_blocks - reserve:
                 return
             heapq.heappop(self._pulls)
             self._num_pulls -= 1
+            if cache is not None:
+                cache.share(visit, self.scheduler.blocks_to_admit(visit), is_arriving=True)
+                visit.num_cached_tokens = visit.num_kv_tokens
             blocks = self.blocks.allocate(visit.id, visit.num_blocks)
             visit.num_blocks = 0
             visit.advance(Cause.PULL)
@@ -582,8 +602,11 @@ class ExecutorCore:
                 self._arrived(visit, now)
                 continue
             used = blocks[: self.scheduler.blocks_for(params.num_kv_tokens)]
-            ask = PrepareReceive if visit.awaits_token else ReceiveKv
-            self._out.append(ask(visit.id, params.executor, params.req_id, params.num_kv_tokens, used))
+            if visit.num_cached_tokens:
+                self._out.append(self._receive_rest(visit, params, used))
+            else:
+                ask = PrepareReceive if visit.awaits_token else ReceiveKv
+                self._out.append(ask(visit.id, params.executor, params.req_id, params.num_kv_tokens, used))
             if not visit.awaits_token:
                 self._limit_transfer(visit, now)
 
@@ -604,6 +627,20 @@ class ExecutorCore:
             self._dirty = True
             self._arrived(visit, now)
 
+    def _look(self, visit: Visit, cache: PrefixCache) -> None:
+        """What of the KV that it is about to receive is here already, and how many blocks it takes besides.
+
+        Only of KV that is whole: what is sent while it is computed is sent from its beginning.
+        """
+        visit.num_blocks = self.scheduler.blocks_to_admit(visit)
+        if not visit.awaits_token and params_of(visit.request).executor != ORCHESTRATOR:
+            cache.look(visit, visit.num_blocks)
+
+    def _receive_rest(self, visit: Visit, params: ContextPhaseParams, blocks: tuple[int, ...]) -> ReceiveKv:
+        present = visit.num_cached_tokens
+        missing = blocks[present // self.config.tokens_per_block :]
+        return ReceiveKv(visit.id, params.executor, params.req_id, params.num_kv_tokens - present, missing, present)
+
     def _blocks_came_free(self) -> None:
         if self._num_pulls or (self.scheduler.num_waiting and self.scheduler.num_free_slots > 0):
             self.scheduler.ask_to_stop()
@@ -611,7 +648,9 @@ class ExecutorCore:
     # ---- what the orchestrator is told ------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        free, reserved, used, held, quarantined = self.scheduler.block_counts()
+        """What is told next; the news of cached blocks in it are not told again."""
+        free, reserved, used, held, quarantined, cached = self.scheduler.block_counts()
+        cache = self.scheduler.cache
         limit = self.config.quarantine_max_blocks
         return Report(
             self.id,
@@ -630,6 +669,8 @@ class ExecutorCore:
             self.scheduler.shown_steps,
             self.scheduler.step_time,
             limit is None or quarantined <= limit,
+            () if cache is None else cache.take_events(),
+            cached,
         )
 
     def _num_coming(self) -> int:

@@ -23,7 +23,9 @@ class Fleet:
         self._rows: dict[int, ExecutorRow] = {}
         self._sent: dict[int, list[int]] = {}  # executor: [requests, tokens] ever sent
         self._gone: set[int] = set()
-        self.prefixes = PrefixIndex({e.id: e.num_blocks for e in executors})
+        self.prefixes = PrefixIndex(
+            {e.id: e.num_blocks for e in executors}, [e.id for e in executors if e.enable_block_reuse]
+        )
         # block hashes come with the block size of the first executor that computes prompts (see the workload)
         tokens_per_hash = next((e.tokens_per_block for e in executors if e.role is not Role.GENERATION), 1)
         domains = {name: i for i, name in enumerate(dict.fromkeys(e.domain for e in executors))}
@@ -91,11 +93,14 @@ class Fleet:
         cells["queued_prefill_tokens"][i] = report.queued_prefill_tokens
         cells["inflight_prefill_tokens"][i] = report.inflight_prefill_tokens
         cells["decode_kv_tokens"][i] = report.decode_kv_tokens
-        cells["kv_blocks_free"][i] = report.blocks_free
+        cells["kv_blocks_free"][i] = report.blocks_free + report.blocks_cached
         cells["kv_blocks_used"][i] = report.blocks_used
         cells["kv_blocks_reserved"][i] = report.blocks_reserved
         cells["kv_blocks_held"][i] = report.blocks_held
         cells["step_time_ps"][i] = report.step_time
+        if report.cache_events:
+            self.prefixes.heard(executor, report.cache_events)
+            cells["prefix_blocks"][i] = self.prefixes.num_blocks(executor)
         cells["received_at"][i] = now
         cells["num_reports"][i] += 1
         self._set_healthy(executor, report.healthy and executor not in self._gone)

@@ -23,12 +23,18 @@ class KvSource:
     """`gone` holds executors that will never read again; `emit` takes its commands."""
 
     def __init__(
-        self, blocks: BlockManager, gone: Container[int], emit: Callable[[ServeKv | AbortKv], object], layerwise: bool
+        self,
+        blocks: BlockManager,
+        gone: Container[int],
+        emit: Callable[[ServeKv | AbortKv], object],
+        layerwise: bool,
+        tokens_per_block: int,
     ) -> None:
         self._blocks = blocks
         self._gone = gone
         self._emit = emit
         self._layerwise = layerwise
+        self._tokens_per_block = tokens_per_block
 
     def requested(self, event: KvRequested, visit: Visit | None, now: int) -> None:
         """A reader asks for the KV of `visit` (None: there is no such visit): serve it, note it, or refuse it."""
@@ -37,6 +43,7 @@ class KvSource:
             self._refuse(event.request_id, (event.reader, event.reader_id), error)
             return
         visit.reader = (event.reader, event.reader_id)
+        visit.num_present = event.num_present
         if visit.state is State.CONTEXT_DONE:
             self.serve(visit)
         elif visit.state is State.CONTEXT_RUNNING:
@@ -63,7 +70,7 @@ class KvSource:
     def serve(self, visit: Visit) -> None:
         """All of its KV is written: send it to whoever has asked."""
         if visit.reader is not None:
-            self._pin(visit, visit.num_kv_tokens, None)
+            self._pin(visit, visit.num_kv_tokens - visit.num_present, None)
 
     def _pin(self, visit: Visit, num_tokens: int, num_written: int | None) -> None:
         if visit.reader is None:
@@ -71,6 +78,8 @@ class KvSource:
         executor, reader_id = visit.pinned_by = visit.reader
         visit.reader = None
         blocks = self._blocks.blocks_of(visit.id)
+        if visit.num_present:
+            blocks = blocks[visit.num_present // self._tokens_per_block :]
         self._emit(ServeKv(visit.id, executor, reader_id, num_tokens, blocks, True, None, num_written))
 
     def withdrawn(self, event: KvWithdrawn, visit: Visit | None) -> None:

@@ -210,6 +210,8 @@ class OrchestratorCore:
         if stage is Stage.GENERATION:
             task.transfer_start = response.transfer_start
             task.kv_usable = response.kv_usable
+        else:
+            task.num_cached_tokens = response.num_cached_tokens
         if response.finish_reason is None:
             task.kv_overlap = response.kv_overlap
             self._context_done(task, response, now)

@@ -1,7 +1,8 @@
-"""Which executor is likely to hold which prompt blocks: hash chains, learnt from the orchestrator's own dispatches.
+"""Which executor holds which prompt blocks: hash chains, heard from executors, or learnt from the orchestrator's dispatches.
 
-An approximation, as SGLang's router has it: an executor is believed to hold the blocks of every prompt it was sent, the
-least recently used dropped beyond its pool. Exact events of executors' caches can feed `stored` and `removed` instead.
+An executor that reuses blocks tells which came and went, in its reports: what is known of it is exact, and as old as
+its last report. Of any other there is an approximation, as SGLang's router has it: it is believed to hold the blocks of
+every prompt it was sent, the least recently used dropped beyond its pool.
 
 A hash names the whole prefix up to the end of its block. Whoever holds a block holds those before it: a prompt's blocks
 are used last block first, so a block is never older than those behind it, and the oldest go first.
@@ -10,17 +11,18 @@ are used last block first, so a block is never older than those behind it, and t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class PrefixIndex:
-    """Idle, at no cost, until it is asked for the first time: it knows dispatches from then on."""
+    """Of dispatches idle, at no cost, until it is asked for the first time: it knows those from then on."""
 
-    def __init__(self, num_blocks: Mapping[int, int]) -> None:
-        """`num_blocks`: the size of each executor's KV pool by id."""
+    def __init__(self, num_blocks: Mapping[int, int], reporting: Iterable[int] = ()) -> None:
+        """`num_blocks`: the size of each executor's KV pool by id; `reporting` are those that tell of their blocks."""
         self.version = 0  # grows with every change
         self.is_asked = False
         self._num_blocks = dict(num_blocks)
+        self._reporting = frozenset(reporting)
         self._place = {executor: i for i, executor in enumerate(num_blocks)}
         self._holders: dict[int, int] = {}  # block hash: bit set of executors' places
         self._blocks: dict[int, OrderedDict[int, None]] = {e: OrderedDict() for e in num_blocks}  # oldest use first
@@ -60,7 +62,7 @@ class PrefixIndex:
 
     def used(self, executor: int, hashes: Sequence[int]) -> None:
         """`executor` was sent a prompt of these blocks."""
-        if not (self.is_asked and hashes):
+        if not (self.is_asked and hashes) or executor in self._reporting:
             return
         blocks, room = self._blocks[executor], self._num_blocks[executor]
         self.stored(executor, hashes[:room])
@@ -77,6 +79,12 @@ class PrefixIndex:
             else:
                 blocks[block] = None
                 holders[block] = holders.get(block, 0) | bit
+
+    def heard(self, executor: int, events: Sequence[int]) -> None:
+        """It has reported these `cache_events`."""
+        first_stored = 1 + events[0]
+        self.removed(executor, events[1:first_stored])
+        self.stored(executor, events[first_stored:])
 
     def removed(self, executor: int, hashes: Sequence[int]) -> None:
         """It holds these blocks no longer."""

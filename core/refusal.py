@@ -20,6 +20,11 @@ def refusal(request: Request, config: ExecutorConfig) -> str | None:
         return "a generation-only request needs context_phase_params"
     if request.request_type is RequestType.GENERATION_ONLY and request.max_tokens == 1:
         return "max_tokens 1 was reached by the context phase: there is no generation phase"
+    if config.enable_block_reuse and len(request.block_hashes) * config.tokens_per_block > request.num_prompt_tokens:
+        return (
+            f"{len(request.block_hashes)} block hashes: a prompt of {request.num_prompt_tokens} tokens has"
+            f" {request.num_prompt_tokens // config.tokens_per_block} full blocks of {config.tokens_per_block}"
+        )
     generates = request.request_type is not RequestType.CONTEXT_ONLY
     num_tokens = request.total_kv_tokens if generates else request.num_prompt_tokens
     capacity = config.num_blocks * config.tokens_per_block

@@ -21,6 +21,7 @@ from .decode_batch import DecodeBatch
 from .epochs import Epoch, Epochs
 from .events import StepsCommitted, StepsDone, Stopped
 from .life_cycle import Cause, State
+from .prefix_cache import MatchedPrompts, PrefixCache
 from .tails import Over, Prefilled, Stop, Tail, ended_at
 from .visit import Visit
 
@@ -37,7 +38,8 @@ class Scheduler:
         self.config = config
         self.role = config.role  # that it serves now
         self.evicts = config.scheduler.capacity == "max_utilization"
-        self.blocks = BlockManager(config.num_blocks)
+        self.cache = PrefixCache(config.num_blocks, config.tokens_per_block) if config.enable_block_reuse else None
+        self.blocks = BlockManager(config.num_blocks) if self.cache is None else self.cache
         self.batch = DecodeBatch(config.tokens_per_block)
         self.prefilling: dict[int, Visit] = {}  # begun, in order of beginning
         self.joining: list[Visit] = []  # prompts finished here, in the decode batch from the next plan on
@@ -126,6 +128,9 @@ class Scheduler:
     def queue(self, visit: Visit, rank: int = 1) -> None:
         """A prompt to compute; rank 0, of preempted ones, goes before all others."""
         visit.num_blocks = self.blocks_to_admit(visit)
+        if self.cache is not None:
+            self.cache.look(visit, visit.num_blocks)
+            visit.num_kv_tokens = 0
         heapq.heappush(self._waiting, (rank, visit.order_key, visit.serial, visit))
         self.num_waiting += 1
         self.num_queued_tokens += visit.num_tokens_left
@@ -134,7 +139,7 @@ class Scheduler:
         """Forget a visit that was in `state`, wherever it is; its blocks stay its own. For use when no plan names it."""
         if state is State.QUEUED:
             self.num_waiting -= 1
-            self.num_queued_tokens -= visit.num_tokens_left
+            self.num_queued_tokens -= visit.num_to_compute
         if visit.id in self.batch.members:
             self._leave_batch(visit)
         elif visit in self.joining:
@@ -253,6 +258,8 @@ class Scheduler:
         """The visit, if that was its prompt's last chunk."""
         visit = self.prefilling[chunk.request_id]
         visit.num_kv_tokens += chunk.length
+        if self.cache is not None:
+            self.note_written(visit)
         if not chunk.is_last:
             return None
         del self.prefilling[visit.id]
@@ -322,6 +329,8 @@ class Scheduler:
         if not self.num_waiting and not self.prefilling:
             return _NO_BATCH, ()
         waiting = WaitingPrompts(self._waiting)
+        if self.cache is not None:
+            waiting = MatchedPrompts(self._waiting, self.cache, self.blocks_to_admit)
         plan = self._ask_policy(waiting, now)
         chunks = self._begin(plan, waiting, now)
         waiting.put_back()
@@ -360,6 +369,8 @@ class Scheduler:
         """Check the policy's chunks, admit the prompts that are new, and say what each chunk computes."""
         chunks = []
         seen = set()
+        if self.cache is not None:  # before anything is evicted
+            self._share(plan, waiting)
         for chosen in plan.chunks:
             visit = self.prefilling.get(chosen.request_id) or waiting.find(chosen.request_id)
             if visit is None or chosen.request_id in seen or not 0 < chosen.num_tokens <= visit.num_tokens_left:
@@ -378,7 +389,7 @@ class Scheduler:
                 visit.num_blocks = 0
                 visit.advance(Cause.START)
                 self.num_waiting -= 1
-                self.num_queued_tokens -= visit.num_tokens_left
+                self.num_queued_tokens -= visit.num_to_compute
                 self.prefilling[visit.id] = visit
                 if visit.started_at is None:
                     visit.started_at = now
@@ -386,6 +397,31 @@ class Scheduler:
             table = self.blocks.blocks_of(visit.id)
             chunks.append(Chunk(visit.id, visit.num_kv_tokens, chosen.num_tokens, is_last, table))
         return tuple(chunks)
+
+    def _share(self, plan: BatchPlan, waiting: WaitingPrompts) -> None:
+        """Give prompts that begin the blocks that are here already."""
+        for chosen in plan.chunks:
+            visit = waiting.find(chosen.request_id)
+            if self.cache is not None and visit is not None and visit.state is State.QUEUED:
+                self.cache.share(visit, self.blocks_to_admit(visit))
+                if visit.started_at is None and visit.transfer_start_at is None:
+                    visit.num_cached_tokens = visit.num_kv_tokens
+
+    def note_written(self, visit: Visit) -> None:
+        """Its KV was written up to `num_kv_tokens`: others may find its blocks."""
+        if self.cache is None:
+            return
+        num_full = visit.num_kv_tokens // self.config.tokens_per_block
+        self.cache.register(visit.id, visit.request.block_hashes, num_full, visit.pinned_by is None)
+
+    def note_generated(self, visit: Visit) -> None:
+        """It has ended, and the world names its generated blocks: others may find them. The last token is not written."""
+        size, request = self.config.tokens_per_block, visit.request
+        named = request.block_hashes
+        if self.cache is None or len(named) != request.num_prompt_tokens // size:
+            return  # a chain with a gap in it
+        num_full = (request.num_prompt_tokens + visit.num_generated - 1) // size
+        self.cache.register(visit.id, named + visit.output_hashes, num_full, visit.pinned_by is None)
 
     def _start(self, chunks: tuple[Chunk, ...], decodes: bool, now: int) -> None:
         batch, epoch = self.batch, self._epochs.open
@@ -403,6 +439,9 @@ class Scheduler:
             num_steps = min(batch.steps_until_max_tokens(), self.config.max_span_steps)
             if self.evicts:
                 num_steps = batch.steps_until_out_of_blocks(self.blocks.num_free, num_steps)
+                if self.cache is not None:  # what is evicted for a step that is not run would be lost for nothing
+                    num_empty = max(self.cache.num_empty, batch.blocks_for(1))
+                    num_steps = batch.steps_until_out_of_blocks(num_empty, num_steps)
         joined = tuple(Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in self._joined.values())
         appended = self._grow(num_steps) if self.evicts and running else ()
         self._plan_number += 1
@@ -465,8 +504,8 @@ class Scheduler:
         self.shown_steps = self.num_steps
         self._grown = 0
 
-    def block_counts(self) -> tuple[int, int, int, int, int]:
-        """free, reserved, used, held, quarantined, as of the last change of batch."""
+    def block_counts(self) -> tuple[int, int, int, int, int, int]:
+        """free, reserved, used, held, quarantined, cached; as of the last change of batch."""
         size = self.config.tokens_per_block
         written = self._shown_written if self._epochs.open is not None else self.batch.num_blocks_written
         groups: list[Iterable[Visit]] = [
@@ -479,6 +518,17 @@ class Scheduler:
         for group in groups:
             written += sum(-(-visit.num_kv_tokens // size) for visit in group)
         blocks = self.blocks
-        free = blocks.num_free + self._grown
+        free, cached = blocks.num_free + self._grown, 0
+        if self.cache is not None:
+            cached = self.cache.num_cached
+            free -= cached
+            written += self.cache.num_in_use - self.cache.num_written_references  # those that are shared count once
         held, quarantined = blocks.num_held, blocks.num_quarantined
-        return free, blocks.num_blocks - free - held - quarantined - written, written, held, quarantined
+        return (
+            free,
+            blocks.num_blocks - free - held - quarantined - cached - written,
+            written,
+            held,
+            quarantined,
+            cached,
+        )

@@ -33,6 +33,7 @@ class RequestRow(Struct, frozen=True, tag="request", array_like=True):
     end_ps: int  # last token, or the error, reached rank 0
     # how long before the end of its context phase the KV began to be sent; None where no KV was sent early
     kv_transfer_overlap_ps: int | None = None
+    num_cached_tokens: int = 0  # of the prompt, whose KV was there already where the prompt was computed
 
 
 class StayRow(Struct, frozen=True, tag="stay", array_like=True):
@@ -75,6 +76,7 @@ class StepRow(Struct, frozen=True, tag="step", array_like=True):
     blocks_used: int
     blocks_held: int
     blocks_quarantined: int
+    blocks_cached: int = 0
 
 
 class TransferRow(Struct, frozen=True, tag="transfer", array_like=True):

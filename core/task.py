@@ -29,6 +29,7 @@ class Task:
         "held_for",
         "kv_overlap",
         "kv_usable",
+        "num_cached_tokens",
         "num_tokens",
         "order_key",
         "params",
@@ -70,6 +71,7 @@ class Task:
         self.transfer_start: int | None = None
         self.kv_usable: int | None = None
         self.kv_overlap: int | None = None
+        self.num_cached_tokens = 0
 
     def row(self, reason: FinishReason, error: str | None, now: int) -> RequestRow:
         """What is recorded of it at its end, which is `now`."""
@@ -95,4 +97,5 @@ class Task:
             self.kv_usable,
             now,
             self.kv_overlap,
+            self.num_cached_tokens,
         )

@@ -29,11 +29,14 @@ class Visit:
         "lease_until",
         "left_at",
         "num_blocks",
+        "num_cached_tokens",
         "num_generated",
         "num_kv_tokens",
         "num_preemptions",
+        "num_present",
         "num_to_compute",
         "order_key",
+        "output_hashes",
         "pinned_by",
         "reader",
         "request",
@@ -60,6 +63,7 @@ class Visit:
         self.num_to_compute = (
             request.num_prompt_tokens
         )  # tokens to run through prefill, generated ones after preemption
+        self.num_cached_tokens = 0  # of the prompt, that were there when it began, or when its KV was asked for
         self.joined_step = -1
         self.first_step: int | None = None
         self.num_preemptions = 0
@@ -69,6 +73,7 @@ class Visit:
         # a context phase that is bound early
         self.announces_start = False  # the orchestrator wants to hear of its first chunk
         self.reader: tuple[int, int] | None = None  # has asked, and is served once there is something to send
+        self.num_present = 0  # leading tokens that the reader has already
         self.served_at: int | None = None  # its KV has been on its way since then, before all of it was computed
         self.is_read = False  # all of it was taken before the phase itself ended
         # a generation phase that is bound early
@@ -77,6 +82,7 @@ class Visit:
         self.is_withdrawn = False  # has asked the source to forget its question
         self.lease_until = 0
         self.num_blocks = 0  # what admitting it would take; 0 once it has begun
+        self.output_hashes: tuple[int, ...] = ()  # of its blocks behind those of the prompt, when it has ended
         self.doom: str | None = None  # given up while something still touches its blocks: cancelled, or the error
 
     def advance(self, cause: Cause) -> None:

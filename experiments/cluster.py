@@ -331,6 +331,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
             report_interval=picoseconds(cluster.report_interval_ms),
             report_on_batch_change=cluster.report_on_batch_change,
             seed=config.seed,
+            enable_block_reuse=keys.kv_cache.enable_block_reuse,
         )
         executors.append(executor)
     policy = config.policy

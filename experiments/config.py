@@ -97,7 +97,9 @@ class KvCache(Keys):
     free_gpu_memory_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="of the device memory left by the weights; 0.9 when max_tokens is not given"
     )
-    enable_block_reuse: bool = False
+    enable_block_reuse: bool = Field(
+        False, description="prefix caching: KV blocks outlive their request, and are shared"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -172,9 +172,15 @@ def _cluster(config: Experiment) -> list[Problem]:
                 )
             )
         if cache.enable_block_reuse:
-            problems.append(
-                Problem((*path, "kv_cache", "enable_block_reuse"), "true is not available yet; allowed: false")
-            )
+            sizes = {other.kv_cache.tokens_per_block for _, other, _ in executor_groups(config.cluster)}
+            if len(sizes) > 1:
+                problems.append(
+                    Problem(
+                        (*path, "kv_cache", "enable_block_reuse"),
+                        f"blocks are found by hashes of equal blocks, and the executors' tokens_per_block are"
+                        f" {sorted(sizes)}; allowed with true: one tokens_per_block for all executors",
+                    )
+                )
         if device is None:
             continue
         try:

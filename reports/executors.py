@@ -25,7 +25,8 @@ class Timeline(Struct, frozen=True):
     """One executor in `bins` of equal length: arrays (bins,). `edges_s` is (bins + 1,), seconds of the run's clock.
 
     `decodes` is the mean decode batch while a batch runs, times the busy share; `prefill_tokens_per_s` the rate at
-    which prompts are computed; `held_share` and `occupied_share` are shares of the executor's blocks.
+    which prompts are computed; `held_share` and `occupied_share` are shares of the executor's blocks. Cached blocks,
+    which anybody can have, are not occupied.
     """
 
     executor: int
@@ -55,12 +56,17 @@ def _running(start: Floats, end: Floats, values: Floats, at: Floats) -> Floats:
 
 
 def _columns(rows: pd.DataFrame) -> dict[str, Floats]:
+    """Each column as an array; `blocks_free` counts the cached ones too."""
     rows = rows.sort_values(["start_s", "epoch"], kind="stable")
-    return {str(name): rows[name].to_numpy(np.float64) for name in rows.columns}
+    columns = {str(name): rows[name].to_numpy(np.float64) for name in rows.columns}
+    cached = columns.setdefault("blocks_cached", np.zeros(len(rows)))  # of a run recorded before there were any: none
+    if "blocks_free" in columns:
+        columns["blocks_free"] = columns["blocks_free"] + cached
+    return columns
 
 
 def _total_blocks(columns: dict[str, Floats]) -> Floats:
-    total: Floats = np.sum([columns[name] for name in _BLOCKS], axis=0)
+    total: Floats = np.sum([columns[name] for name in _BLOCKS], axis=0)  # the cached are among the free
     return total
 
 

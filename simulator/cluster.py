@@ -66,6 +66,8 @@ class SimulatedCluster:
         self._mourned: set[tuple[int, int]] = set()  # (core, executor that it knows to be dead)
         self._hidden: dict[int, int] = {}  # user's request id: true output length
         self._lengths: dict[int, int] = {}  # executor-level id: true output length
+        self._hidden_hashes: dict[int, tuple[int, ...]] = {}  # as those two, of the blocks of what is generated
+        self._output_hashes: dict[int, tuple[int, ...]] = {}
         self._polling = False
         self._wake_version = 0
         self._ended: dict[int, list[Callable[[Deliver], object]]] = {}
@@ -94,14 +96,20 @@ class SimulatedCluster:
             raise ValueError(f"cannot sleep for {seconds} s")
         return self.env.timeout(round(seconds * PS_PER_S))
 
-    def submit(self, request: Request, num_output_tokens: int) -> None:
-        """A user sends `request` now. The world will end it after `num_output_tokens`; no core is told."""
+    def submit(self, request: Request, num_output_tokens: int, output_hashes: tuple[int, ...] = ()) -> None:
+        """A user sends `request` now. The world will end it after `num_output_tokens`; no core is told.
+
+        `output_hashes` go on where `request.block_hashes` end: of the blocks that hold what is generated, for later
+        requests whose prompt has the answer in it.
+        """
         self._hidden[request.id] = num_output_tokens
+        if output_hashes:
+            self._hidden_hashes[request.id] = output_hashes
         self._give(Arrive(request))
 
-    def submit_at(self, at: int, request: Request, num_output_tokens: int) -> None:
+    def submit_at(self, at: int, request: Request, num_output_tokens: int, output_hashes: tuple[int, ...] = ()) -> None:
         """Send `request` at the instant `at` (picoseconds)."""
-        call_at(self.env, at, MESSAGE, lambda item: self.submit(*item), (request, num_output_tokens))
+        call_at(self.env, at, MESSAGE, lambda item: self.submit(*item), (request, num_output_tokens, output_hashes))
 
     def finished(self, request_id: int) -> simpy.Event:
         """An event that fires when the request has ended; its value is the Deliver. For use in SimPy processes."""
@@ -156,6 +164,8 @@ class SimulatedCluster:
                 case Dispatched():
                     executor_request = command.executor_request.id
                     self._lengths[executor_request] = self._hidden[command.request_id]
+                    if command.request_id in self._hidden_hashes:
+                        self._output_hashes[executor_request] = self._hidden_hashes[command.request_id]
                 case Send():
                     self.send(ORCHESTRATOR, command.to, command.message)
                 case Record():
@@ -181,6 +191,7 @@ class SimulatedCluster:
             for call in self._ended.pop(deliver.request_id, ()):
                 call(deliver)
             self._hidden.pop(deliver.request_id, None)
+            self._hidden_hashes.pop(deliver.request_id, None)
 
     # ---- the world between cores ------------------------------------------------------------------------------------
 
@@ -193,6 +204,12 @@ class SimulatedCluster:
     def forget(self, executor_request: int) -> None:
         """It has been answered."""
         self._lengths.pop(executor_request, None)
+        self._output_hashes.pop(executor_request, None)
+
+    def output_hashes(self, executor_requests: list[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Those known of sequences that have ended, as `StepsDone.block_hashes` has them."""
+        hashes = self._output_hashes
+        return tuple((i, hashes[i]) for i in sorted(executor_requests) if i in hashes) if hashes else ()
 
     def send(self, sender: int, to: int, message: Any) -> None:
         at, place = self.timing.message_arrives(sender, to, self.env.now)

@@ -44,15 +44,21 @@ _WAKE = Wake()
 
 
 class _Tail:
-    """A committed plan: when each of its grants that are out will be reported, and who stops in them."""
+    """A committed plan: when each of its grants that are out will be reported, and who stops in them.
 
-    __slots__ = ("grant_ends", "num_steps", "run", "stopped")
+    `ended`: who stops in any of its steps.
+    """
 
-    def __init__(self, run: RunSteps, num_steps: int, grant_ends: list[int], stopped: list[Stopped]) -> None:
+    __slots__ = ("ended", "grant_ends", "num_steps", "run", "stopped")
+
+    def __init__(
+        self, run: RunSteps, num_steps: int, grant_ends: list[int], stopped: list[Stopped], ended: list[int]
+    ) -> None:
         self.run = run
         self.num_steps = num_steps
         self.grant_ends = deque(grant_ends)
         self.stopped = stopped
+        self.ended = ended
 
 
 class SimulatedExecutor:
@@ -142,7 +148,8 @@ class SimulatedExecutor:
                         at, place = self._timing.wake(self.id, command.at, self._env.now)
                         call_at(self._env, at, MESSAGE + place, self._wake, self._wake_version)
                 case ReceiveKv() | PrepareReceive():
-                    request = KvRequested(command.source_id, self.id, command.request_id)
+                    present = command.num_present if isinstance(command, ReceiveKv) else 0
+                    request = KvRequested(command.source_id, self.id, command.request_id, present)
                     self._cluster.send(self.id, command.source, request)
                 case ServeKv():
                     self._cluster.serve_kv(self.id, command)
@@ -260,7 +267,8 @@ class SimulatedExecutor:
                 self._generated[chunk.request_id] = generated
                 if generated >= self._cluster.true_length(chunk.request_id):
                     stopped.append(Stopped(chunk.request_id, 1, FinishReason.STOP))
-        self.give(StepsDone(run.plan, run.epoch, self._end_step, stops_in_order(stopped)))
+        hashes = self._cluster.output_hashes([stop.request_id for stop in stopped])
+        self.give(StepsDone(run.plan, run.epoch, self._end_step, stops_in_order(stopped), block_hashes=hashes))
 
     def _close(self, run: RunSteps, reported: int) -> tuple[list[Stopped], list[Stopped]]:
         """All its steps are done, or certain: sequences that stop in those up to `reported`, and in those after it."""
@@ -301,7 +309,8 @@ class SimulatedExecutor:
         now = self._env.now
         stopped, late = self._close(run, reported)
         ends = [max(now, self._timing.end_of_step(self.id, step)) for step in steps]
-        self._tails.append(_Tail(run, last, ends, late))
+        ended = [stop.request_id for stop in (*stopped, *late)]
+        self._tails.append(_Tail(run, last, ends, late, ended))
         if len(self._tails) == 1:
             self._await_grant()
         self._take(StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped)))
@@ -317,7 +326,8 @@ class SimulatedExecutor:
         tail = self._tails[0]
         is_over = len(tail.grant_ends) == 1
         if is_over:  # what the core asks for now comes before this report makes room for another grant
-            self._take(StepsDone(tail.run.plan, tail.run.epoch, tail.num_steps, stops_in_order(tail.stopped)))
+            stopped, hashes = stops_in_order(tail.stopped), self._cluster.output_hashes(tail.ended)
+            self._take(StepsDone(tail.run.plan, tail.run.epoch, tail.num_steps, stopped, block_hashes=hashes))
             self._tails.popleft()
         else:
             tail.grant_ends.popleft()

@@ -93,7 +93,8 @@ class Recording:
         if isinstance(command, Send):
             sent.setdefault((core, command.to), deque()).append((now, command.message))
         elif isinstance(command, ReceiveKv | PrepareReceive):
-            asked = KvRequested(command.source_id, core, command.request_id)
+            present = command.num_present if isinstance(command, ReceiveKv) else 0
+            asked = KvRequested(command.source_id, core, command.request_id, present)
             sent.setdefault((core, command.source), deque()).append((now, asked))
         elif isinstance(command, ServeKv) and not command.ok:
             refusal = KvReceived(command.reader_id, False, command.error)

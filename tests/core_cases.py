@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from random import Random
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class Case:
     kills: tuple[tuple[int, int, int], ...] = ()  # (instant, executor, picoseconds until the others know)
     launch: tuple[int, int, bool] = (1, 1, False)  # steps a grant, grants outstanding, whether plans are made ahead
     switches: tuple[tuple[int, int, str], ...] = ()  # (instant, executor, the role that an operator gives it)
+    output_hashes: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of blocks behind the prompt's, by request
 
     def with_executors(self, **changes: Any) -> Case:
         executors = tuple(with_(executor, **changes) for executor in self.config.executors)
@@ -184,6 +185,29 @@ def make_switching_case(rng: Random) -> Case:
     return replace(case, config=config, arrivals=arrivals, switches=tuple(sorted(switches)))
 
 
+def make_reuse_case(rng: Random) -> Case:
+    """A random cluster that reuses blocks: most prompts begin as one before them, or as one before them and its answer."""
+    case = rng.choice((make_case, make_case, make_early_case, make_switching_case))(rng)
+    case = case.with_executors(enable_block_reuse=True)
+    size = case.config.executors[0].tokens_per_block
+    known: list[tuple[int, ...]] = [()]
+    names = count(10**6)
+    arrivals, output_hashes = [], {}
+    for at, request, length in case.arrivals:
+        whole = request.num_prompt_tokens // size
+        kept = rng.choice(known)[: rng.choice((whole, rng.randint(0, whole)))] if rng.random() < 0.8 else ()
+        hashes = (*kept, *islice(names, whole - len(kept)))
+        if rng.random() < 0.1:  # nobody knows what the rest of it has in common with others
+            hashes = hashes[: rng.randint(0, whole)]
+        request = with_(request, block_hashes=hashes)
+        arrivals.append((at, request, length))
+        num_full = (request.num_prompt_tokens + length - 1) // size
+        if rng.random() < 0.7:
+            output_hashes[request.id] = tuple(islice(names, num_full - whole))
+        known.append(hashes + output_hashes.get(request.id, ()))
+    return replace(case, arrivals=tuple(arrivals), output_hashes=output_hashes)
+
+
 def _make_workload(rng: Random, unit: int, allotted: bool) -> tuple[tuple[tuple[int, Request, int], ...], int]:
     now = 0
     arrivals = []
@@ -247,7 +271,7 @@ def build(case: Case, records: Any = None, delivered: Any = None, log_sink: Any 
         log_sink=log_sink,
     )
     for at, request, true_length in case.arrivals:
-        cluster.submit_at(at, request, true_length)
+        cluster.submit_at(at, request, true_length, case.output_hashes.get(request.id, ()))
     for at, request_id in case.cancels:
         at_instant(cluster, at, lambda request_id=request_id: cluster.cancel(request_id))
     for at, executor, role in case.switches:

@@ -69,6 +69,11 @@ class Visitor:
         self.awaits = request.context_phase_params is not None and request.context_phase_params.is_promised
         self.pulled = 0
         self.withdrawn = False
+        # prefix caching
+        self.shared: list[int] = []  # hashes of its first blocks, which others may refer to
+        self.cached = 0  # tokens that it found when it began, or asked for its KV
+        self.present = 0  # tokens that its reader has
+        self.is_arriving = False  # some of its blocks wait for KV
 
     @property
     def left(self) -> int:
@@ -131,6 +136,10 @@ class NaiveExecutor:
         self.responses: list[Response] = []
         self.heartbeat = False
         self.num_pulled = 0
+        self.known: dict[int, int] = {}  # hash of each block that can be found: when its last user let go of it
+        self.num_let_go = 0
+        self.told: set[int] = set()  # hashes that the orchestrator knows of
+        self.stored: list[int] = []  # in order, some of them gone again
 
     # ---- small questions --------------------------------------------------------------------------------------------
 
@@ -142,7 +151,52 @@ class NaiveExecutor:
 
     @property
     def free(self) -> int:
-        return self.config.num_blocks - sum(v.blocks for v in self.visitors)
+        return self.empty + len(self.unused())
+
+    @property
+    def empty(self) -> int:
+        return self.config.num_blocks - len(self.known) - sum(v.blocks - len(v.shared) for v in self.visitors)
+
+    def unused(self) -> list[int]:
+        return [name for name in self.known if not any(name in v.shared for v in self.visitors)]
+
+    def found(self, v: Visitor) -> list[int]:
+        """Of the blocks that it could begin with, those that are here; one token at least is left."""
+        found: list[int] = []
+        if self.config.enable_block_reuse:
+            for name in v.request.block_hashes[: (v.to_compute - 1) // self.config.tokens_per_block]:
+                if name not in self.known:
+                    break
+                found.append(name)
+        return found
+
+    def price(self, v: Visitor, found: list[int]) -> int:
+        """Blocks that nobody else could have, if it is admitted."""
+        unused = self.unused()
+        return self.to_admit(v) - sum(name not in unused for name in found)
+
+    def evict(self) -> None:
+        while self.empty < 0:
+            oldest = min(self.unused(), key=lambda name: self.known[name])
+            del self.known[oldest]
+
+    def register(self, v: Visitor, hashes: tuple[int, ...], num_tokens: int) -> None:
+        """Its tokens are written so far: others may find its blocks. One found here already takes the place of its own."""
+        if not self.config.enable_block_reuse:
+            return
+        for name in hashes[len(v.shared) : num_tokens // self.config.tokens_per_block]:
+            if name not in self.known:
+                self.known[name] = 0
+                self.stored.append(name)
+            elif v.reader is not None:
+                return
+            v.shared.append(name)
+
+    def let_go(self, v: Visitor) -> None:
+        for name in reversed(v.shared):
+            self.num_let_go += 1
+            self.known[name] = self.num_let_go
+        v.shared, v.blocks, v.is_arriving = [], 0, False
 
     @property
     def slots(self) -> int:
@@ -248,15 +302,15 @@ class NaiveExecutor:
             self.heartbeat = True
             self.cluster.later(self.cluster.now + self.config.lease // 3, MESSAGE, self.id, self.beat, None)
 
-    def asked_for_kv(self, item: tuple[int, int, int]) -> None:
-        request_id, reader, reader_id = item
+    def asked_for_kv(self, item: tuple[int, int, int, int]) -> None:
+        request_id, reader, reader_id, present = item
         self.has_heard = True
         self.cluster.touch(self)
         for v in self.visitors:
             if v.id != request_id or v.doom is not None or v.reader is not None or v.asker is not None or v.is_read:
                 continue
             if v.place == HELD or (v.type is RequestType.CONTEXT_ONLY and v.place in (WAITING, PREFILL)):
-                v.asker = (reader, reader_id)
+                v.asker, v.present = (reader, reader_id), present
                 if v.place == HELD:
                     self.serve(v)
                 elif v.place == PREFILL:
@@ -276,7 +330,7 @@ class NaiveExecutor:
         """All of its KV is there."""
         if v.asker is not None:
             (v.reader, reader_id), v.asker = v.asker, None
-            self.cluster.transfer(self.id, v.reader, v.kv, (v, reader_id))
+            self.cluster.transfer(self.id, v.reader, v.kv - v.present, (v, reader_id))
 
     def serve_early(self, v: Visitor) -> None:
         """Its blocks are there: what is written goes at once, the rest group by group as steps write it."""
@@ -302,11 +356,14 @@ class NaiveExecutor:
                 continue
             if v.doom is not None:
                 self.forget(v)
-            elif ok and v.awaits:
-                v.place, v.kv = EARLY, v.request.num_prompt_tokens
             elif ok:
-                v.place, v.kv, v.kv_usable = READY, v.request.num_prompt_tokens, now
-                self.ready.append(v)
+                v.kv, v.is_arriving = v.request.num_prompt_tokens, False
+                self.register(v, v.request.block_hashes, v.kv)
+                if v.awaits:
+                    v.place = EARLY
+                else:
+                    v.place, v.kv_usable = READY, now
+                    self.ready.append(v)
             else:
                 self.fail(v, ERROR, recomputable=True)
 
@@ -332,7 +389,8 @@ class NaiveExecutor:
     # ---- ends -------------------------------------------------------------------------------------------------------
 
     def forget(self, v: Visitor) -> None:
-        v.place, v.blocks = GONE, 0
+        v.place = GONE
+        self.let_go(v)
         for group in (self.visitors, self.prefill, self.ready, self.joining, self.decodes):
             if v in group:
                 group.remove(v)
@@ -391,17 +449,22 @@ class NaiveExecutor:
                 context_start=v.started_at,
                 transfer_start=v.transfer_start,
                 kv_usable=v.kv_usable,
+                num_cached_tokens=v.cached,
             )
         )
         self.stay(v)
 
     def finish(self, v: Visitor) -> None:
+        stopped = v.generated == self.cluster.true_length(v.id)
+        size, prompt = self.config.tokens_per_block, v.request.num_prompt_tokens
+        if stopped and len(v.request.block_hashes) == prompt // size:
+            names = v.request.block_hashes + self.cluster.output_hashes(v.id)
+            self.register(v, names, prompt + v.generated - 1)
         self.turn_away(v)
         if v.reader is not None:
             self.leave(v)
         else:
             self.forget(v)
-        stopped = v.generated == self.cluster.true_length(v.id)
         self.responses.append(
             Response(
                 v.id,
@@ -411,6 +474,7 @@ class NaiveExecutor:
                 context_start=v.started_at,
                 transfer_start=v.transfer_start,
                 kv_usable=v.kv_usable,
+                num_cached_tokens=v.cached,
                 last_token=self.cluster.now,
             )
         )
@@ -439,6 +503,9 @@ class NaiveExecutor:
             v.kv += 1
             v.ahead -= 1
             v.generated += not self.has_ended(v)  # else it is computed for nothing
+        for v, _, length in chunks:
+            v.kv += length
+            self.register(v, v.request.block_hashes, v.kv)
         over = sorted((v for v in step.decodes if not v.ahead), key=lambda v: v.number)
         for v in over:
             if self.has_ended(v):
@@ -448,8 +515,7 @@ class NaiveExecutor:
         for v in over:
             if v.place == ENDING and not self.has_ended(v):
                 self.fail(v, v.doom or "", recomputable=False)
-        for v, _, length in chunks:
-            v.kv += length
+        for v, _, _ in chunks:
             if v.left:
                 continue
             v.generated += 1
@@ -474,6 +540,7 @@ class NaiveExecutor:
                         context_start=v.started_at,
                         last_token=now,
                         kv_overlap=None if v.served_at is None else now - v.served_at,
+                        num_cached_tokens=v.cached,
                     )
                 )
                 self.stay(v)
@@ -545,8 +612,10 @@ class NaiveExecutor:
                 continue
             if self.to_admit(v) - holder.blocks > max(self.free - self.wanted_by_decodes(), 0):
                 return
+            v.shared, holder.shared = holder.shared, []
             self.forget(holder)
             v.blocks = self.to_admit(v)
+            self.evict()
             v.transfer_start = v.kv_usable = self.cluster.now
             v.place, v.kv = READY, v.request.num_prompt_tokens
             self.ready.append(v)
@@ -572,7 +641,8 @@ class NaiveExecutor:
                 group.remove(youngest)
         youngest.place, youngest.was_preempted = WAITING, True
         youngest.num_preemptions += 1
-        youngest.blocks = youngest.kv = 0
+        self.let_go(youngest)
+        youngest.kv = 0
         youngest.to_compute = youngest.request.num_prompt_tokens + youngest.generated
         return True
 
@@ -588,20 +658,30 @@ class NaiveExecutor:
                 chunks.append((v, v.kv, length))
                 budget -= length
         blocks = self.free - self.wanted_by_decodes()
+        admitted = []
         for v in sorted(self.at(WAITING), key=lambda v: (not v.was_preempted, v.number)):
-            if budget <= 0 or self.slots <= 0 or self.to_admit(v) > blocks:
+            found = self.found(v)
+            kv = len(found) * self.config.tokens_per_block
+            left = v.to_compute - kv
+            if budget <= 0 or self.slots <= len(admitted) or self.price(v, found) > blocks:
                 break
-            if not scheduler.chunked_context and v.left > budget:
+            if not scheduler.chunked_context and left > budget:
                 break
-            length = min(v.left, budget)
-            chunks.append((v, v.kv, length))
+            length = min(left, budget)
+            chunks.append((v, kv, length))
             budget -= length
-            v.blocks = self.to_admit(v)
-            blocks -= v.blocks
+            blocks -= self.price(v, found)
+            admitted.append((v, kv, found))
+        for v, kv, found in admitted:
+            v.kv, v.shared, v.blocks = kv, found, len(found)
             v.place = PREFILL
             self.prefill.append(v)
             if v.started_at is None:
                 v.started_at = self.cluster.now
+                v.cached = kv if v.transfer_start is None else v.cached
+        for v, _, _ in admitted:
+            v.blocks = self.to_admit(v)
+            self.evict()
         return chunks, not (alone and chunks)
 
     def pull(self) -> None:
@@ -610,9 +690,12 @@ class NaiveExecutor:
             if v.params.executor == self.id:
                 continue
             reserve = self.config.pull_reserve_blocks if self.free < self.config.num_blocks else 0
-            if self.to_admit(v) > self.free - self.wanted_by_decodes() - reserve:
+            found = [] if v.awaits else self.found(v)
+            if self.price(v, found) > self.free - self.wanted_by_decodes() - reserve:
                 return
-            v.blocks = self.to_admit(v)
+            v.shared, v.cached = found, len(found) * self.config.tokens_per_block
+            v.blocks, v.is_arriving = self.to_admit(v), True
+            self.evict()
             v.place, v.transfer_start = IN_FLIGHT, now
             self.num_pulled += 1
             v.pulled = self.num_pulled
@@ -621,7 +704,7 @@ class NaiveExecutor:
                     now + self.config.transfer_timeout_base, MESSAGE, self.id, self.pull_takes_too_long, v
                 )
             source = self.cluster.executors[v.params.executor]
-            self.cluster.post(self.id, source.asked_for_kv, (v.params.req_id, self.id, v.id))
+            self.cluster.post(self.id, source.asked_for_kv, (v.params.req_id, self.id, v.id, v.cached))
 
     def begin(self, chunks: list[tuple[Visitor, int, int]], decodes: list[Visitor]) -> None:
         now = self.cluster.now
@@ -650,6 +733,7 @@ class NaiveExecutor:
                 missing = self.blocks_for(v.kv + v.ahead) - v.blocks
                 v.blocks += missing
                 self.grown += missing
+                self.evict()
         if self.free < 0:
             raise AssertionError(f"executor {self.id} has given out more blocks than it has")
         step = Planned(epoch, start, list(decodes), chunks)
@@ -696,16 +780,25 @@ class NaiveExecutor:
         self.has_reported = True
 
     def report(self) -> Report:
-        held = [v for v in self.visitors if v.place == HELD]
-        quarantined = sum(v.blocks for v in self.visitors if v.doom and v.place in (HELD, IN_FLIGHT))
-        quarantined += sum(v.blocks for v in self.at(LEAVING))
+        held = [v for v in self.at(HELD) if not v.doom]
+        doomed = [v for v in self.visitors if v.place == LEAVING or (v.doom and v.place in (HELD, IN_FLIGHT))]
+        running = [v for v in self.visitors if v not in held and v not in doomed]
         early = self.at(EARLY)
-        held_blocks = sum(v.blocks for v in held if not v.doom)
-        free = self.free + self.grown
+        in_use = {name for v in running for name in v.shared}
+        only_held = {name for v in held for name in v.shared} - in_use
+        only_doomed = {name for v in doomed for name in v.shared} - in_use - only_held
+        held_blocks = sum(v.blocks - len(v.shared) for v in held) + len(only_held)
+        quarantined = sum(v.blocks - len(v.shared) for v in doomed) + len(only_doomed)
+        free, cached = self.empty + self.grown, len(self.unused())
         decode_written = sum(self.blocks_for(v.kv + v.ahead) for v in self.decodes)
         written = self.shown_written if self.epoch is not None else decode_written
         written += sum(self.blocks_for(v.kv) for v in (*self.prefill, *self.joining, *self.ready, *early))
         written += sum(self.blocks_for(v.kv_at_leave) for v in self.at(ENDING))
+        written += len(in_use) - sum(len(v.shared) for v in running if not v.is_arriving)
+        last_first = dict.fromkeys(reversed(self.stored))
+        came = tuple(name for name in reversed(last_first) if name in self.known and name not in self.told)
+        gone = tuple(name for name in self.told if name not in self.known)
+        self.told, self.stored = set(self.known), []
         coming = [v for v in self.visitors if v.place in (PULLING, IN_FLIGHT, EARLY, READY) and not v.doom]
         waiting = self.at(WAITING)
         return Report(
@@ -718,13 +811,15 @@ class NaiveExecutor:
             sum(v.left for v in self.prefill),
             self.shown_kv + sum(v.request.num_prompt_tokens for v in coming),
             free,
-            self.config.num_blocks - free - held_blocks - quarantined - written,
+            self.config.num_blocks - free - held_blocks - quarantined - cached - written,
             written,
             held_blocks,
             quarantined,
             self.shown_steps,
             self.step_time,
             True,
+            (len(gone), *gone, *came) if gone or came else (),
+            cached,
         )
 
 
@@ -821,6 +916,7 @@ class NaiveCluster:
         self.wake_version = 0
         self.hidden = {request.id: length for _, request, length in case.arrivals}
         self.lengths: dict[int, int] = {}
+        self.names: dict[int, tuple[int, ...]] = {}
         self.executors = {e.id: NaiveExecutor(e, case.costs[e.id], self) for e in case.config.executors}
         self.links: dict[tuple[int, int], NaiveLink] = {}
         for at, request_id in case.cancels:
@@ -865,6 +961,7 @@ class NaiveCluster:
                 self.send(0, command.to, command.message)
             elif isinstance(command, Dispatched):
                 self.lengths[command.executor_request.id] = self.hidden[command.request_id]
+                self.names[command.executor_request.id] = self.case.output_hashes.get(command.request_id, ())
             elif isinstance(command, Deliver):
                 self.trace.delivered.append(command)
             elif isinstance(command, WakeAt):
@@ -878,6 +975,9 @@ class NaiveCluster:
 
     def true_length(self, executor_request: int) -> int:
         return self.lengths[executor_request]
+
+    def output_hashes(self, executor_request: int) -> tuple[int, ...]:
+        return self.names[executor_request]
 
     def transfer(self, source: int, reader: int, num_bytes: int, item: tuple[Visitor, int]) -> None:
         visitor, reader_id = item

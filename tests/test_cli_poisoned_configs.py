@@ -206,7 +206,11 @@ POISON = {
         "kv_cache: {max_tokens: 4096, free_gpu_memory_fraction: 0.5}",
         ["{f}:10:5:", "exclude each other"],
     ),
-    "block reuse": ("tensor_parallel_size: 1", "kv_cache: {enable_block_reuse: true}", ["not available yet"]),
+    "block reuse with blocks of two sizes": (
+        "tensor_parallel_size: 1",
+        "kv_cache: {enable_block_reuse: true, tokens_per_block: 16}",
+        ["enable_block_reuse", "[16, 32]", "one tokens_per_block"],
+    ),
     "beam search": (
         "slo:",
         "sampling: {beam_width: 2}\nslo:",

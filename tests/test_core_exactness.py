@@ -17,14 +17,15 @@ from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
 from disagg.core.cost import ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step, roofline, steps_by
 from disagg.core.devices import DEVICES
 from disagg.core.event_log import Frame, read_log
-from disagg.core.events import FirstTokens, Response, StepsDone
+from disagg.core.events import FirstTokens, Report, Response, StepsDone
 from disagg.core.model_shapes import preset
 from disagg.policies.vocabulary import Request, Role
-from tests.core_cases import NEVER, Case, Trace, core_of, make_case, make_early_case, simulate
+from tests.core_cases import NEVER, Case, Trace, core_of, make_case, make_early_case, make_reuse_case, simulate
 from tests.core_reference import run_reference
 
 cases = st.randoms(use_true_random=False).map(make_case)
 early_cases = st.randoms(use_true_random=False).map(make_early_case)
+reuse_cases = st.randoms(use_true_random=False).map(make_reuse_case)
 thorough = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -35,8 +36,18 @@ def heard_by_orchestrator(trace: Trace) -> list[tuple[int, Any]]:
         if isinstance(event, Response) and event.error is not None:
             event = with_(event, error="some error")
         if at < NEVER // 1000:
-            heard.append((at, event))
+            heard.append((at, _sorted_news(event)))
     return heard
+
+
+def _sorted_news(event: Any) -> Any:
+    """With the hashes of evicted blocks in order: they went one by one, and no order of theirs means anything."""
+    report = event if isinstance(event, Report) else getattr(event, "report", None)
+    if report is None or not report.cache_events:
+        return event
+    num_gone, *names = report.cache_events
+    report = with_(report, cache_events=(num_gone, *sorted(names[:num_gone]), *names[num_gone:]))
+    return report if isinstance(event, Report) else with_(event, report=report)
 
 
 def assert_equal_lives(one: Trace, other: Trace) -> None:
@@ -98,6 +109,40 @@ def test_two_hundred_seeded_early_bindings_equal_the_reference_and_exercise_what
     assert seen["ContextStarted"] > 400, seen
     assert seen["KvWithdrawn"] > 20, seen
     assert seen["AbortKv"] > 10, seen
+
+
+@thorough
+@given(reuse_cases)
+def test_prefix_caching_is_what_the_reference_does(case: Case) -> None:
+    assert_equal_lives(simulate(case), run_reference(case))
+
+
+def test_two_hundred_seeded_clusters_with_prefix_caching_equal_the_reference_and_exercise_what_is_hard() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(200):
+        case = make_reuse_case(Random(seed))
+        trace = simulate(case, check=False)
+        assert_equal_lives(trace, run_reference(case))
+        seen["preemptions"] += trace.num_preemptions
+        for _, event in trace.heard:
+            if isinstance(event, Response):
+                seen["partly transferred" if event.kv_usable and event.num_cached_tokens else "other"] += 1
+                seen["partly computed"] += event.num_cached_tokens > 0 and event.transfer_start is None
+            news = getattr(getattr(event, "report", None) or event, "cache_events", ())
+            seen["evicted"] += news[0] if news else 0
+            seen["stored"] += len(news) - 1 - news[0] if news else 0
+    assert seen["partly computed"] > 300, seen
+    assert seen["partly transferred"] > 100, seen
+    assert seen["evicted"] > 300, seen
+    assert seen["stored"] > 2000, seen
+    assert seen["preemptions"] > 50, seen
+
+
+@thorough
+@given(reuse_cases)
+def test_spans_of_any_length_change_nothing_with_prefix_caching(case: Case) -> None:
+    whole = simulate(case, check=False)
+    assert_equal_lives(whole, simulate(case.with_executors(max_span_steps=1), check=False))
 
 
 @thorough
