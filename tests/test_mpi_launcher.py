@@ -151,7 +151,7 @@ def test_the_exit_code_of_rank_0_is_returned(how: str, code: int) -> None:
 
 @pytest.mark.mpi
 def test_a_killed_rank_0_is_a_failure_although_mpiexec_calls_it_success(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("ending.py", "kill-rank-0", ranks=2) == 1
+    assert run("ending.py", "kill-rank-0", ranks=2, linger_s=3.0) == 1
     assert "rank 0 ended without an exit status" in capfd.readouterr().err
 
 

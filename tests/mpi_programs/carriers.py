@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 from disagg.runtime.kv_pages import KvPages
 from disagg.runtime.kv_runs import copy_in_host_memory
+from disagg.runtime.mpi_world import MpiWorld
 from disagg.runtime.progress import Progress
 from disagg.runtime.transport import TransportCapabilities, make_transport
 from disagg.runtime.transport_cuda_ipc import host_carrier
@@ -25,6 +28,23 @@ from disagg.runtime.transport_staging import DeviceStager
 from disagg.runtime.transport_worker import SegmentTransport
 
 STAGING_BYTES = 1 << 12
+
+
+def each_way(ways: str, program: Callable[[MpiWorld, str], list[str]], told: Callable[[], str]) -> None:
+    """Run `program`, which returns errors, once for each of the comma-separated ways: loading torch takes longer than it does.
+
+    Each has communicators of its own, so that none hears the one before. Prints `told()` after each that had no errors.
+    """
+    errors: list[str] = []
+    for way in ways.split(","):
+        world = MpiWorld()
+        found = program(world, way)
+        if not found:
+            print(f"rank {world.rank}, {way}: {told()}", flush=True)
+        errors += [f"{way}: {error}" for error in found]
+    world.finalize()
+    if errors:
+        sys.exit(f"rank {world.rank}: {errors[:3]}")
 
 
 def device_of(way: str, rank: int) -> str:

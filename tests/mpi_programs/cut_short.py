@@ -1,7 +1,8 @@
 """Progressive transfers that are given up half-way fail alone, at both ends, and leave nothing behind.
 
-Argument: the way (see `carriers`). Rank 0 sends to rank 1: number 1 is aborted by the sender, 2 by the receiver, 3 is fine
-while rank 0's main thread computes without pause for 200 ms, 4 is open when the sender's transport is closed.
+Argument: the ways (see `carriers`), comma-separated. Rank 0 sends to rank 1: number 1 is aborted by the sender, 2 by the
+receiver, 3 is fine while rank 0's main thread computes without pause for 200 ms, 4 is open when the sender's transport is
+closed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from carriers import transport_of
+from carriers import each_way, transport_of
 
 from disagg.core.kv_layout import KvLayout, Piece
 from disagg.runtime.kv_pages import KvPages
@@ -31,13 +32,12 @@ def blocks_of(number: int) -> tuple[int, ...]:
     return tuple(range(16 * number, 16 * number + 16))
 
 
-def main() -> None:
-    world = MpiWorld()
+def main(world: MpiWorld, way: str) -> list[str]:
     peer = 1 - world.rank
     pages = KvPages(KvLayout(1, 1, (LAYERS,), 2, 8, "float32"), 0, 96, 4)
     words: dict[bytes, threading.Event] = {word: threading.Event() for word in (b"half", b"busy", b"over", b"done")}
     progress = Progress(world, lambda rank, data: words[data].set(), lambda rank: None)
-    transport, shared = transport_of(sys.argv[1], progress, pages, verify=True, min_segment_bytes=1)
+    transport, shared = transport_of(way, progress, pages, verify=True, min_segment_bytes=1)
     progress.start()
     errors: list[str] = []
     outcomes: dict[int, TransferOutcome] = {}
@@ -120,10 +120,7 @@ def main() -> None:
     progress.stop()
     if shared is not None:
         shared.remove()
-    world.finalize()
-    if errors:
-        sys.exit(f"rank {world.rank}: {errors}")
-    print(f"rank {world.rank}: cut short", flush=True)
+    return errors
 
 
-main()
+each_way(sys.argv[1], main, lambda: "cut short")

@@ -1,7 +1,7 @@
 """A source executor sends KV while it is being computed, chunk by chunk and layer by layer, to another layout.
 
-Arguments: the way (see `carriers`); tp, layers of each stage (comma-separated) and tokens a block of the source, then of
-the destination.
+Arguments: the ways (see `carriers`), comma-separated; tp, layers of each stage (comma-separated) and tokens a block of the
+source, then of the destination; KV heads (default 4).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from carriers import device_of, transport_of
+from carriers import device_of, each_way, transport_of
 
 from disagg.core.kv_layout import KvLayout, transfer_plan
 from disagg.runtime.kv_pages import KvPages
@@ -22,7 +22,8 @@ from disagg.runtime.mpi_world import MpiWorld
 from disagg.runtime.progress import Progress
 from disagg.runtime.transport import TransferOutcome
 
-HEADS, HEAD_DIM, TOKENS, NUM_BLOCKS = 4, 8, 45, 64
+HEADS = int(sys.argv[8]) if len(sys.argv) > 8 else 4
+HEAD_DIM, TOKENS, NUM_BLOCKS = 8, 45, 64
 CHUNKS = (16, 23, 45)  # where each chunk of the prompt ends; not all on a block boundary
 REQUESTS = range(8)
 
@@ -43,19 +44,18 @@ def truth(request: int, num_layers: int) -> torch.Tensor:
     return torch.randn(num_layers, 2, HEADS, TOKENS, HEAD_DIM, generator=generator).to(torch.bfloat16)
 
 
-def main() -> None:
+def main(world: MpiWorld, way: str) -> list[str]:
     layouts = (layout_of(*sys.argv[2:4]), layout_of(*sys.argv[5:7]))
     sizes = (int(sys.argv[4]), int(sys.argv[7]))
-    world = MpiWorld()
     is_source = world.rank < layouts[0].num_ranks
     local = world.rank if is_source else world.rank - layouts[0].num_ranks
     side = 0 if is_source else 1
-    device = device_of(sys.argv[1], world.rank)
+    device = device_of(way, world.rank)
     pages = KvPages(layouts[side], local, NUM_BLOCKS * 4, sizes[side], device)
     errors: list[str] = []
     seen = threading.Semaphore(0)
     progress = Progress(world, lambda rank, data: seen.release(), lambda rank: errors.append(f"rank {rank} down"))
-    transport, shared = transport_of(sys.argv[1], progress, pages, verify=True, min_segment_bytes=1)
+    transport, shared = transport_of(way, progress, pages, verify=True, min_segment_bytes=1)
     pages.pool.fill_(float("nan"))
     progress.start()
 
@@ -140,10 +140,7 @@ def main() -> None:
     if shared is not None:
         shared.remove()
     progress.stop()
-    world.finalize()
-    if errors:
-        sys.exit(f"rank {world.rank}: {errors[:3]}")
-    print(f"rank {world.rank}: {len(outcomes)} progressive transfers", flush=True)
+    return errors
 
 
-main()
+each_way(sys.argv[1], main, lambda: "progressive transfers")

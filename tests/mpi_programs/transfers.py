@@ -1,6 +1,6 @@
 """Ranks 0 and 1 (tp 2) send KV to ranks 2 and 3 (pp 2) and back, many at once, contents compared at both ends.
 
-Arguments: the way (see `carriers`), and `verify` for checksums or `plain`.
+Argument: comma-separated ways (see `carriers`), each with `:verify` for checksums or `:plain`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from carriers import transport_of
+from carriers import each_way, transport_of
 
 from disagg.core.kv_layout import KvLayout, Piece, transfer_plan
 from disagg.runtime.kv_pages import KvPages
@@ -42,14 +42,17 @@ def truth(seed: int) -> torch.Tensor:
     return torch.randn(3, 2, 4, TOKENS, 8, generator=generator).to(torch.bfloat16)
 
 
-def main() -> None:
-    world = MpiWorld()
+told: list[int] = []
+
+
+def main(world: MpiWorld, way_and_how: str) -> list[str]:
     side, local = divmod(world.rank, 2)
     other = 1 - side
     pages = KvPages(LAYOUTS[side], local, 2 * NUM_BLOCKS, BLOCK_SIZES[side])
     errors: list[str] = []
     progress = Progress(world, lambda rank, data: None, lambda rank: errors.append(f"rank {rank} down"))
-    way, verify = sys.argv[1], sys.argv[2] == "verify"
+    way, _, how = way_and_how.partition(":")
+    verify = how == "verify"
     transport, shared = transport_of(way, progress, pages, verify=verify)
     progress.start()
 
@@ -99,10 +102,8 @@ def main() -> None:
     if shared is not None:
         shared.remove()
     progress.stop()
-    world.finalize()
-    if errors:
-        sys.exit(f"rank {world.rank}: {errors[:3]}")
-    print(f"rank {world.rank}: {len(outcomes)} transfers, {checked} checksums", flush=True)
+    told[:] = [len(outcomes), checked]
+    return errors
 
 
-main()
+each_way(sys.argv[1], main, lambda: f"{told[0]} transfers, {told[1]} checksums")
