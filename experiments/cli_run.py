@@ -11,12 +11,21 @@ from typing import Final
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from .cluster import cluster_of, world_size
-from .errors import EXIT_INTERRUPTED, EXIT_OK, ConfigError, ExperimentError, ResourceError, did_you_mean
+from .errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_RUN_FAILED,
+    ConfigError,
+    ExperimentError,
+    ResourceError,
+    did_you_mean,
+)
 from .experiment_file import LoadedExperiment, load_experiment
 from .progress_bar import progress_bar
 from .run_directory import prepare_output
 from .run_point import RunPoint, run_points
 from .sweep import Tally, run_in_parallel, workers_for
+from .sweep_table import print_sweep
 from .sweep_task import Runner as Runner
 from .sweep_task import run_one, try_one
 from .sweep_workers import EXECUTORS, Pool, open_pool
@@ -67,21 +76,28 @@ def run_file(
         if world is None and not on_hardware:
             _refuse_many_ranks()
 
+        def run_todo(runner: Runner, todo: Sequence[RunPoint]) -> int:
+            if world is not None:
+                return run_in_parallel(world, points, todo, overwrite=overwrite)
+            if on_hardware and len(todo) > 1 and not cold:
+                return run_all_warm(runner, points, todo, overwrite=overwrite)
+            num_workers = 1 if on_hardware else workers_for(todo, workers)
+            if num_workers == 1 and executor == "processes":
+                return run_all(runner, points, todo, overwrite=overwrite)
+            with open_pool(executor, num_workers) as pool:
+                return EXIT_OK if pool is None else run_in_parallel(pool, points, todo, overwrite=overwrite)
+
         def run() -> int:
             try:
                 runner = runner_of(loaded.experiment.backend)
                 todo = prepare_output(points, target, overwrite=overwrite, resume=resume)
                 if len(todo) < len(points):
                     print(f"{len(points) - len(todo)} of {len(points)} runs are finished already")
-                if world is not None:
-                    return run_in_parallel(world, points, todo, overwrite=overwrite)
-                if on_hardware and len(todo) > 1 and not cold:
-                    return run_all_warm(runner, points, todo, overwrite=overwrite)
-                num_workers = 1 if on_hardware else workers_for(todo, workers)
-                if num_workers == 1 and executor == "processes":
-                    return run_all(runner, points, todo, overwrite=overwrite)
-                with open_pool(executor, num_workers) as pool:
-                    return EXIT_OK if pool is None else run_in_parallel(pool, points, todo, overwrite=overwrite)
+                began = time.monotonic()
+                code = run_todo(runner, todo)
+                if len(points) > 1 and code in (EXIT_OK, EXIT_RUN_FAILED):
+                    print_sweep(points, len(todo), time.monotonic() - began)
+                return code
             except (ModelError, PolicyError) as error:
                 raise ConfigError(str(error)) from error
 

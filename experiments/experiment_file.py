@@ -145,6 +145,9 @@ def _point_name(values: dict[str, Any], taken: set[str]) -> str:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
+        if isinstance(value.get("path"), str):  # a data set: its file says what type it is of
+            others = {key: item for key, item in value.items() if key not in ("path", "type")}
+            return "+".join([Path(value["path"]).stem, *([_plain(others)] if others else [])])
         return "+".join(_plain(item) if key == "name" else f"{key}-{_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
         return "+".join(map(_plain, value))

@@ -14,7 +14,7 @@ from disagg.experiments.cluster import cluster_of, placements_of, world_size
 from disagg.experiments.config import Experiment, json_schema
 from disagg.experiments.config_loader import dump_yaml, parse_document
 from disagg.experiments.errors import ConfigError
-from disagg.experiments.experiment_file import LoadedExperiment, load_experiment
+from disagg.experiments.experiment_file import LoadedExperiment, _point_name, load_experiment
 from disagg.experiments.manifest import configuration_hash
 from disagg.experiments.run_point import run_points
 from disagg.policies.vocabulary import PS_PER_S, Role
@@ -202,6 +202,12 @@ def test_names_of_swept_keys_are_as_long_as_they_must_be(tmp_path: Path) -> None
     keys = "cluster.context_servers.num_instances: [1], cluster.generation_servers.num_instances: [1]"
     points = load(tmp_path, BASE + f"sweep: {{{keys}}}\n").points
     assert points[0].name == "context_servers.num_instances=1,generation_servers.num_instances=1"
+
+
+def test_a_swept_data_set_is_named_by_its_file(tmp_path: Path) -> None:
+    value = {"type": "azure", "path": "folder/conv.csv"}
+    assert _point_name({"dataset": value, "router": "lor"}, set()) == "dataset=conv,router=lor"
+    assert _point_name({"dataset": value | {"limit": 5}}, set()) == "dataset=conv+limit-5"
 
 
 def test_repeats_share_their_seeds_over_the_points(tmp_path: Path) -> None:

@@ -113,6 +113,12 @@ def test_two_processes_leave_the_same_bytes_as_one(sequential: tuple[Path, dict[
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "out") == expected
     assert "[6/6]" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("rate=")]
+    assert [row[0] for row in rows] == [p.name for p in load_experiment(file).points]
+    summary = json.loads((tmp_path / "out" / rows[0][0] / "0" / "summary.json").read_text())
+    shown = f"{1e3 * summary['mean_ttft_s']:,.1f}", f"{1e3 * summary['p99_ttft_s']:,.1f}"
+    assert rows[0][1:6] == ["1", "60", "0", *shown]
+    assert "6 of 6 runs in " in done.stdout
 
 
 @pytest.mark.mpi
