@@ -124,9 +124,20 @@ class Send(Struct, frozen=True, tag="send", array_like=True):
 
 
 class WakeAt(Struct, frozen=True, tag="wake_at", array_like=True):
-    """Give a Wake at the instant `at` of this core's clock; replaces the last WakeAt. None: none is wanted."""
+    """Give a Wake at the instant `at` of this core's clock, and at `report_at` if that is earlier; None: none is wanted.
+
+    Replaces the last WakeAt. At `report_at` nothing is due but a report.
+    """
 
     at: int | None
+    report_at: int | None = None
+
+    @property
+    def first(self) -> int | None:
+        """The earlier of the two."""
+        if self.at is None or self.report_at is None:
+            return self.report_at if self.at is None else self.at
+        return min(self.at, self.report_at)
 
 
 class Deliver(Struct, frozen=True, tag="deliver", array_like=True):

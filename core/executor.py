@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from ..policies import registry
 from ..policies.interfaces import BatchPolicy, QueueOrder
 from ..policies.vocabulary import (
-    BatchPlan,
     ContextPhaseParams,
     FinishReason,
     Request,
@@ -32,7 +31,6 @@ from .commands import (
     Record,
     RunSteps,
     Send,
-    WakeAt,
 )
 from .config import ExecutorConfig
 from .events import (
@@ -68,7 +66,8 @@ from .visit_rows import stay_row, transfer_row
 
 CANCELLED: Final = "cancelled"
 _BEFORE_DECODE: Final = (State.GENERATION_QUEUED, State.KV_IN_FLIGHT, State.KV_EARLY, State.KV_READY)
-_NO_BATCH: Final = BatchPlan()
+# what a timer of a visit limits: how long it is in that state
+_LIMITS: Final = {"lease": State.CONTEXT_DONE, "transfer": State.KV_IN_FLIGHT, "pull": State.GENERATION_QUEUED}
 
 
 class ExecutorCore:
@@ -105,9 +104,8 @@ class ExecutorCore:
         self._serial = 0
         self._seen_requests = 0
         self._seen_tokens = 0
-        self._timers = Timers()
+        self._timers = Timers(self._timer_matters)
         self._dirty = False  # changed since the last report
-        self._report_armed = False
         self._reported_at = -config.report_interval
         self._heartbeat_armed = False
         self._responses: list[Response] = []
@@ -123,6 +121,8 @@ class ExecutorCore:
         if not more:
             if self.scheduler.running is None:
                 self._plan(now)
+            elif self._num_pulls and self._pulls_at_once:
+                self._pull(now)
             self._flush(now)
         out = self._out
         self._out = []
@@ -215,7 +215,8 @@ class ExecutorCore:
 
     def _queue_pull(self, visit: Visit, now: int) -> None:
         """It waits for blocks to receive its KV into; no longer than it may, once its context phase is done."""
-        if params_of(visit.request).executor == self.id:
+        is_local = params_of(visit.request).executor == self.id
+        if is_local:
             self._local.put(visit)
         else:
             heapq.heappush(self._pulls, (visit.awaits_token, visit.order_key, visit.serial, visit))
@@ -223,8 +224,13 @@ class ExecutorCore:
                 self._look(visit, self.scheduler.cache)
         if not visit.awaits_token:
             self._timers.set(now + self.config.pull_timeout, "pull", visit.id)
-        if visit.num_blocks <= self.scheduler.num_free_blocks:
+        if (is_local or not self._pulls_at_once) and visit.num_blocks <= self.scheduler.num_free_blocks:
             self.scheduler.ask_to_stop()
+
+    @property
+    def _pulls_at_once(self) -> bool:
+        """Whether free blocks are nobody else's: running steps take none of them, and no prompt waits for them here."""
+        return not self.scheduler.evicts and not self.scheduler.num_waiting
 
     def _refusal(self, request: Request) -> str | None:
         """Why the request can never be served here, or None."""
@@ -369,6 +375,13 @@ class ExecutorCore:
             elif visit.state is State.GENERATION_QUEUED and params is not None and params.executor == executor:
                 self._fail(visit, f"executor {executor}, which held the KV, is gone", now, recomputable=True)
 
+    def _timer_matters(self, what: str, subject: int) -> bool:
+        """False for one of a visit that has gone past what it limits."""
+        if what not in _LIMITS:
+            return True
+        visit = self.visits.get(subject)
+        return visit is not None and visit.doom is None and visit.state is _LIMITS[what]
+
     def _fire(self, what: str, subject: int, now: int) -> None:
         visit = self.visits.get(subject)
         if what == "lease":
@@ -388,8 +401,6 @@ class ExecutorCore:
                 self._give_up(visit, f"no blocks came free for its KV in {limit} ms", now, recomputable=True)
         elif what == "heartbeat":
             self._heartbeat(now)
-        elif what == "report":
-            self._report_armed = False  # sent at the end of this instant, if nothing else carries one
         elif what == "batch":
             self.scheduler.ask_to_stop()
 
@@ -600,6 +611,8 @@ class ExecutorCore:
             if params.executor == ORCHESTRATOR:
                 del self._in_flight[visit.id]
                 self._arrived(visit, now)
+                if self.scheduler.num_free_slots > 0:
+                    self.scheduler.ask_to_stop()
                 continue
             used = blocks[: self.scheduler.blocks_for(params.num_kv_tokens)]
             if visit.num_cached_tokens:
@@ -642,7 +655,8 @@ class ExecutorCore:
         return ReceiveKv(visit.id, params.executor, params.req_id, params.num_kv_tokens - present, missing, present)
 
     def _blocks_came_free(self) -> None:
-        if self._num_pulls or (self.scheduler.num_waiting and self.scheduler.num_free_slots > 0):
+        pulls_wait = self._local or (self._num_pulls and not self._pulls_at_once)
+        if pulls_wait or (self.scheduler.num_waiting and self.scheduler.num_free_slots > 0):
             self.scheduler.ask_to_stop()
 
     # ---- what the orchestrator is told ------------------------------------------------------------------------------
@@ -690,21 +704,20 @@ class ExecutorCore:
             self._responses.clear()
         elif self.scheduler.has_changed and self.config.report_on_batch_change:
             self._send_report(now)
-        if self._dirty and not self._report_armed:
-            due = self._reported_at + self.config.report_interval
-            if due <= now:
+        report_at = None
+        if self._dirty:
+            report_at = self._reported_at + self.config.report_interval
+            if report_at <= now:
                 self._send_report(now)
-            else:
-                self._report_armed = True
-                self._timers.set(due, "report")
+                report_at = None
         is_idle = self.scheduler.running is None and not self.scheduler.tails
         if self._closing and not self._drained and not self.visits and is_idle:
             self._drained = True
             self.scheduler.close_epoch()
             self._out.append(Drained())
-        at = self._timers.wake_up()
-        if at is not None:
-            self._out.append(WakeAt(at))
+        wake_up = self._timers.wake_up(report_at)
+        if wake_up is not None:
+            self._out.append(wake_up)
 
     def _send_report(self, now: int) -> None:
         self._reported(now)

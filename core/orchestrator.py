@@ -27,7 +27,7 @@ from ..policies.vocabulary import (
     Routing,
     Stage,
 )
-from .commands import ORCHESTRATOR, Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send, WakeAt
+from .commands import ORCHESTRATOR, Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send
 from .config import OrchestratorConfig, PolicySpec
 from .decisions import decision_row
 from .events import (
@@ -57,6 +57,8 @@ from .timers import Timers
 
 AT_ARRIVAL: Final = "at_arrival"
 AT_CONTEXT_START: Final = "at_context_start"
+AT_CONTEXT_DONE: Final = "at_context_done"
+_SERVED: Final = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 def _shown(task: Task, router: RoutingPolicy) -> Request:
@@ -130,12 +132,31 @@ class OrchestratorCore:
             if self._closing and not self._drained and not self.tasks:
                 self._drained = True
                 self._out.append(Drained())
-            at = self._timers.wake_up()
-            if at is not None:
-                self._out.append(WakeAt(at))
+            wake_up = self._timers.wake_up()
+            if wake_up is not None:
+                self._out.append(wake_up)
         out = self._out
         self._out = []
         return out
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether any message may have consequences: requests are held back, or a policy changes roles."""
+        return len(self._held) > 0 or self._roles.policy is not None
+
+    def can_wait(self, message: OrchestratorEvent) -> bool:
+        """Whether nothing is sent to an executor upon `message`, as long as nothing is held back.
+
+        A driver of virtual time may then give it after its instant, with that instant, before whatever it gives next.
+        """
+        if type(message) is Report:
+            return True
+        return (
+            type(message) is Response
+            and message.finish_reason in _SERVED
+            and self.config.generation_binding == AT_CONTEXT_DONE
+            and not self._closing
+        )
 
     def _take(self, event: OrchestratorEvent, now: int) -> None:
         match event:

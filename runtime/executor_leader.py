@@ -261,7 +261,7 @@ class LeaderSession:
                     if self._on_record is not None:
                         self._on_record(command.row)
                 case WakeAt():
-                    self._wake_at = command.at
+                    self._wake_at = command.first
                 case ReceiveKv() | PrepareReceive():
                     self._receive_kv(command)
                 case ServeKv():

@@ -439,7 +439,7 @@ class OrchestratorDriver:
                 case Record():
                     self._record.rows.append(command.row)
                 case WakeAt():
-                    self._wake_at = command.at
+                    self._wake_at = command.first
                 case Drained():
                     self._state = "core drained"
 

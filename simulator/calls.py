@@ -1,15 +1,20 @@
 """SimPy's clock in whole picoseconds, and calls at an instant, in the order that the core defines for ties.
 
-SimPy's heap orders by (time, priority, serial). Within one instant messages, transfers and timers come first, then step
-ends, then planning passes, each by rank; events of a user's own processes (priorities 0 and 1) come before them all.
+The calendar orders by (time, priority, serial). Within one instant messages, transfers and timers come first,
+then step ends, then planning passes, each by rank; events of a user's own processes (priorities 0 and 1) come before them
+all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import Any, Final
 
 import simpy
+from simpy.core import EmptySchedule, StopSimulation
+
+from .calendar import END, Calendar
 
 MESSAGE: Final = 1 << 24
 STEP_END: Final = 2 << 24
@@ -21,41 +26,55 @@ class FloatDelayError(TypeError):
 
 
 class Environment(simpy.Environment):
-    """SimPy's environment on integer time: a delay that is not a whole number is refused where it is made."""
+    """SimPy's environment on integer time and on a calendar that holds plain calls beside SimPy's events.
 
-    num_scheduled = 0
+    A delay that is not a whole number is refused where it is made.
+    """
 
     def __init__(self) -> None:
         super().__init__(initial_time=0)
+        self.calendar = Calendar()
 
     @property
     def now(self) -> int:
         """Picoseconds since the start."""
-        return self._now  # type: ignore[return-value]
+        return self.calendar.now
 
     def schedule(self, event: simpy.Event, priority: Any = simpy.events.NORMAL, delay: Any = 0) -> None:
         if type(delay) is not int:
             raise FloatDelayError(f"a delay of {delay!r} picoseconds: use cluster.sleep(seconds), the clock is integer")
-        self.num_scheduled += 1
-        super().schedule(event, priority, delay)
+        calendar = self.calendar
+        calendar.call_at(calendar.now + delay, int(priority), self._happen, event)
+
+    def peek(self) -> Any:
+        at = self.calendar.peek()
+        return inf if at == END else at
+
+    def step(self) -> None:
+        if not self.calendar.step():
+            raise EmptySchedule
+
+    def run(self, until: Any = None) -> Any:
+        if until is not None:
+            return super().run(until)
+        self.calendar.run()
+        return None
+
+    def _happen(self, event: simpy.Event) -> None:
+        """What SimPy does with an event whose instant has come."""
+        callbacks: list[Any] = event.callbacks
+        event.callbacks = None  # type: ignore[assignment]
+        for number, callback in enumerate(callbacks, 1):
+            try:
+                callback(event)
+            except StopSimulation:
+                event.callbacks = callbacks[number:]  # they are called when the simulation goes on
+                self.schedule(event, -1)
+                raise
+        if not event.ok and not event.defused:
+            raise event.value  # type: ignore[misc]
 
 
-class Call(simpy.Event):
-    """A triggered event that calls `function(argument)`."""
-
-    def __init__(self, env: Environment, function: Callable[[Any], None], argument: Any) -> None:
-        # an Event's own constructor, less what a call never needs: this is the simulator's hottest allocation
-        self.env = env
-        self.callbacks = [self._run]
-        self._ok = True
-        self._value = None
-        self._function = function
-        self._argument = argument
-
-    def _run(self, _: simpy.Event) -> None:
-        self._function(self._argument)
-
-
-def call_at(env: Environment, at: int, priority: int, function: Callable[[Any], None], argument: Any) -> None:
-    """Call at the instant `at` (integer picoseconds, not in the past)."""
-    env.schedule(Call(env, function, argument), priority, at - env.now)
+def call_at(env: Environment, at: int, priority: int, function: Callable[[Any], object], argument: Any) -> int:
+    """Call at the instant `at` (integer picoseconds, not in the past); the serial under which it can be taken back."""
+    return env.calendar.call_at(at, priority, function, argument)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from heapq import heappop, heappush
 from typing import Any, Final
 
 import simpy
@@ -15,7 +16,7 @@ import simpy
 from ..core.commands import ORCHESTRATOR, AbortKv, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
 from ..core.config import OrchestratorConfig
 from ..core.event_log import LoggedCore, LogHeader
-from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, RoleChanged, Wake
+from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, Report, RoleChanged, Wake
 from ..core.executor import ExecutorCore
 from ..core.grants import Launch
 from ..core.orchestrator import OrchestratorCore
@@ -33,9 +34,10 @@ _ENDLESS: Final = 1 << 60  # the length of a sequence that nobody waits for any 
 
 class SimulatedCluster:
     """`records` is given every finished row; `delivered` every Deliver to a user; `log_sink(core id)` gives the sink of
-    that core's event log, or None for no log. `link_cost(source, reader)` says more of a link than a rate and a latency
-    that all have in common. `launch` holds (steps_per_grant, pipeline_depth, plan_ahead) of executors that
-    launch more than one step ahead.
+    that core's event log, or None for no log. `users_act` False says that nobody acts upon a Deliver, so that one may come
+    after its instant; by default that is so where `delivered` is None. `link_cost(source, reader)` says more of a link than
+    a rate and a latency that all have in common. `launch` holds (steps_per_grant, pipeline_depth, plan_ahead) of executors
+    that launch more than one step ahead.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class SimulatedCluster:
         records: Callable[[Any], None] | None = None,
         delivered: Callable[[Deliver], None] | None = None,
         log_sink: Callable[[int], Callable[[bytes], object] | None] | None = None,
+        users_act: bool | None = None,
     ) -> None:
         self.env = Environment()
+        self._calendar = self.env.calendar
         self.config = config
         self.timing = timing
         self.record = records if records is not None else _ignore
@@ -69,11 +73,19 @@ class SimulatedCluster:
         self._hidden_hashes: dict[int, tuple[int, ...]] = {}  # as those two, of the blocks of what is generated
         self._output_hashes: dict[int, tuple[int, ...]] = {}
         self._polling = False
+        self._may_be_late = timing.may_be_late
+        self._users_act = delivered is not None if users_act is None else users_act
+        self._late: list[
+            tuple[int, int, int, Any]
+        ] = []  # heap: (instant, priority, serial, what the orchestrator is told)
+        self._reports_due: list[tuple[int, int]] = []  # heap: (instant, executor); stale ones are skipped there
         self._wake_version = 0
         self._ended: dict[int, list[Callable[[Deliver], object]]] = {}
         self.is_drained = False
         sink = log_sink(ORCHESTRATOR) if log_sink is not None else None
         core: Any = OrchestratorCore(config)
+        self._is_holding = core.is_holding
+        self._orchestrator: OrchestratorCore = core  # to ask it, past the log, what can wait
         self.core = core if sink is None else LoggedCore(core, LogHeader(1, orchestrator=config), sink)
         self.executors: dict[int, SimulatedExecutor] = {}
         for executor in config.executors:
@@ -113,6 +125,7 @@ class SimulatedCluster:
 
     def finished(self, request_id: int) -> simpy.Event:
         """An event that fires when the request has ended; its value is the Deliver. For use in SimPy processes."""
+        self._hurry()  # its end may be on its way already
         event = self.env.event()
         self._ended.setdefault(request_id, []).append(lambda deliver: event.succeed(deliver))
         return event
@@ -135,50 +148,123 @@ class SimulatedCluster:
 
     def run(self, until_s: float | None = None) -> None:
         """Run until nothing is left to happen, or until `until_s`."""
-        self.env.run(until=None if until_s is None else round(until_s * PS_PER_S))
+        if until_s is not None:
+            until = round(until_s * PS_PER_S)
+            self.env.run(until=until)
+            self._hear_late(until, 0, 0)
+            return
+        self.env.run()
+        while self._late or self._reports_due:
+            soonest = min(heap[0][0] for heap in (self._late, self._reports_due) if heap)
+            self._calendar.now = max(self._calendar.now, soonest)
+            self._hear_late(soonest + 1, 0, 0)
+            self.env.run()
 
     def count_events(self) -> int:
-        """SimPy events scheduled so far: the simulator's unit of work."""
-        return self.env.num_scheduled
+        """Calls and SimPy events so far: the simulator's unit of work. What was taken back before its time is none."""
+        return self.env.calendar.num_calls
 
     # ---- the world of the orchestrator's core -----------------------------------------------------------------------
 
     def _give(self, event: Any) -> None:
-        now = self.env.now
-        self._obey(self.core.handle(event, now, True))
+        calendar, late = self._calendar, self._late
+        now = calendar.now
+        if late or self._reports_due:
+            self._hear_late(now, calendar.priority, calendar.serial)
         if self._polling:
-            return
-        if self.env.peek() == now:
-            self._polling = True
-            call_at(self.env, now, POLL, self._poll, None)
+            self._obey(self.core.handle(event, now, True), now)
+        elif self._users_act or calendar.peek() == now:
+            self._obey(self.core.handle(event, now, True), now)
+            if calendar.peek() == now:  # by now a user may have more to say
+                self._polling = True
+                calendar.call_at(now, POLL, self._poll, None)
+            else:
+                self._end_instant(now)
+        elif late and late[0][0] == now:
+            self._obey(self.core.handle(event, now, True), now)
+            self._end_instant(now)
         else:
-            self._obey(self.core.handle(None, now))
+            self._obey(self.core.handle(event, now), now)
 
     def _poll(self, _: None) -> None:
         self._polling = False
-        self._obey(self.core.handle(None, self.env.now))
+        self._end_instant(self._calendar.now)
 
-    def _obey(self, commands: list[Any]) -> None:
+    def _end_instant(self, now: int) -> None:
+        late = self._late
+        while late and late[0][0] == now:
+            self._obey(self.core.handle(heappop(late)[3], now, True), now)
+        self._obey(self.core.handle(None, now), now)
+
+    # What nobody waits for is heard late: the report of an executor, and the end of a request where no user acts upon it,
+    # lie ready, each with its instant and its place in it, until the orchestrator is next given anything. It hears them
+    # first, at their own instants, so that it decides, and logs, the same. A report that is due by time alone is asked for
+    # then too. While requests are held back every report may start one, and all of this happens in time.
+
+    def _hear_late(self, now: int, priority: int, serial: int) -> None:
+        """Give the orchestrator what it should have heard before this place in time."""
+        due, late = self._reports_due, self._late
+        while due and due[0][0] < now:
+            self.executors[heappop(due)[1]].report_if_due()
+        before = (now, priority, serial)
+        while late and late[0] < before:
+            at, _, _, message = heappop(late)
+            if at < now:
+                self._obey(self.core.handle(message, at, bool(late) and late[0][0] == at), at)
+            else:
+                self._obey(self.core.handle(message, at, True), at)
+
+    def _hurry(self) -> None:
+        """From now on nothing is late."""
+        late, calendar = self._late, self._calendar
+        while late:
+            at, priority, serial, message = heappop(late)
+            calendar.call_in_place(at, priority, serial, self._tell, (ORCHESTRATOR, message))
+        due, self._reports_due = self._reports_due, []
+        for executor in sorted({executor for _, executor in due}):
+            self.executors[executor].hurry()
+
+    @property
+    def may_be_late(self) -> bool:
+        """Whether the orchestrator need not hear at once of what cannot make it act."""
+        return self._may_be_late and not self._is_holding
+
+    def report_due(self, at: int, executor: int) -> None:
+        """A report of `executor` is due at `at`; to be called only where it may be late."""
+        heappush(self._reports_due, (at, executor))
+
+    def _can_wait(self, message: Any) -> bool:
+        if not self._may_be_late or self._is_holding:
+            return False
+        if type(message) is not Report and (self._users_act or self._ended):
+            return False
+        return self._orchestrator.can_wait(message)
+
+    def _obey(self, commands: list[Any], now: int) -> None:
         for command in commands:
-            match command:
-                case Dispatched():
-                    executor_request = command.executor_request.id
-                    self._lengths[executor_request] = self._hidden[command.request_id]
-                    if command.request_id in self._hidden_hashes:
-                        self._output_hashes[executor_request] = self._hidden_hashes[command.request_id]
-                case Send():
-                    self.send(ORCHESTRATOR, command.to, command.message)
-                case Record():
-                    self.record(command.row)
-                case Deliver():
-                    self._deliver(command)
-                case WakeAt():
-                    self._wake_version += 1
-                    if command.at is not None:
-                        at, place = self.timing.wake(ORCHESTRATOR, command.at, self.env.now)
-                        call_at(self.env, at, MESSAGE + place, self._wake, self._wake_version)
-                case Drained():
-                    self.is_drained = True
+            kind = type(command)
+            if kind is Record:
+                self.record(command.row)
+            elif kind is Send:
+                self.send(ORCHESTRATOR, command.to, command.message, now)
+            elif kind is Dispatched:
+                executor_request = command.executor_request.id
+                self._lengths[executor_request] = self._hidden[command.request_id]
+                if command.request_id in self._hidden_hashes:
+                    self._output_hashes[executor_request] = self._hidden_hashes[command.request_id]
+            elif kind is Deliver:
+                self._deliver(command)
+            elif kind is WakeAt:
+                self._wake_version += 1
+                if command.at is not None:
+                    at, place = self.timing.wake(ORCHESTRATOR, command.at, now)
+                    self._calendar.call_at(at, MESSAGE + place, self._wake, self._wake_version)
+            elif kind is Drained:
+                self.is_drained = True
+        if self._orchestrator.is_holding is not self._is_holding:
+            self._is_holding = not self._is_holding
+            if self._is_holding:
+                self._hurry()
 
     def _wake(self, version: int) -> None:
         if version == self._wake_version:
@@ -188,8 +274,9 @@ class SimulatedCluster:
         if self._delivered is not None:
             self._delivered(deliver)
         if deliver.finish_reason is not None:
-            for call in self._ended.pop(deliver.request_id, ()):
-                call(deliver)
+            if self._ended:
+                for call in self._ended.pop(deliver.request_id, ()):
+                    call(deliver)
             self._hidden.pop(deliver.request_id, None)
             self._hidden_hashes.pop(deliver.request_id, None)
 
@@ -211,9 +298,13 @@ class SimulatedCluster:
         hashes = self._output_hashes
         return tuple((i, hashes[i]) for i in sorted(executor_requests) if i in hashes) if hashes else ()
 
-    def send(self, sender: int, to: int, message: Any) -> None:
-        at, place = self.timing.message_arrives(sender, to, self.env.now)
-        call_at(self.env, at, MESSAGE + place, self._tell, (to, message))
+    def send(self, sender: int, to: int, message: Any, now: int) -> None:
+        at, place = self.timing.message_arrives(sender, to, now)
+        calendar = self._calendar
+        if to == ORCHESTRATOR and self._can_wait(message):
+            heappush(self._late, (at, MESSAGE + place, calendar.next_serial(), message))
+        else:
+            calendar.call_at(at, MESSAGE + place, self._tell, (to, message))
 
     def tell(self, core: int, event: Any) -> None:
         """Give `event` to a core now, as if the world had seen it happen."""
@@ -229,7 +320,7 @@ class SimulatedCluster:
 
     def serve_kv(self, source: int, command: ServeKv) -> None:
         if not command.ok:
-            self.send(source, command.reader, KvReceived(command.reader_id, False, command.error))
+            self.send(source, command.reader, KvReceived(command.reader_id, False, command.error), self.env.now)
             return
         ends = self.timing.transfer_ends(source, command)
         if ends is None and command.is_early:

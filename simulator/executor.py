@@ -34,7 +34,7 @@ from ..core.events import (
 )
 from ..core.grants import Launch, granted_through, grants_out
 from ..policies.vocabulary import FinishReason, RequestType
-from .calls import MESSAGE, POLL, STEP_END, call_at
+from .calls import MESSAGE, POLL, STEP_END
 from .layerwise import RunningStep
 
 if TYPE_CHECKING:
@@ -68,19 +68,23 @@ class SimulatedExecutor:
         self.core = core
         self.is_alive = True
         self._cluster = cluster
-        self._env = cluster.env
+        self._calendar = cluster.env.calendar
         self._timing = cluster.timing
         self._launch = launch
         self._polling = False
         self._tails: deque[_Tail] = deque()
         self._run: RunSteps | None = None  # the plan whose end is open
         self._end_step = 0  # of the epoch, as scheduled
-        self._end_version = 0
+        self._end_version = 0  # changes whenever the end does
+        self._end_serial = 0  # of the call at the end, 0 for none
         self._may_commit = False  # the open plan, as soon as this instant is planned
         self._end_at = 0
         self.running_step: RunningStep | None = None  # where it holds chunks
         self._done = 0  # steps of the epoch that the core knows to be done, or certain
-        self._wake_version = 0
+        self._wake_at: int | None = None  # as the core asked
+        self._wake_serial = 0  # of the call that will wake it, 0 for none
+        self._wake_due = 0  # the instant of that call
+        self._report_at: int | None = None  # a wake-up for nothing but a report, which may be given late
         # progress of sequences, by the same arithmetic as the core's, to know when the hidden lengths are reached
         self._decode_step = 0
         self._generated: dict[int, int] = {}  # outside the decode batch
@@ -91,23 +95,38 @@ class SimulatedExecutor:
 
     def give(self, event: Any) -> None:
         """Hand an event to the core; it plans when the last event of the instant has been given."""
-        if self.is_alive:
-            self._take(event)
+        if not self.is_alive:
+            return
+        calendar = self._calendar
+        now = calendar.now
+        if self._report_at is not None:
+            self._report_if_due(now, calendar.priority)
+        if type(event) is Enqueue and event.request.request_type is RequestType.GENERATION_ONLY:
+            self._generated[event.request.id] = 1  # its first token comes with the KV
+        if self._run is not None or self._polling or calendar.peek() == now or self._report_at == now:
+            # a plan that is asked to stop may end, or be committed, in this very instant
+            self._obey(self.core.handle(event, now, True), now)
             self._settle()
+        else:
+            self._obey(self.core.handle(event, now), now)
+            while self._may_commit:
+                self._commit(self._done)
+                self._obey(self.core.handle(None, now), now)
 
     def _take(self, event: Any) -> None:
-        if isinstance(event, Enqueue) and event.request.request_type is RequestType.GENERATION_ONLY:
-            self._generated[event.request.id] = 1  # its first token comes with the KV
-        self._obey(self.core.handle(event, self._env.now, True))
+        """Hand an event of the driver's own to the core, which plans later."""
+        now = self._calendar.now
+        self._report_if_due(now, self._calendar.priority)
+        self._obey(self.core.handle(event, now, True), now)
 
     def _settle(self) -> None:
         """Let the core plan, now or when the other events of the instant have been given."""
         if self._polling:
             return
-        now = self._env.now
-        if self._env.peek() == now:
+        calendar = self._calendar
+        if calendar.peek() == calendar.now:
             self._polling = True
-            call_at(self._env, now, POLL + self.id, self._poll, None)
+            calendar.call_at(calendar.now, POLL + self.id, self._poll, None)
         else:
             self._plan()
 
@@ -117,50 +136,105 @@ class SimulatedExecutor:
             self._plan()
 
     def _plan(self) -> None:
-        self._obey(self.core.handle(None, self._env.now))
+        now = self._calendar.now
+        if self._report_at is not None:
+            self._report_if_due(now, POLL)
+        self._obey(self.core.handle(None, now), now)
         while self._may_commit:
             self._commit(self._done)
-            self._obey(self.core.handle(None, self._env.now))
+            self._obey(self.core.handle(None, now), now)
 
     def kill(self) -> None:
         """From now on it does nothing and answers nobody."""
+        self._report_if_due(self._calendar.now, 0)
         self.is_alive = False
+
+    # ---- wake-ups ---------------------------------------------------------------------------------------------------
+
+    def _wake_up_at(self, at: int | None, report_at: int | None, now: int) -> None:
+        """The core wants to be woken. A wake-up for nothing but a report may be given late: see `report_if_due`."""
+        if report_at is not None and not self._cluster.may_be_late:
+            at = report_at if at is None or report_at < at else at
+            report_at = None
+        if report_at != self._report_at:
+            self._report_at = report_at
+            if report_at is not None:
+                self._cluster.report_due(report_at, self.id)
+        self._wake_at = at
+        if at is None:
+            return
+        at, place = self._timing.wake(self.id, at, now)
+        if self._wake_serial:
+            if self._wake_due == at or (self._wake_due < at and self._timing.may_be_late):
+                return  # the call that is outstanding asks for another if it comes too early
+            self._calendar.take_back(self._wake_serial)
+        self._wake_due = at
+        self._wake_serial = self._calendar.call_at(at, MESSAGE + place, self._wake, None)
+
+    def _wake(self, _: None) -> None:
+        self._wake_serial = 0
+        self.report_if_due()
+        at, now = self._wake_at, self._calendar.now
+        if at is None or self._wake_serial:
+            return
+        if at > now and self._timing.may_be_late:
+            self._wake_up_at(at, self._report_at, now)
+            return
+        self._wake_at = None
+        self.give(_WAKE)
+
+    def report_if_due(self) -> None:
+        """Give the wake-up for a report whose instant has passed, with that instant: nothing has happened here since."""
+        if self.is_alive:
+            self._report_if_due(self._calendar.now, 0)
+
+    def _report_if_due(self, now: int, priority: int) -> None:
+        at = self._report_at
+        if at is None or at > now or (at == now and MESSAGE + self.id > priority):
+            return
+        self._report_at = self._wake_at = None
+        self._obey(self.core.handle(_WAKE, at, at == now), at)
+
+    def hurry(self) -> None:
+        """Reports are waited for: the next one is made at its instant."""
+        at, self._report_at = self._report_at, None
+        if at is None:
+            return
+        if self._wake_serial:
+            self._calendar.take_back(self._wake_serial)
+        self._wake_at = self._wake_due = at
+        self._wake_serial = self._calendar.call_at(at, MESSAGE + self.id, self._wake, None)
 
     # ---- out of the core --------------------------------------------------------------------------------------------
 
-    def _obey(self, commands: list[Any]) -> None:
+    def _obey(self, commands: list[Any], now: int) -> None:
+        cluster = self._cluster
         for command in commands:
-            match command:
-                case RunSteps():
-                    self._start(command)
-                case Send():
-                    if isinstance(command.message, Response):
-                        self._generated.pop(command.message.request_id, None)
-                        self._cluster.forget(command.message.request_id)
-                    self._cluster.send(self.id, command.to, command.message)
-                case Record():
-                    self._cluster.record(command.row)
-                case StopAfterStep():
-                    self._stop()
-                case WakeAt():
-                    self._wake_version += 1
-                    if command.at is not None:
-                        at, place = self._timing.wake(self.id, command.at, self._env.now)
-                        call_at(self._env, at, MESSAGE + place, self._wake, self._wake_version)
-                case ReceiveKv() | PrepareReceive():
-                    present = command.num_present if isinstance(command, ReceiveKv) else 0
-                    request = KvRequested(command.source_id, self.id, command.request_id, present)
-                    self._cluster.send(self.id, command.source, request)
-                case ServeKv():
-                    self._cluster.serve_kv(self.id, command)
-                case AbortKv():
-                    self._cluster.abort_kv(self.id, command)
-                case Drained():
-                    self._cluster.drained(self.id)
-
-    def _wake(self, version: int) -> None:
-        if version == self._wake_version:
-            self.give(_WAKE)
+            kind = type(command)
+            if kind is Record:
+                cluster.record(command.row)
+            elif kind is Send:
+                message = command.message
+                if type(message) is Response:
+                    self._generated.pop(message.request_id, None)
+                    cluster.forget(message.request_id)
+                cluster.send(self.id, command.to, message, now)
+            elif kind is WakeAt:
+                self._wake_up_at(command.at, command.report_at, now)
+            elif kind is RunSteps:
+                self._start(command)
+            elif kind is StopAfterStep:
+                self._stop()
+            elif kind is ReceiveKv or kind is PrepareReceive:
+                present = command.num_present if kind is ReceiveKv else 0
+                request = KvRequested(command.source_id, self.id, command.request_id, present)
+                cluster.send(self.id, command.source, request, now)
+            elif kind is ServeKv:
+                cluster.serve_kv(self.id, command)
+            elif kind is AbortKv:
+                cluster.abort_kv(self.id, command)
+            elif kind is Drained:
+                cluster.drained(self.id)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -176,7 +250,7 @@ class SimulatedExecutor:
             self._joined_at[joined.request_id] = step - generated
             length = self._cluster.true_length(joined.request_id)
             heapq.heappush(self._true_ends, (step - generated + length, joined.request_id))
-        start = self._tails[-1].grant_ends[-1] if self._tails else self._env.now
+        start = self._tails[-1].grant_ends[-1] if self._tails else self._calendar.now
         if run.first_step == 1:
             self._done = 0
         self._timing.begin(self.id, run, start)
@@ -215,9 +289,12 @@ class SimulatedExecutor:
         """The last step of the open plan is known: it is committed when the grants that are out leave room, or it ends."""
         run = self._run
         self._end_version += 1
+        if self._end_serial:
+            self._calendar.take_back(self._end_serial)
+            self._end_serial = 0
         if run is None:
             return
-        self._end_at = max(self._timing.end_of_step(self.id, self._end_step), self._env.now)
+        self._end_at = max(self._timing.end_of_step(self.id, self._end_step), self._calendar.now)
         if self._launch.may_commit(bool(run.chunks), 0):
             surplus = self._num_grants_out() - self._launch.depth
             self._may_commit = surplus < 0
@@ -225,11 +302,11 @@ class SimulatedExecutor:
             if self._may_commit or self._tails:
                 return  # it is committed in this instant, or looked at as the grants before it are reported
             if step < self._end_step:
-                at = max(self._timing.end_of_step(self.id, step), self._env.now)
-                call_at(self._env, at, STEP_END + self.id, self._commit_at, (self._end_version, step))
+                at = max(self._timing.end_of_step(self.id, step), self._calendar.now)
+                self._calendar.call_at(at, STEP_END + self.id, self._commit_at, (self._end_version, step))
                 return
         if not self._tails:  # else once they have ended
-            call_at(self._env, self._end_at, STEP_END + self.id, self._end, self._end_version)
+            self._end_serial = self._calendar.call_at(self._end_at, STEP_END + self.id, self._end, None)
 
     def _num_grants_out(self) -> int:
         """Of committed plans, and all that the open one will have, none of which has been reported."""
@@ -240,7 +317,7 @@ class SimulatedExecutor:
         return own + sum(len(tail.grant_ends) for tail in self._tails)
 
     def _stop(self) -> None:
-        run, now = self._run, self._env.now
+        run, now = self._run, self._calendar.now
         if run is None:
             return
         if self._tails:  # none of its steps has been reported
@@ -254,13 +331,14 @@ class SimulatedExecutor:
             self._end_step = end
             self._schedule_end()
 
-    def _end(self, version: int) -> None:
+    def _end(self, _: None) -> None:
         """The open plan ends, and was not committed."""
         run = self._run
-        if version != self._end_version or run is None or not self.is_alive:
+        self._end_serial = 0
+        if run is None or not self.is_alive:
             return
         self.running_step = None
-        stopped, _ = self._close(run, self._end_step)
+        stopped, _late = self._close(run, self._end_step)
         for chunk in run.chunks:
             if chunk.is_last:
                 generated = self._generated.get(chunk.request_id, 0) + 1
@@ -274,6 +352,9 @@ class SimulatedExecutor:
         """All its steps are done, or certain: sequences that stop in those up to `reported`, and in those after it."""
         steps, start = self._end_step - self._done, self._done
         self._run, self._may_commit = None, False
+        if self._end_serial:
+            self._calendar.take_back(self._end_serial)
+            self._end_serial = 0
         self._end_version += 1
         self._done = self._end_step
         known: list[Stopped] = []
@@ -306,7 +387,7 @@ class SimulatedExecutor:
         first, last = run.first_step, self._end_step
         finished = (reported - first + 1) // size
         steps = [min(last, end) for end in range(first - 1 + (finished + 1) * size, last + size, size)]
-        now = self._env.now
+        now = self._calendar.now
         stopped, late = self._close(run, reported)
         ends = [max(now, self._timing.end_of_step(self.id, step)) for step in steps]
         ended = [stop.request_id for stop in (*stopped, *late)]
@@ -317,7 +398,7 @@ class SimulatedExecutor:
 
     def _await_grant(self) -> None:
         """Grants are reported in order: one call at a time."""
-        call_at(self._env, self._tails[0].grant_ends[0], STEP_END + self.id, self._grant_ends, None)
+        self._calendar.call_at(self._tails[0].grant_ends[0], STEP_END + self.id, self._grant_ends, None)
 
     def _grant_ends(self, _: None) -> None:
         """The first grant of the first committed plan is reported."""

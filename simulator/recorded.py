@@ -49,6 +49,8 @@ class Recording:
     instant at which each of its steps was reported, from step 1 on.
     """
 
+    may_be_late = False  # instants are found in the record as they come
+
     def __init__(self, logs: Mapping[int, bytes], step_ends: StepEnds) -> None:
         self.headers: dict[int, LogHeader] = {}
         self.frames: dict[int, list[Frame]] = {}

@@ -19,6 +19,8 @@ from ..core.overheads import NO_GAPS, LaunchGaps, MessageLatency
 class Timing(Protocol):
     """All instants in picoseconds of the simulation's clock."""
 
+    may_be_late: bool  # whether what nobody waits for may be given to cores after its instant, with that instant
+
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
         """`run` opens an epoch (its first step) at `now`, or goes on with the open one (`first_step` > 1)."""
         ...
@@ -54,6 +56,8 @@ class ModelTiming:
     executor, number of the epoch there), so that it does not depend on the order in which executors run: 1 + jitter * z,
     z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
     """
+
+    may_be_late = True
 
     def __init__(
         self,

@@ -559,6 +559,8 @@ class NaiveExecutor:
             self.tell()
             if len(self.steps) == num_planned:
                 return
+        if not self.evicts and not self.at(WAITING):
+            self.pull()  # steps run, and none of them needs the blocks that are free
         self.tell()
 
     def plan_step(self) -> None:

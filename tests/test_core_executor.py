@@ -368,15 +368,42 @@ def test_ready_requests_join_in_order_as_places_come_free() -> None:
 
 
 def test_a_cancelled_head_of_the_line_lets_the_next_in() -> None:
-    """Which fits where the first did not: nothing came free, and yet the span has to end."""
+    """Which fits where the first did not, though nothing came free."""
     desk = ExecutorDesk(Role.GENERATION, num_blocks=6)
     desk.until_decoding(1, prompt=8, max_tokens=9)
     desk.give(generation(2, 16, 5), generation(3, 4, 2))
     desk.end_steps(1)
+    assert desk.of(ReceiveKv) == []
     desk.give(Cancel(2))
-    assert desk.asked_to_stop
-    desk.end_steps(3)
     assert desk.pull.request_id == 3
+
+
+def test_a_pull_takes_free_blocks_while_steps_run_and_does_not_end_their_span() -> None:
+    desk = ExecutorDesk(Role.GENERATION)
+    desk.until_decoding(1, prompt=8, max_tokens=9)
+    desk.give(generation(2, 8, 5))
+    assert desk.pull.request_id == 2
+    assert not desk.asked_to_stop
+
+
+def test_a_pull_waits_for_the_end_of_a_step_where_running_steps_take_blocks() -> None:
+    desk = ExecutorDesk(Role.GENERATION, capacity="max_utilization")
+    desk.until_decoding(1, prompt=8, max_tokens=9)
+    desk.give(generation(2, 8, 5))
+    assert desk.of(ReceiveKv) == []
+    assert desk.asked_to_stop
+    desk.end_steps(1)
+    assert desk.pull.request_id == 2
+
+
+def test_a_pull_waits_for_the_end_of_a_step_behind_a_prompt_that_needs_blocks() -> None:
+    desk = ExecutorDesk(Role.MIXED, num_blocks=8)
+    desk.give(both(1, prompt=8, max_tokens=9))
+    desk.end_steps()
+    desk.give(both(2, prompt=8, max_tokens=17))  # needs six, and four are free
+    desk.give(generation(3, 4, 5))
+    assert desk.of(ReceiveKv) == []
+    assert desk.asked_to_stop
 
 
 def test_a_transfer_time_out_is_honoured_with_no_other_event_and_only_marks_the_blocks() -> None:

@@ -171,8 +171,8 @@ def test_a_plan_with_chunks_cannot_be_committed() -> None:
 def test_a_committed_plan_that_fails_takes_everybody_in_it_along_and_nobody_else() -> None:
     desk = decoding(4, 20)
     desk.give(generation(7, 8, 9), at=11)
-    first = commit(desk, 3, at=20)
     assert desk.pull.request_id == 7
+    first = commit(desk, 3, at=20)
     desk.give(done(first, 3, error="out of memory"), at=30)
     assert (desk.response.request_id, desk.response.error) == (1, "out of memory")
     desk.end_steps(1, at=40)

@@ -203,7 +203,6 @@ def test_a_generation_executor_receives_only_the_kv_that_it_lacks() -> None:
     assert desk.pull == ReceiveKv(1, 1, 77, 10, desk.core.blocks.blocks_of(1)[:3])
     desk.give(KvReceived(1, True), at=10)
     desk.give(named(generation(2, 14, source_id=78), 71, 72, 73), at=20)
-    desk.end_steps(2, at=30)
     table = desk.core.blocks.blocks_of(2)
     assert table[:2] == desk.core.blocks.blocks_of(1)[:2]
     assert desk.pull == ReceiveKv(2, 1, 78, 6, table[2:4], 8)
