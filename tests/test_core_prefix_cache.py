@@ -228,7 +228,6 @@ def test_kv_that_is_asked_for_early_is_received_whole() -> None:
     assert params is not None
     params = with_(params, is_promised=True)
     desk.give(with_(promised, request=with_(promised.request, context_phase_params=params)), at=20)
-    desk.end_steps(2, at=30)
     (ask,) = desk.of(PrepareReceive)
     assert (ask.num_tokens, len(ask.blocks)) == (14, 4)
 
