@@ -49,13 +49,3 @@ def mixed_hashes(values: npt.NDArray[np.uint64]) -> tuple[int, ...]:
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
     return tuple((mixed >> np.uint64(1)).tolist())
-
-
-def token_hashes(token_ids: Sequence[int], tokens_per_block: int) -> tuple[int, ...]:
-    """Hashes of the full blocks of a prompt whose tokens are known, each chained to the one before it."""
-    data = np.asarray(token_ids, dtype="<i4")
-    chain, found = b"", []
-    for end in range(tokens_per_block, len(data) + 1, tokens_per_block):
-        chain = blake2b(chain + data[end - tokens_per_block : end].tobytes(), digest_size=8).digest()
-        found.append(int.from_bytes(chain) >> 1)
-    return tuple(found)

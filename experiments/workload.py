@@ -13,12 +13,13 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from ..core.prefix_names import token_hashes
 from .arrivals import arrival_offsets, scaled
 from .config import ConcurrencyPhase, Experiment, Phase, Quantile, SyntheticDataset, TracePhase
 from .errors import ConfigError
 from .lengths import draw
 from .oracles import uses_oracle
-from .segments import segment_hashes, token_hashes
+from .segments import segment_hashes
 from .streams import stream
 from .synthetic import synthetic_rows
 from .traces import HASH_ID_TOKENS, TraceRow, block_hashes, read_trace, summarise_trace, trace_path
@@ -172,8 +173,9 @@ class Workload:
             ids += self._tokens_of("tokens of segment", part.id, part.num_tokens)
         if ids:
             return tuple(ids[: row.num_prompt_tokens])
-        for hash_id in row.hash_ids[: row.num_prompt_tokens // HASH_ID_TOKENS]:
+        for hash_id in row.hash_ids:  # the last may name less than that many: its tokens are as equal as its blocks
             ids += self._tokens_of("tokens of hash id", hash_id, HASH_ID_TOKENS)
+        del ids[row.num_prompt_tokens :]
         own = stream(self._seed, "tokens of request", request_id)
         ids += own.integers(0, vocab_size, row.num_prompt_tokens - len(ids)).tolist()
         return tuple(ids)

@@ -121,7 +121,8 @@ class LeaderSession:
         self._core: Any = ExecutorCore(config, root)
         if log:
             self._core = LoggedCore(self._core, LogHeader(1, executor=config, policy_root=root), self.record.log.append)
-        self._sequences = Sequences()
+        names_blocks = config.enable_block_reuse and not roster.spec.workload_names_blocks
+        self._sequences = Sequences(config.tokens_per_block if names_blocks else None)
         self._transfers = ExecutorTransfers(roster, executor, self._order)
         self._spans = Spans(Launch(placement.steps_per_grant, placement.pipeline_depth, placement.plan_ahead))
         self._refused: RunSteps | None = None
@@ -196,7 +197,8 @@ class LeaderSession:
         elif isinstance(body, HiddenStop):
             self._sequences.script(body.request_id, body.output_length)
         elif isinstance(body, KvAsk):
-            self._events.append((MESSAGE, sender, KvRequested(body.request_id, sender, body.reader_id)))
+            asked = KvRequested(body.request_id, sender, body.reader_id, body.num_present)
+            self._events.append((MESSAGE, sender, asked))
         elif isinstance(body, KvAnswer):
             if not body.ok:
                 self._transfers.abort(False, body.reader_id, body.error or "the source refused")
@@ -290,7 +292,9 @@ class LeaderSession:
             self._events.append((MESSAGE, command.source, gone))  # of the next instant, which is due at once
             return
         self._transfers.receive(command)
-        self._send(self._roster.leader_of(command.source), KvAsk(command.source_id, self.id, command.request_id))
+        present = command.num_present if isinstance(command, ReceiveKv) else 0
+        ask = KvAsk(command.source_id, self.id, command.request_id, present)
+        self._send(self._roster.leader_of(command.source), ask)
 
     def _serve_kv(self, command: ServeKv) -> None:
         if command.ok:
@@ -337,6 +341,7 @@ class LeaderSession:
             got, ended = self._sequences.add(report.tokens)
             self._to_stream += got
             span.report(report.step, report.tokens, ended)
+            span.block_hashes += self._sequences.names(got)
             for request_id in sorted(span.last_chunks):
                 self._transfers.written(request_id)
         if not span.is_committed:

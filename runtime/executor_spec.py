@@ -14,7 +14,8 @@ from ..core.commands import ORCHESTRATOR
 from ..core.config import ExecutorConfig, OrchestratorConfig
 from ..core.kv_layout import KvLayout
 from ..core.model_shapes import ModelShape
-from ..policies.vocabulary import Role
+from ..core.prefix_names import token_hashes
+from ..policies.vocabulary import Request, Role
 from .launcher import LaunchError
 from .transport import NOT_ENABLED, TransportError, check_backend
 
@@ -67,7 +68,8 @@ class HardwareSpec(Struct, frozen=True):
     """`leader_mode`: no orchestrator rank; participant ids then start from 0. `transport`: a backend by name.
 
     `verify_kv`: checksums of every transferred (layer, KV head, block) at both ends. `record_margins`: top-1 minus
-    top-2 logit of every sampled row (for tests).
+    top-2 logit of every sampled row (for tests). `workload_names_blocks`: where blocks are reused, the `block_hashes` that
+    requests come with are true, and what is generated has no names, as in simulation; else blocks are named by their tokens.
     """
 
     orchestrator: OrchestratorConfig
@@ -80,6 +82,7 @@ class HardwareSpec(Struct, frozen=True):
     record_margins: bool = False
     silence_limit_s: float = 30.0
     throttle_gb_per_s: float | None = None  # of KV between two executors, in each direction
+    workload_names_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,18 @@ class Roster:
         configs = self.configs | {config.id: config}
         orchestrator = replace(self.spec.orchestrator, executors=tuple(configs.values()))
         return dataclass_replace(self, spec=replace(self.spec, orchestrator=orchestrator), configs=configs)
+
+    @property
+    def reuses_blocks(self) -> bool:
+        """Whether any executor does."""
+        return any(config.enable_block_reuse for config in self.configs.values())
+
+    def named(self, request: Request) -> Request:
+        """The request as executors are to see it: its blocks named by their tokens, where names are wanted."""
+        if self.spec.workload_names_blocks or not self.reuses_blocks:
+            return request
+        size = next(config.tokens_per_block for config in self.configs.values() if config.enable_block_reuse)
+        return replace(request, block_hashes=token_hashes(request.input_token_ids or (), size))
 
     def leader_of(self, executor: int) -> int:
         return self.placements[executor].participant_ids[0]

@@ -28,6 +28,7 @@ class Span:
         self._launch = launch
         self._stopped: list[Stopped] = []
         self._first_tokens: list[tuple[int, int]] = []
+        self.block_hashes: list[tuple[int, tuple[int, ...]]] = []  # of sequences that have ended in it
         self.last_chunks = frozenset(
             chunk.request_id for chunk in run.chunks if chunk.is_last
         )  # they yield first tokens
@@ -79,7 +80,8 @@ class Span:
     def result(self) -> StepsDone:
         run = self.run
         stopped = stops_in_order(self._stopped)
-        return StepsDone(run.plan, run.epoch, self.done, stopped, tuple(self._first_tokens), self.error)
+        names = tuple(sorted(self.block_hashes))
+        return StepsDone(run.plan, run.epoch, self.done, stopped, tuple(self._first_tokens), self.error, names)
 
 
 class Spans:

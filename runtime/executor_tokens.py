@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..core.commands import Chunk, Joined, RunSteps
+from ..core.prefix_names import token_hashes
 from ..policies.vocabulary import Request, RequestType, SamplingConfig
 from .model_batch import ChunkFeed, JoinedFeed, PlanFeed
 
@@ -79,9 +80,13 @@ class Sequence:
 
 
 class Sequences:
-    """All visits of one executor, from their Enqueue to their Response."""
+    """All visits of one executor, from their Enqueue to their Response.
 
-    def __init__(self) -> None:
+    `tokens_per_block`: blocks of what is generated are named, since they may be found again; None: they have no names.
+    """
+
+    def __init__(self, tokens_per_block: int | None = None) -> None:
+        self._tokens_per_block = tokens_per_block
         self._sequences: dict[int, Sequence] = {}
         self._lengths: dict[int, int] = {}  # scripted, of requests that are still to come
 
@@ -125,6 +130,24 @@ class Sequences:
     def _chunk_feed(self, chunk: Chunk) -> ChunkFeed:
         sequence = self._sequences[chunk.request_id]
         return ChunkFeed(chunk.request_id, sequence.part(chunk.start, chunk.start + chunk.length), sequence.sampling)
+
+    def names(self, request_ids: Iterable[int]) -> list[tuple[int, tuple[int, ...]]]:
+        """Of those that have ended: the hashes of the blocks behind those of their prompts, as `StepsDone` has them."""
+        size = self._tokens_per_block
+        if size is None:
+            return []
+        named = []
+        for request_id in request_ids:
+            sequence = self._sequences[request_id]
+            request = sequence.request
+            if sequence.ended or len(sequence.generated) >= request.max_tokens:
+                before = request.block_hashes
+                # the last token's KV is never written
+                tokens = sequence.part(len(before) * size, request.num_prompt_tokens + len(sequence.generated) - 1)
+                hashes = token_hashes(tokens, size, before[-1] if before else 0)
+                if hashes:
+                    named.append((request_id, hashes))
+        return named
 
     def add(self, tokens: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
         """Take one step's (request id, token): the requests that got one, and those of them that end with it.

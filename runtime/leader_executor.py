@@ -119,7 +119,7 @@ class Executor(Closing):
         for each, length in zip(requests, lengths, strict=True):
             request_id = next(self._ids)
             self._answers.expect(request_id, each.streaming)
-            self._rank.inbox.put(Submitted(replace(each, id=request_id), length))
+            self._rank.inbox.put(Submitted(self._roster.named(replace(each, id=request_id)), length))
             ids.append(request_id)
         return ids
 

@@ -100,7 +100,7 @@ class DisaggExecutorOrchestrator(Closing):
         self._check(request, RequestType.CONTEXT_AND_GENERATION)
         request_id = next(self._whole_ids)
         self._whole.expect(request_id, request.streaming)
-        request = replace(request, id=request_id, arrival=self._driver.clock.read())
+        request = self._roster.named(replace(request, id=request_id, arrival=self._driver.clock.read()))
         self._driver.submit(Submitted(request, output_length))
         return request_id
 
@@ -172,7 +172,7 @@ class DisaggExecutorOrchestrator(Closing):
             request_id = next(self._direct_ids)
             self._is_context[request_id] = kind is RequestType.CONTEXT_ONLY
             answers.expect(request_id, each.streaming)
-            self._driver.submit(Submitted(replace(each, id=request_id), length, executor))
+            self._driver.submit(Submitted(self._roster.named(replace(each, id=request_id)), length, executor))
             ids.append(request_id)
         return ids
 

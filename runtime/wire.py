@@ -93,11 +93,15 @@ class StepResults(Struct, frozen=True, tag="step_results", array_like=True):
 
 
 class KvAsk(Struct, frozen=True, tag="kv_ask", array_like=True):
-    """Leader of the reading executor to the source's: `reader` wants the KV of `request_id` for its `reader_id`."""
+    """Leader of the reading executor to the source's: `reader` wants the KV of `request_id` for its `reader_id`.
+
+    It has that of the first `num_present` tokens.
+    """
 
     request_id: RequestId
     reader: Rank
     reader_id: RequestId
+    num_present: NumTokens = 0
 
 
 class KvAnswer(Struct, frozen=True, tag="kv_answer", array_like=True):
@@ -286,6 +290,7 @@ _UPPER: Final = {
     "max_tokens": _MAX_TOKENS,
     "num_output_tokens": _MAX_TOKENS,
     "num_kv_tokens": _MAX_TOKENS,
+    "num_cached_tokens": _MAX_TOKENS,
     "input_token_ids": _MAX_TOKENS,
     "first_gen_tokens": _MAX_TOKENS,
     "tokens": _MAX_TOKENS,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from heapq import heappop, heappush
 from typing import Any, Final
 
@@ -71,7 +71,8 @@ class SimulatedCluster:
         self._hidden: dict[int, int] = {}  # user's request id: true output length
         self._lengths: dict[int, int] = {}  # executor-level id: true output length
         self._hidden_hashes: dict[int, tuple[int, ...]] = {}  # as those two, of the blocks of what is generated
-        self._output_hashes: dict[int, tuple[int, ...]] = {}
+        # executor-level id: max_tokens, and hashes of the blocks of what is generated
+        self._output_hashes: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._polling = False
         self._may_be_late = timing.may_be_late
         self._users_act = delivered is not None if users_act is None else users_act
@@ -251,7 +252,8 @@ class SimulatedCluster:
                 executor_request = command.executor_request.id
                 self._lengths[executor_request] = self._hidden[command.request_id]
                 if command.request_id in self._hidden_hashes:
-                    self._output_hashes[executor_request] = self._hidden_hashes[command.request_id]
+                    hashes = self._hidden_hashes[command.request_id]
+                    self._output_hashes[executor_request] = (command.executor_request.max_tokens, hashes)
             elif kind is Deliver:
                 self._deliver(command)
             elif kind is WakeAt:
@@ -293,10 +295,19 @@ class SimulatedCluster:
         self._lengths.pop(executor_request, None)
         self._output_hashes.pop(executor_request, None)
 
-    def output_hashes(self, executor_requests: list[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Those known of sequences that have ended, as `StepsDone.block_hashes` has them."""
-        hashes = self._output_hashes
-        return tuple((i, hashes[i]) for i in sorted(executor_requests) if i in hashes) if hashes else ()
+    @property
+    def names_outputs(self) -> bool:
+        """Whether the blocks of anything generated have names."""
+        return bool(self._output_hashes)
+
+    def output_hashes(self, generated: Iterable[tuple[int, int]]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Of those of these (request, tokens generated) that have ended, what is known, as `StepsDone.block_hashes` has it."""
+        found = []
+        for executor_request, num_tokens in generated:
+            max_tokens, hashes = self._output_hashes.get(executor_request, (0, ()))
+            if hashes and num_tokens >= min(max_tokens, self.true_length(executor_request)):
+                found.append((executor_request, hashes))
+        return tuple(sorted(found))
 
     def send(self, sender: int, to: int, message: Any, now: int) -> None:
         at, place = self.timing.message_arrives(sender, to, now)

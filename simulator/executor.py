@@ -41,24 +41,25 @@ if TYPE_CHECKING:
     from .cluster import SimulatedCluster
 
 _WAKE = Wake()
+BlockHashes = tuple[tuple[int, tuple[int, ...]], ...]  # as in StepsDone
 
 
 class _Tail:
     """A committed plan: when each of its grants that are out will be reported, and who stops in them.
 
-    `ended`: who stops in any of its steps.
+    `block_hashes`: of the blocks of who ends in any of its steps.
     """
 
-    __slots__ = ("ended", "grant_ends", "num_steps", "run", "stopped")
+    __slots__ = ("block_hashes", "grant_ends", "num_steps", "run", "stopped")
 
     def __init__(
-        self, run: RunSteps, num_steps: int, grant_ends: list[int], stopped: list[Stopped], ended: list[int]
+        self, run: RunSteps, num_steps: int, grant_ends: list[int], stopped: list[Stopped], block_hashes: BlockHashes
     ) -> None:
         self.run = run
         self.num_steps = num_steps
         self.grant_ends = deque(grant_ends)
         self.stopped = stopped
-        self.ended = ended
+        self.block_hashes = block_hashes
 
 
 class SimulatedExecutor:
@@ -338,18 +339,21 @@ class SimulatedExecutor:
         if run is None or not self.is_alive:
             return
         self.running_step = None
-        stopped, _late = self._close(run, self._end_step)
+        stopped, _late, hashes = self._close(run, self._end_step)
         for chunk in run.chunks:
             if chunk.is_last:
                 generated = self._generated.get(chunk.request_id, 0) + 1
                 self._generated[chunk.request_id] = generated
                 if generated >= self._cluster.true_length(chunk.request_id):
                     stopped.append(Stopped(chunk.request_id, 1, FinishReason.STOP))
-        hashes = self._cluster.output_hashes([stop.request_id for stop in stopped])
+                if self._cluster.names_outputs:
+                    hashes += self._cluster.output_hashes(((chunk.request_id, generated),))
         self.give(StepsDone(run.plan, run.epoch, self._end_step, stops_in_order(stopped), block_hashes=hashes))
 
-    def _close(self, run: RunSteps, reported: int) -> tuple[list[Stopped], list[Stopped]]:
-        """All its steps are done, or certain: sequences that stop in those up to `reported`, and in those after it."""
+    def _close(self, run: RunSteps, reported: int) -> tuple[list[Stopped], list[Stopped], BlockHashes]:
+        """All its steps are done, or certain: sequences that stop in those up to `reported`, and in those after it; and
+        the names of the blocks of those that end in any of them, which only a world with prefix caching has.
+        """
         steps, start = self._end_step - self._done, self._done
         self._run, self._may_commit = None, False
         if self._end_serial:
@@ -359,9 +363,13 @@ class SimulatedExecutor:
         self._done = self._end_step
         known: list[Stopped] = []
         late: list[Stopped] = []
+        hashes: BlockHashes = ()
         if run.num_decodes:
             before = self._decode_step
             self._decode_step += steps
+            if self._cluster.names_outputs:
+                lengths = ((i, self._decode_step - joined_at) for i, joined_at in self._joined_at.items())
+                hashes = self._cluster.output_hashes(lengths)
             ends = self._true_ends
             while ends and ends[0][0] <= self._decode_step:
                 entry = heapq.heappop(ends)
@@ -369,7 +377,7 @@ class SimulatedExecutor:
                     step = start + entry[0] - before
                     (known if step <= reported else late).append(Stopped(entry[1], step))
                     del self._joined_at[entry[1]]
-        return known, late
+        return known, late, hashes
 
     # ---- planning ahead ---------------------------------------------------------------------------------------------
 
@@ -388,10 +396,9 @@ class SimulatedExecutor:
         finished = (reported - first + 1) // size
         steps = [min(last, end) for end in range(first - 1 + (finished + 1) * size, last + size, size)]
         now = self._calendar.now
-        stopped, late = self._close(run, reported)
+        stopped, late, hashes = self._close(run, reported)
         ends = [max(now, self._timing.end_of_step(self.id, step)) for step in steps]
-        ended = [stop.request_id for stop in (*stopped, *late)]
-        self._tails.append(_Tail(run, last, ends, late, ended))
+        self._tails.append(_Tail(run, last, ends, late, hashes))
         if len(self._tails) == 1:
             self._await_grant()
         self._take(StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped)))
@@ -407,7 +414,7 @@ class SimulatedExecutor:
         tail = self._tails[0]
         is_over = len(tail.grant_ends) == 1
         if is_over:  # what the core asks for now comes before this report makes room for another grant
-            stopped, hashes = stops_in_order(tail.stopped), self._cluster.output_hashes(tail.ended)
+            stopped, hashes = stops_in_order(tail.stopped), tail.block_hashes
             self._take(StepsDone(tail.run.plan, tail.run.epoch, tail.num_steps, stopped, block_hashes=hashes))
             self._tails.popleft()
         else:

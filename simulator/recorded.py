@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, Record, RunSteps, Send, ServeKv
+from ..core.commands import ORCHESTRATOR, Dispatched, PrepareReceive, ReceiveKv, Record, RunSteps, Send, ServeKv
 from ..core.config import OrchestratorConfig
 from ..core.event_log import Frame, LogHeader, read_log
 from ..core.events import (
@@ -65,6 +65,8 @@ class Recording:
         self.never = max((f[-1].now for f in self.frames.values() if f), default=0) + NEVER_AFTER
         self.external: list[tuple[int, int, int, Any]] = []  # (instant, place in it, core, event)
         self.true_lengths: dict[int, int] = {}
+        self.output_hashes: dict[int, tuple[int, ...]] = {}  # of the blocks of what is generated, by user's request
+        self._users: dict[int, int] = {}  # executor-level id: user's request id
         self._step_ends = step_ends
         self._epoch: dict[int, int] = {}
         self._arrivals: dict[tuple[int, int], deque[tuple[int, int]]] = {}
@@ -101,6 +103,8 @@ class Recording:
         elif isinstance(command, ServeKv) and not command.ok:
             refusal = KvReceived(command.reader_id, False, command.error)
             sent.setdefault((core, command.reader), deque()).append((now, refusal))
+        elif isinstance(command, Dispatched):
+            self._users[command.executor_request.id] = command.request_id
         elif isinstance(command, Record) and isinstance(command.row, RequestRow):
             row = command.row
             stopped = row.finish_reason == FinishReason.STOP.value
@@ -110,7 +114,12 @@ class Recording:
         self, core: int, now: int, place: int, event: Any, sent: dict[tuple[int, int], deque[tuple[int, Any]]]
     ) -> None:
         match event:
-            case StepsDone() | StepsCommitted():
+            case StepsDone():
+                for request_id, hashes in event.block_hashes:
+                    if request_id in self._users:
+                        self.output_hashes[self._users[request_id]] = hashes
+                return
+            case StepsCommitted():
                 return
             case Wake():
                 self._wakes[core].append((now, place))
@@ -177,7 +186,9 @@ def conform(recording: Recording, launch: Mapping[int, tuple[int, int] | tuple[i
     def inject(item: tuple[int, Any]) -> None:
         core, event = item
         if isinstance(event, Arrive):
-            cluster.submit(event.request, recording.true_lengths.get(event.request.id, 1 << 30))
+            request_id = event.request.id
+            length = recording.true_lengths.get(request_id, 1 << 30)
+            cluster.submit(event.request, length, recording.output_hashes.get(request_id, ()))
         else:
             cluster.tell(core, event)
 

@@ -457,7 +457,7 @@ class NaiveExecutor:
     def finish(self, v: Visitor) -> None:
         stopped = v.generated == self.cluster.true_length(v.id)
         size, prompt = self.config.tokens_per_block, v.request.num_prompt_tokens
-        if stopped and len(v.request.block_hashes) == prompt // size:
+        if len(v.request.block_hashes) == prompt // size:
             names = v.request.block_hashes + self.cluster.output_hashes(v.id)
             self.register(v, names, prompt + v.generated - 1)
         self.turn_away(v)

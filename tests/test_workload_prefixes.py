@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disagg.core.prefix_names import token_hashes
 from disagg.experiments.config import Experiment, SyntheticDataset, validate_mapping
 from disagg.experiments.config_checks import check_experiment
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.lengths import token_counts
 from disagg.experiments.planned import request_of
-from disagg.experiments.segments import Segment, segment_hashes, token_hashes
+from disagg.experiments.segments import Segment, segment_hashes
 from disagg.experiments.streams import stream
 from disagg.experiments.traces import read_trace
 from disagg.experiments.workload import PlannedRequest, Workload

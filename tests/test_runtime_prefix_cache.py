@@ -1,0 +1,103 @@
+"""Prefix caching on real executors: pages found again give the tokens of transformers, and only what is missing travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from disagg.core.event_log import read_log, replay_frames
+from disagg.core.events import StepsDone
+from disagg.core.executor import ExecutorCore
+from disagg.core.prefix_names import token_hashes
+from disagg.core.tables import RequestRow, TransferRow
+from disagg.runtime.executor_spec import ModelSource
+from disagg.runtime.hardware_run import HardwareResult, LoadPhase, run_cluster
+from disagg.runtime.weights import write_random_checkpoint
+from disagg.simulator.recorded import Recording, conform
+from tests.runtime_programs.clusters import BLOCK, Layout, cluster, context, generation, mixed, submissions
+from tests.test_runtime_conformance import step_ends
+from tests.tiny_models import SHAPES, oracle, prompts
+
+pytestmark = pytest.mark.mpi
+SHAPE = SHAPES["llama"]
+NUM_TOKENS = 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("models") / SHAPE.name, SHAPE, seed=3)
+
+
+def answer(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
+    return tuple(oracle(folder, prompt, NUM_TOKENS)[0])
+
+
+def run(folder: Path, layouts: Sequence[Layout], texts: Sequence[Sequence[int]]) -> HardwareResult:
+    """The prompts one after the other, then all of them again side by side."""
+    (phase,) = submissions(texts, NUM_TOKENS)
+    named = []
+    for each in phase.submissions:
+        hashes = token_hashes(each.request.input_token_ids or (), BLOCK)
+        named.append(replace(each, offset=None, request=replace(each.request, block_hashes=hashes)))
+    again = [replace(each, request=replace(each.request, id=each.request.id + len(texts))) for each in named]
+    phases = (LoadPhase(tuple(named), concurrency=1), LoadPhase(tuple(again), concurrency=4))
+    spec = cluster(ModelSource(folder=str(folder), dtype="float32"), layouts)
+    result = run_cluster(spec, phases, timeout_s=120)
+    assert isinstance(result, HardwareResult)
+    assert conform(Recording(result.logs, step_ends(result))) > 20
+    return result
+
+
+def cached_tokens(result: HardwareResult) -> list[int]:
+    """Of each request, in order of ids."""
+    rows = [row for row in result.rows if isinstance(row, RequestRow)]
+    return [row.num_cached_tokens for row in sorted(rows, key=lambda row: row.request_id)]
+
+
+def check_blocks(result: HardwareResult, num_executors: int) -> None:
+    """Cores that live through the logs say the same, and end with every block free or cached."""
+    for executor in range(1, num_executors + 1):
+        header, logged = read_log(result.logs[executor])
+        assert header.executor is not None
+        core = ExecutorCore(header.executor)
+        assert replay_frames(core, list(logged)) > 0
+        core.check()
+        free, _, _, _, _, cached = core.scheduler.block_counts()
+        assert free + cached == header.executor.num_blocks
+        assert cached > 0
+
+
+def test_disaggregated_tokens_with_shared_prefixes_are_those_of_transformers(folder: Path) -> None:
+    """Blocks of 4: the second prompt has 16 tokens in common with the first, the third 8 with both, the last is the first."""
+    first, tail, other = prompts(SHAPE, [19, 7, 9], seed=5)
+    texts = [first, first[:16] + tail, first[:11] + other, first]
+    answers = [answer(folder, text) for text in texts]
+    result = run(folder, [context(enable_block_reuse=True), generation(enable_block_reuse=True)], texts)
+    assert [row.token_ids for row in result.sends] == answers * 2
+    assert cached_tokens(result)[:4] == [0, 16, 8, 16]
+    transfers = sorted((row for row in result.rows if isinstance(row, TransferRow)), key=lambda row: row.start_ps)
+    assert [row.num_tokens for row in transfers][:4] == [19, 7, 12, 3]
+    assert all(row.ok for row in transfers)
+    check_blocks(result, 2)
+    sums: dict[bool, list[tuple[int, bytes]]] = {True: [], False: []}  # of the blocks that travelled, at both ends
+    for record in result.rank_records:
+        for row in record.checksums:
+            sums[row.is_sender].append((row.transfer_id, row.checksums))
+    assert sorted(sums[True]) == sorted(sums[False])
+    assert len(sums[True]) == 8
+
+
+def test_an_aggregated_executor_of_two_ranks_finds_prompts_and_answers_again(folder: Path) -> None:
+    """A conversation: the second prompt holds the first one and its answer, whose last token's KV was never written."""
+    first, tail = prompts(SHAPE, [10, 5], seed=5)
+    second = first + answer(folder, first) + tail
+    texts = [first, second]
+    result = run(folder, [mixed(tp=2, enable_block_reuse=True)], texts)
+    assert [row.token_ids for row in result.sends] == [answer(folder, text) for text in texts] * 2
+    assert cached_tokens(result)[:2] == [0, 20]  # of 10 + 13 that were written, five blocks were full
+    named = [e for f in read_log(result.logs[1])[1] for e in f.events if isinstance(e, StepsDone) and e.block_hashes]
+    assert named[0].block_hashes == ((1, token_hashes(second[:23], BLOCK)[2:]),)
+    check_blocks(result, 1)
