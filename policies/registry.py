@@ -42,6 +42,8 @@ _BUILT_IN: Final = (  # modules beside this one
     "queue_order",
     "batching",
     "roles",
+    "roles_planning",
+    "roles_pools",
 )
 
 C = TypeVar("C", bound=type)

@@ -20,8 +20,8 @@ class MixedPool(RoutingPolicy):
     The first `prompt_share` of the mixed executors, and all context executors, are at home in the prompt pool, the rest and
     all generation executors in the token pool. A phase goes to the least loaded of its own pool if that is not overloaded;
     else of the mixed pool; else to a lender, which is in the mixed pool while it has phases that are foreign to its home.
-    Overloaded: more than `max_prompt_tokens` pending, more than `max_kv` of its blocks in use. Only mixed executors can be
-    lent: roles do not change.
+    Overloaded: more than `max_prompt_tokens` pending, more than `max_kv` of its blocks in use. By itself it can only lend
+    executors that are mixed; with the role policy of the same name the others become mixed while they are lent.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class MixedPool(RoutingPolicy):
         self.prompt_share = number("mixed_pool", "prompt_share", prompt_share, 0, 1)
         self.max_prompt_tokens = number("mixed_pool", "max_prompt_tokens", max_prompt_tokens)
         self.max_kv = number("mixed_pool", "max_kv", max_kv, 0, 1)
+        self._mixed_home: dict[int, int] = {}  # executors that are mixed by configuration: their place among these
         self._num_foreign: dict[int, int] = {}  # executor: phases there that are foreign to its home
 
     def route_context(self, request: Request, fleet: FleetView) -> Routing:
@@ -56,19 +57,31 @@ class MixedPool(RoutingPolicy):
             self._num_foreign[executor] = self._num_foreign.get(executor, 0) + change
 
     def _home(self, row: ExecutorRow, fleet: FleetView) -> Stage:
-        if row.role is not Role.MIXED:
-            return Stage.CONTEXT if row.role is Role.CONTEXT else Stage.GENERATION
-        return Stage.CONTEXT if row.index < round(self.prompt_share * len(fleet.mixed)) else Stage.GENERATION
+        home = fleet.home[row.executor_id]
+        if home is not Role.MIXED:
+            return Stage.CONTEXT if home is Role.CONTEXT else Stage.GENERATION
+        if not self._mixed_home:
+            mixed = sorted(executor for executor, role in fleet.home.items() if role is Role.MIXED)
+            self._mixed_home = {executor: place for place, executor in enumerate(mixed)}
+        place, num = self._mixed_home[row.executor_id], len(self._mixed_home)
+        return Stage.CONTEXT if place < round(self.prompt_share * num) else Stage.GENERATION
 
     def _choose(self, rows: Sequence[ExecutorRow], stage: Stage, fleet: FleetView) -> ExecutorRow:
         """Own pool, mixed pool, lenders, in this order; the least loaded of all if everybody is overloaded."""
 
         def load(row: Any) -> Any:
-            return _pending(row) / max(self.max_prompt_tokens, 1) if stage is Stage.CONTEXT else _kv(row) / self.max_kv
+            return (
+                pending_prompts(row) / max(self.max_prompt_tokens, 1)
+                if stage is Stage.CONTEXT
+                else kv_in_use(row) / self.max_kv
+            )
 
         tiers: tuple[list[ExecutorRow], ...] = ([], [], [])
         for row in rows:
-            is_lent = self._num_foreign.get(row.executor_id, 0) > 0
+            if row.role is not Role.MIXED:  # it serves this stage, and no other
+                tiers[0].append(row)
+                continue
+            is_lent = fleet.home[row.executor_id] is not Role.MIXED or self._num_foreign.get(row.executor_id, 0) > 0
             tiers[1 if is_lent else 0 if self._home(row, fleet) is stage else 2].append(row)
         for tier in tiers:
             best = min(tier, key=load, default=None)
@@ -77,9 +90,11 @@ class MixedPool(RoutingPolicy):
         return min(rows, key=load)
 
 
-def _pending(row: Any) -> Any:
+def pending_prompts(row: Any) -> Any:
+    """Prompt tokens that it has yet to compute, or that are on their way to it."""
     return row.queued_prefill_tokens + row.inflight_prefill_tokens + row.wire_tokens
 
 
-def _kv(row: Any) -> Any:
+def kv_in_use(row: Any) -> Any:
+    """Share of its KV blocks in use, those included that what is on its way will take."""
     return (row.kv_blocks_total - row.kv_blocks_free + row.wire_tokens / row.tokens_per_block) / row.kv_blocks_total

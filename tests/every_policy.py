@@ -5,8 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from disagg.policies import AdmissionPolicy, QueueOrder, RoutingPolicy, Stage
+from disagg.policies import AdmissionPolicy, QueueOrder, RolePolicy, RoutingPolicy, Stage
 from disagg.policies.registry import available, create
+from disagg.policies.vocabulary import PS_PER_MS
 
 PARAMS: dict[str, dict[str, Any]] = {
     "reject_at_limit": {"max_active": 10_000},
@@ -14,6 +15,16 @@ PARAMS: dict[str, dict[str, Any]] = {
     "hold_when_full": {"max_active": 2, "max_wait_ms": 60_000},
     "shed_sheddable": {"below_priority": 0.0},
     "bucket": {"interval_s": 0.05},
+    "scheduled": {
+        "changes": [
+            {"at_s": 0.0001, "executor": 2, "role": "mixed"},
+            {"at_s": 0.0003, "executor": 1, "role": "generation"},
+            {"at_s": 0.0006, "executor": 1, "role": "context"},
+        ]
+    },
+    "switch_by_load": {"interval_s": 1e-4, "max_prompt_tokens": 64, "max_kv": 0.02, "low": 0.9},
+    "rate_matching": {"interval_s": 1e-4},
+    "planner": {"interval_s": 1e-4, "ttft_ms": 0.3, "tpot_ms": 0.01},
 }
 
 
@@ -52,6 +63,29 @@ class EveryRouter(_Every, RoutingPolicy):
     def on_report(self, executor: Any, fleet: Any) -> None:
         for policy in self.policies:
             policy.on_report(executor, fleet)
+
+
+class EveryRoles(_Every, RolePolicy):
+    """One after the other, each time that they are asked."""
+
+    kind = "roles"
+
+    def __init__(self, *, rng: Random) -> None:
+        super().__init__(rng=rng)
+        self.interval_ps = 100 * PS_PER_MS
+        self._turn = 0
+
+    def change_roles(self, fleet: Any) -> Any:
+        self._turn += 1
+        return self.policies[self._turn % len(self.policies)].change_roles(fleet)
+
+    def on_arrival(self, request: Any, fleet: Any) -> None:
+        for policy in self.policies:
+            policy.on_arrival(request, fleet)
+
+    def on_ended(self, request: Any, num_output_tokens: int, fleet: Any) -> None:
+        for policy in self.policies:
+            policy.on_ended(request, num_output_tokens, fleet)
 
 
 class EveryAdmission(_Every, AdmissionPolicy):

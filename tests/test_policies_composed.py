@@ -253,7 +253,7 @@ def test_generation_borrows_prompt_executors_when_memory_runs_out() -> None:
     policy, fleet = made("mixed_pool", max_kv=0.5), fleet_of("mmmm")
     report(fleet, 3, blocks_free=20)
     report(fleet, 4, blocks_free=30)
-    assert generation(policy, fleet, prompt(), source=1) == 2  # not 1, where the KV is: it cannot be handed to itself
+    assert generation(policy, fleet, prompt(), source=1) == 2  # not 1, which has the KV: it is left to prompts
     neighbour = made("least_kv")
     assert generation(neighbour, fleet, prompt(), source=1) in (1, 2)
     for executor in (1, 2):

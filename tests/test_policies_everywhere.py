@@ -31,10 +31,11 @@ CATALOGUE = {
     "admission": "accept_all hold_when_full reject_at_limit early_rejection shed_sheddable",
     "queue_order": "fcfs priority shortest_prompt_first wspt lcfs edf deficit_round_robin",
     "batching": "chunked_prefill prefill_first",
+    "roles": "scheduled mixed_pool switch_by_load rate_matching planner",
 }
 
 
-def world(roles: str, num_requests: int = 40, order: str = "fcfs", **config: Any) -> World:
+def world(roles: str, /, num_requests: int = 40, order: str = "fcfs", **config: Any) -> World:
     """Sessions with growing prompts, two classes, objectives that are met, a request each 0.02 ms; run to the end.
 
     `order` is that of the executors' own queues.
@@ -110,6 +111,35 @@ def test_the_generation_stage_is_told_where_the_context_phase_is(binding: str, m
     assert dict(asked) == {
         row.request_id: row.context_executor for row in made.table("Request") if row.generation_executor
     }
+
+
+@pytest.mark.parametrize("name", names("routing"))
+def test_each_router_serves_a_cluster_whose_roles_change(name: str) -> None:
+    changes = [
+        (1, "mixed"),
+        (5, "context"),
+        (4, "mixed"),
+        (1, "generation"),
+        (2, "parked"),
+        (5, "mixed"),
+        (1, "context"),
+    ]
+    schedule = [{"at_s": 1e-4 * i, "executor": e, "role": role} for i, (e, role) in enumerate(changes, 1)]
+    roles = PolicySpec("scheduled", {"changes": schedule})
+    made = world("ccggm", router=PolicySpec(name, PARAMS.get(name, {})), roles=roles)
+    check(made)
+    decided = [(row.executor, row.answer) for row in made.table("Decision") if row.stage == "role"]
+    assert [each for each in decided if each[1] != "drained"] == changes
+
+
+@pytest.mark.parametrize("roles", ["ccgg", "ccggm"])
+@pytest.mark.parametrize("name", names("roles"))
+def test_each_role_policy_changes_roles_of_a_cluster_that_serves_on(name: str, roles: str) -> None:
+    made = world(
+        roles, router=PolicySpec("mixed_pool", PARAMS["mixed_pool"]), roles=PolicySpec(name, PARAMS.get(name, {}))
+    )
+    check(made)
+    assert [row for row in made.table("Decision") if row.stage == "role"], "it was never of another mind"
 
 
 @pytest.mark.parametrize("name", names("admission"))
@@ -199,6 +229,7 @@ cluster:
   cache_transceiver: {backend: mpi}
 policy:
   router: "every_policy.py:EveryRouter"
+  roles: "every_policy.py:EveryRoles"
   admission: "every_policy.py:EveryAdmission"
   queue_order: "every_policy.py:EveryOrder"
 workload:
