@@ -96,6 +96,7 @@ class ExecutorCore:
         self._pulls: list[tuple[bool, Any, int, Visit]] = []
         self._num_pulls = 0
         self._local = LocalKv(self.blocks, self.visits)  # generation phases whose KV is here: no pulls
+        self._pull_reserve = max(config.pull_reserve_blocks, batching.pull_reserve_blocks)
         self._has_canned = False  # a generation phase whose context phase was skipped has been seen
         self._in_flight: dict[int, Visit] = {}  # transfers that may still write
         self._gone: set[int] = set()  # executors that will never answer again
@@ -554,6 +555,8 @@ class ExecutorCore:
         """Context phases whose blocks have just become their own: tell whoever waits for that."""
         for chunk in chunks:
             visit = self.visits[chunk.request_id]
+            if visit.started_at == now:  # its first, whatever comes of it
+                self._order.on_served(visit.request, visit.order_key, now)
             if visit.announces_start:
                 visit.announces_start = False
                 self._out.append(Send(ORCHESTRATOR, ContextStarted(visit.id)))
@@ -591,13 +594,14 @@ class ExecutorCore:
                 heapq.heappop(self._pulls)
                 continue
             # an executor that holds nothing has nothing to reserve for, and a large request must fit at last
-            reserve = self.config.pull_reserve_blocks if self.blocks.num_free < self.blocks.num_blocks else 0
+            reserve = self._pull_reserve if self.blocks.num_free < self.blocks.num_blocks else 0
             if cache is not None:
                 self._look(visit, cache)
             if visit.num_blocks > self.scheduler.num_spare_blocks - reserve:
                 return
             heapq.heappop(self._pulls)
             self._num_pulls -= 1
+            self._order.on_served(visit.request, visit.order_key, now)
             if cache is not None:
                 cache.share(visit, self.scheduler.blocks_to_admit(visit), is_arriving=True)
                 visit.num_cached_tokens = visit.num_kv_tokens
@@ -633,6 +637,7 @@ class ExecutorCore:
                 continue
             if visit.num_blocks > max(self.scheduler.num_spare_blocks, 0):
                 return
+            self._order.on_served(visit.request, visit.order_key, now)
             self._local.take_over(visit, source)
             self._num_pulls -= 1
             visit.advance(Cause.PULL)

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from ..policies.interfaces import BatchPolicy, PolicyError
+from ..policies import registry
+from ..policies.interfaces import BatchPolicy, CapacityPolicy, PolicyError
 from ..policies.vocabulary import BatchPlan, RequestType
 from .batch_view import BatchView, WaitingPrompts
 from .blocks import BlockManager
@@ -25,7 +26,6 @@ from .prefix_cache import MatchedPrompts, PrefixCache
 from .tails import Over, Prefilled, Stop, Tail, ended_at
 from .visit import Visit
 
-CAPACITIES: Final = ("guaranteed_no_evict", "max_utilization")
 _NO_BATCH: Final = BatchPlan()
 
 
@@ -33,11 +33,10 @@ class Scheduler:
     """`emit` takes its commands: RunSteps, StopAfterStep, and the row of each finished epoch."""
 
     def __init__(self, config: ExecutorConfig, batching: BatchPolicy, emit: Callable[[Any], object]) -> None:
-        if config.scheduler.capacity not in CAPACITIES:
-            raise PolicyError(f"capacity {config.scheduler.capacity!r}: allowed are {' and '.join(CAPACITIES)}")
         self.config = config
         self.role = config.role  # that it serves now
-        self.evicts = config.scheduler.capacity == "max_utilization"
+        capacity: type[CapacityPolicy] = registry.load(config.scheduler.capacity, "capacity")
+        self.evicts = capacity.evicts
         self.cache = PrefixCache(config.num_blocks, config.tokens_per_block) if config.enable_block_reuse else None
         self.blocks = BlockManager(config.num_blocks) if self.cache is None else self.cache
         self.batch = DecodeBatch(config.tokens_per_block)

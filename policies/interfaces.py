@@ -169,7 +169,7 @@ class QueueOrder:
         raise _undefined(self, "key")
 
     def on_served(self, request: Request, key: Any, now: int) -> None:
-        """`request`, whose key is `key`, has left the orchestrator's queue for an executor. Executors' queues do not tell."""
+        """`request`, whose key is `key`, has left the queue: for an executor, or there for its first step or its KV."""
 
 
 class WaitingPrompt(Protocol):
@@ -212,11 +212,23 @@ class BatchPolicy:
     current batch has run; one that depends on time alone says when to ask again.
     """
 
+    pull_reserve_blocks: int = 0  # blocks that must stay free when an executor asks for the KV of a generation phase
+
     def __init__(self, *, rng: Random) -> None:
         self.rng = rng
 
     def plan(self, batch: BatchView) -> BatchPlan:
         raise _undefined(self, "plan")
+
+
+class CapacityPolicy:
+    """What a request is given blocks for when it begins: all that it can ever need, or (`evicts`) what it is about to write.
+
+    Then the youngest is paused when blocks run out, is computed again later, and goes before all that wait. What both mean
+    for spans and reservations is the core's business; this says which of them holds.
+    """
+
+    evicts: ClassVar[bool]
 
 
 class RolePolicy:

@@ -71,7 +71,7 @@ class DeficitRoundRobin(QueueOrder):
 
     A request's key is the round in which its class's deficit, filled by a quantum each round, covers its prompt and those
     before it. A class that was away joins the round that is being served: it saves nothing up. That round is learnt from
-    requests that leave the queue; an executor's queue does not tell, so there a class may catch up on what it did not send.
+    requests that leave the queue, the orchestrator's or an executor's.
     """
 
     def __init__(self, *, rng: Random, quantum: int = 4096, weights: Mapping[str, float] | None = None) -> None:

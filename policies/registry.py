@@ -16,7 +16,15 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final, NamedTuple, TypeVar
 
-from .interfaces import AdmissionPolicy, BatchPolicy, PolicyError, QueueOrder, RolePolicy, RoutingPolicy
+from .interfaces import (
+    AdmissionPolicy,
+    BatchPolicy,
+    CapacityPolicy,
+    PolicyError,
+    QueueOrder,
+    RolePolicy,
+    RoutingPolicy,
+)
 
 ENTRY_POINT_GROUP: Final = "disagg.policies"
 KINDS: Final[dict[str, type]] = {
@@ -24,6 +32,7 @@ KINDS: Final[dict[str, type]] = {
     "admission": AdmissionPolicy,
     "queue_order": QueueOrder,
     "batching": BatchPolicy,
+    "capacity": CapacityPolicy,
     "roles": RolePolicy,
 }
 _BUILT_IN: Final = (  # modules beside this one
@@ -41,6 +50,7 @@ _BUILT_IN: Final = (  # modules beside this one
     "admission",
     "queue_order",
     "batching",
+    "capacity",
     "roles",
     "roles_planning",
     "roles_pools",

@@ -165,6 +165,16 @@ def make_early_case(rng: Random) -> Case:
     return case.with_executors(layerwise=rng.random() < 0.7)
 
 
+def make_ordered_case(rng: Random) -> Case:
+    """A random cluster of either kind whose executors' queues go round classes of traffic, of unequal weights."""
+    case = rng.choice((make_case, make_early_case, make_switching_case))(rng)
+    params = {"quantum": rng.choice((1, 20, 100)), "weights": {"a": 3}}
+    scheduler = {"queue_order": PolicySpec("deficit_round_robin", params)}
+    executors = tuple(with_(e, scheduler=with_(e.scheduler, **scheduler)) for e in case.config.executors)
+    arrivals = tuple((at, with_(request, traffic_class=rng.choice("abc")), n) for at, request, n in case.arrivals)
+    return replace(case, config=with_(case.config, executors=executors), arrivals=arrivals)
+
+
 def make_switching_case(rng: Random) -> Case:
     """A random cluster whose operator gives executors other roles while it runs, some of which are refused."""
     while True:

@@ -26,7 +26,7 @@ def executor_config(
         for name in ("max_batch_size", "max_num_tokens", "chunked_context", "batching", "queue_order")
         if name in changes
     }
-    scheduler = {n: PolicySpec(v) if n in ("batching", "queue_order") else v for n, v in scheduler.items()}
+    scheduler = {n: PolicySpec(v) if isinstance(v, str) else v for n, v in scheduler.items()}
     fields = {
         "tokens_per_block": 4,
         "lease": LEASE,

@@ -30,6 +30,7 @@ from disagg.core.events import (
     Wake,
 )
 from disagg.core.orchestrator import OrchestratorCore
+from disagg.policies import registry
 from disagg.policies.vocabulary import ContextPhaseParams, FinishReason, Request, RequestType
 from tests.core_cases import Case, Step, Trace
 
@@ -44,6 +45,7 @@ class Visitor:
     def __init__(self, request: Request, number: int, now: int) -> None:
         self.request, self.id, self.number, self.enqueued_at = request, request.id, number, now
         self.place = WAITING
+        self.key: Any = 0
         self.kv = 0  # tokens written
         self.generated = 0
         self.ahead = 0  # steps planned in which it decodes
@@ -114,6 +116,8 @@ class NaiveExecutor:
     def __init__(self, config: ExecutorConfig, cost: CostModel, cluster: NaiveCluster) -> None:
         self.config, self.cost, self.cluster, self.id = config, cost, cluster, config.id
         self.evicts = config.scheduler.capacity == "max_utilization"
+        order = config.scheduler.queue_order
+        self.order = registry.create(order.name, "queue_order", order.params, seed="any")
         self.visitors: list[Visitor] = []  # in order of arrival
         self.prefill: list[Visitor] = []  # in order of beginning
         self.ready: list[Visitor] = []  # in order of arrival of their KV
@@ -244,6 +248,7 @@ class NaiveExecutor:
             self.responses.append(Response(request.id, self.id, FinishReason.ERROR, 0, ERROR))
             return
         v = Visitor(request, self.seen[0], now)
+        v.key = self.order.key(request, now)
         v.announces = announces
         self.visitors.append(v)
         if v.type is RequestType.GENERATION_ONLY:
@@ -607,7 +612,9 @@ class NaiveExecutor:
 
     def take_over(self) -> None:
         """Generation phases whose KV is here need no transfer: they get its blocks, and what they lack beside them."""
-        for v in [v for v in self.at(PULLING) if v.params.executor == self.id]:  # in order of arrival
+        for v in sorted(self.at(PULLING), key=lambda v: (v.key, v.number)):
+            if v.params.executor != self.id:
+                continue
             holder = self.holder_for(v)
             if holder is None:
                 self.fail(v, ERROR, recomputable=True)
@@ -616,6 +623,7 @@ class NaiveExecutor:
                 return
             v.shared, holder.shared = holder.shared, []
             self.forget(holder)
+            self.order.on_served(v.request, v.key, self.cluster.now)
             v.blocks = self.to_admit(v)
             self.evict()
             v.transfer_start = v.kv_usable = self.cluster.now
@@ -661,7 +669,7 @@ class NaiveExecutor:
                 budget -= length
         blocks = self.free - self.wanted_by_decodes()
         admitted = []
-        for v in sorted(self.at(WAITING), key=lambda v: (not v.was_preempted, v.number)):
+        for v in sorted(self.at(WAITING), key=lambda v: (not v.was_preempted, v.key, v.number)):
             found = self.found(v)
             kv = len(found) * self.config.tokens_per_block
             left = v.to_compute - kv
@@ -680,6 +688,7 @@ class NaiveExecutor:
             self.prefill.append(v)
             if v.started_at is None:
                 v.started_at = self.cluster.now
+                self.order.on_served(v.request, v.key, self.cluster.now)
                 v.cached = kv if v.transfer_start is None else v.cached
         for v, _, _ in admitted:
             v.blocks = self.to_admit(v)
@@ -688,7 +697,7 @@ class NaiveExecutor:
 
     def pull(self) -> None:
         now = self.cluster.now
-        for v in sorted(self.at(PULLING), key=lambda v: (v.awaits, v.number)):
+        for v in sorted(self.at(PULLING), key=lambda v: (v.awaits, v.key, v.number)):
             if v.params.executor == self.id:
                 continue
             reserve = self.config.pull_reserve_blocks if self.free < self.config.num_blocks else 0
@@ -698,6 +707,7 @@ class NaiveExecutor:
             v.shared, v.cached = found, len(found) * self.config.tokens_per_block
             v.blocks, v.is_arriving = self.to_admit(v), True
             self.evict()
+            self.order.on_served(v.request, v.key, now)
             v.place, v.transfer_start = IN_FLIGHT, now
             self.num_pulled += 1
             v.pulled = self.num_pulled

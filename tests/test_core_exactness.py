@@ -20,7 +20,17 @@ from disagg.core.event_log import Frame, read_log
 from disagg.core.events import FirstTokens, Report, Response, StepsDone
 from disagg.core.model_shapes import preset
 from disagg.policies.vocabulary import Request, Role
-from tests.core_cases import NEVER, Case, Trace, core_of, make_case, make_early_case, make_reuse_case, simulate
+from tests.core_cases import (
+    NEVER,
+    Case,
+    Trace,
+    core_of,
+    make_case,
+    make_early_case,
+    make_ordered_case,
+    make_reuse_case,
+    simulate,
+)
 from tests.core_reference import run_reference
 
 cases = st.randoms(use_true_random=False).map(make_case)
@@ -109,6 +119,12 @@ def test_two_hundred_seeded_early_bindings_equal_the_reference_and_exercise_what
     assert seen["ContextStarted"] > 400, seen
     assert seen["KvWithdrawn"] > 20, seen
     assert seen["AbortKv"] > 10, seen
+
+
+@settings(thorough, max_examples=30)
+@given(st.randoms(use_true_random=False).map(make_ordered_case))
+def test_queues_of_executors_that_learn_whom_they_serve_are_the_reference_s(case: Case) -> None:
+    assert_equal_lives(simulate(case), run_reference(case))
 
 
 @thorough

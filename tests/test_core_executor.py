@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from disagg.core.commands import Drained, ReceiveKv, RunSteps, Send, ServeKv
+from disagg.core.config import PolicySpec
 from disagg.core.events import (
     Cancel,
     Enqueue,
@@ -735,3 +737,22 @@ def test_blocks_are_counted_right_while_a_policy_lets_the_decodes_wait(monkeypat
     assert sum(desk.core.scheduler.block_counts()) == 20
     assert desk.report.blocks_used == 8
     assert desk.report.blocks_free == desk.free
+
+
+def test_a_class_that_was_away_catches_up_on_nothing_in_an_executor_s_queue() -> None:
+    """Rounds of 8 tokens. Class a's prompts are of the rounds 0 to 3; when those of 0 to 2 have begun class b joins round 2."""
+
+    def of_class(id: int, name: str) -> Enqueue:
+        return Enqueue(replace(context(id).request, traffic_class=name))
+
+    order = PolicySpec("deficit_round_robin", {"quantum": 8})
+    desk = ExecutorDesk(Role.CONTEXT, max_batch_size=1, max_num_tokens=8, queue_order=order)
+    desk.give(*(of_class(i, "a") for i in range(1, 5)))
+    begun = []
+    for number in range(6):
+        if number == 2:
+            desk.give(of_class(5, "b"), of_class(6, "b"))
+        assert desk.run is not None
+        begun += [chunk.request_id for chunk in desk.run.chunks]
+        desk.end_steps(at=desk.now + 10)
+    assert begun == [1, 2, 3, 5, 4, 6]

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from disagg.core.commands import RunSteps
-from disagg.core.events import Enqueue, StepsDone
+from disagg.core.commands import ReceiveKv, RunSteps
+from disagg.core.config import PolicySpec
+from disagg.core.events import Enqueue, KvTaken, StepsDone
 from disagg.core.executor import ExecutorCore
-from disagg.policies.batching import ChunkedPrefill, PrefillFirst
+from disagg.policies.batching import ChunkedPrefill, ContextFcfs, PrefillFirst
 from disagg.policies.interfaces import BatchPolicy, BatchView, PolicyError, QueueOrder
 from disagg.policies.vocabulary import BatchPlan, ChunkPlan, Request, RequestType, Role
+from tests.core_desk import ExecutorDesk, asks, context, generation
 from tests.simulation_helpers import executors, named
 
 
@@ -74,6 +76,55 @@ def test_no_more_prompts_begin_than_there_are_slots() -> None:
 def test_a_prompt_is_cut_where_the_budget_ends_unless_chunks_are_off() -> None:
     assert chunked(waiting=[(60, 1), (60, 1)]) == [(11, 60), (12, 40)]
     assert chunked(chunked=False, waiting=[(60, 1), (60, 1), (40, 1)]) == [(11, 60)]
+
+
+def fcfs(max_tokens: int | None = None, **fields: Any) -> list[tuple[int, int]]:
+    """(request, tokens) of the step that context_fcfs plans."""
+    plan = ContextFcfs(rng=Random(0), max_tokens=max_tokens).plan(view(**fields))
+    return [(chunk.request_id, chunk.num_tokens) for chunk in plan.chunks]
+
+
+def test_context_fcfs_takes_whole_prompts_where_chunked_prefill_fills_the_step() -> None:
+    assert fcfs(waiting=[(60, 1), (60, 1), (40, 1)]) == [(11, 60)]
+    assert chunked(waiting=[(60, 1), (60, 1), (40, 1)]) == [(11, 60), (12, 40)]
+    assert fcfs(waiting=[(60, 1), (40, 1), (1, 1)]) == [(11, 60), (12, 40)]
+
+
+def test_context_fcfs_stops_at_the_length_that_saturates_the_device() -> None:
+    assert fcfs(50, waiting=[(20, 1), (30, 1), (1, 1)]) == [(11, 20), (12, 30)]
+    assert fcfs(50, waiting=[(60, 1), (10, 1)]) == [(11, 60)]  # longer than that: alone, in one step
+    assert fcfs(50, waiting=[(160, 1), (10, 1)]) == [(11, 100)]  # longer than a step: in chunks
+    assert fcfs(50, begun=[60], waiting=[(10, 1)]) == [(1, 60)]
+    assert fcfs(50, waiting=[(160, 1), (10, 1)], chunked=False) == []
+
+
+def test_context_fcfs_waits_for_blocks_and_slots_with_the_head_of_the_line() -> None:
+    assert fcfs(waiting=[(20, 8), (20, 3), (20, 1)]) == [(11, 20)]
+    assert fcfs(waiting=[(20, 11), (20, 1)]) == []
+    assert fcfs(waiting=[(20, 1), (20, 1)], num_free_slots=1) == [(11, 20)]
+    assert fcfs(waiting=[(20, 1)], num_free_slots=0) == []
+    assert fcfs(waiting=[(80, 1)], num_decodes=30) == [(11, 70)]
+
+
+def test_kv_that_nobody_fetches_holds_new_prompts_back() -> None:
+    """Back-pressure: five blocks, of which a prompt takes two; with two held the third prompt must wait for a reader."""
+    desk = ExecutorDesk(Role.CONTEXT, num_blocks=5, batching="context_fcfs")
+    desk.until_context_done(1)
+    desk.until_context_done(2)
+    desk.give(context(3))
+    assert desk.run is None
+    desk.give(asks(1), KvTaken(1))
+    assert [chunk.request_id for chunk in desk.of(RunSteps)[0].chunks] == [3]
+
+
+def test_a_pull_leaves_its_reserve_free_unless_the_executor_holds_nothing() -> None:
+    """Ten blocks; each request takes three. With four in reserve a second fits (7 - 3 = 4), a third does not."""
+    desk = ExecutorDesk(Role.GENERATION, num_blocks=10, batching=PolicySpec("generation_pull", {"reserve_blocks": 4}))
+    desk.give(generation(1), generation(2), generation(3))
+    assert [pull.request_id for pull in desk.of(ReceiveKv)] == [1, 2]
+    plain = ExecutorDesk(Role.GENERATION, num_blocks=10)
+    plain.give(generation(1), generation(2), generation(3))
+    assert [pull.request_id for pull in plain.of(ReceiveKv)] == [1, 2, 3]
 
 
 def test_prefill_first_runs_prompts_alone_and_decodes_when_there_are_none() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -30,17 +31,26 @@ CATALOGUE = {
         remaining_steps adaptive_decode topology oracle conditional_tensorrt_llm conditional_llm_d conditional_dynamo""",
     "admission": "accept_all hold_when_full reject_at_limit early_rejection shed_sheddable",
     "queue_order": "fcfs priority shortest_prompt_first wspt lcfs edf deficit_round_robin",
-    "batching": "chunked_prefill prefill_first",
+    "batching": "chunked_prefill prefill_first context_fcfs generation_pull",
+    "capacity": "guaranteed_no_evict max_utilization",
     "roles": "scheduled mixed_pool switch_by_load rate_matching planner",
 }
 
 
-def world(roles: str, /, num_requests: int = 40, order: str = "fcfs", **config: Any) -> World:
+def world(
+    roles: str,
+    /,
+    num_requests: int = 40,
+    order: str = "fcfs",
+    scheduler: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> World:
     """Sessions with growing prompts, two classes, objectives that are met, a request each 0.02 ms; run to the end.
 
-    `order` is that of the executors' own queues.
+    `order` is that of the executors' own queues, `scheduler` what else their schedulers have.
     """
-    fleet = executors(roles, num_blocks=400, max_batch_size=4, max_num_tokens=256, queue_order=PolicySpec(order))
+    limits: dict[str, Any] = {"num_blocks": 400, "max_batch_size": 4, "max_num_tokens": 256, **(scheduler or {})}
+    fleet = executors(roles, queue_order=PolicySpec(order), **limits)
     tables = (step_times(COST, 256, 4),)
     prediction = PredictionConfig(tables, (0,) * len(fleet))
     made = World(fleet, prediction=prediction, **config)
@@ -160,6 +170,15 @@ def test_each_queue_order_serves_the_queue_of_an_executor(name: str) -> None:
     check(world("cg", order=name))
 
 
+@pytest.mark.parametrize("roles", ["cg", "cgm"])
+@pytest.mark.parametrize("name", names("batching"))
+def test_each_batching_policy_serves_executors_of_every_role(name: str, roles: str) -> None:
+    for capacity in names("capacity"):
+        scheduler = {"batching": PolicySpec(name, PARAMS.get(name, {})), "capacity": capacity, "num_blocks": 80}
+        made = world(roles, scheduler=scheduler, router=PolicySpec("mixed_pool", PARAMS["mixed_pool"]))
+        check(made)
+
+
 def test_an_oracle_is_told_true_lengths_and_nobody_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, set[Any]] = {}
 
@@ -223,9 +242,19 @@ device: cpu
 cluster:
   profile: spec:cpu-2core
   instances:
-    - {role: context, kv_cache: {tokens_per_block: 16, max_tokens: 4096}, domain: a}
-    - {role: generation, kv_cache: {tokens_per_block: 16, max_tokens: 4096}, domain: a}
-    - {role: mixed, kv_cache: {tokens_per_block: 16, max_tokens: 4096}, domain: b, device_weight: 0.5}
+    - role: context
+      kv_cache: {tokens_per_block: 16, max_tokens: 4096}
+      scheduler: {batching: context_fcfs, queue_order: deficit_round_robin}
+      domain: a
+    - role: generation
+      kv_cache: {tokens_per_block: 16, max_tokens: 4096}
+      scheduler: {batching: generation_pull, capacity: max_utilization, queue_order: deficit_round_robin}
+      domain: a
+    - role: mixed
+      kv_cache: {tokens_per_block: 16, max_tokens: 4096}
+      scheduler: {batching: prefill_first}
+      domain: b
+      device_weight: 0.5
   cache_transceiver: {backend: mpi}
 policy:
   router: "every_policy.py:EveryRouter"
@@ -262,6 +291,8 @@ def test_every_policy_decides_in_one_run_on_real_executors(tmp_path: Path) -> No
         assert set(requests["finish_reason"]) == {"stop"}
         manifest = json.loads((tmp_path / backend / "manifest.json").read_text())
         assert manifest["oracle"] is True
+        decisions = pd.read_parquet(tmp_path / backend / "decisions.parquet")
+        assert {"mixed", "generation", "context"} & set(decisions[decisions["stage"] == "role"]["answer"])
         assert set(requests["session"].value_counts()) <= {1, 2, 3}
     for command in ("replay", "conform"):
         done = subprocess.run(
