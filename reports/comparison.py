@@ -48,6 +48,7 @@ COMPARED: Final = (
     "goodput",
     "throughput",
     "request_throughput",
+    "prefix_hit_rate",
 )
 _SPREAD: Final = ("mean", "p50", "p90", "p99")
 ERRORS: Final = (

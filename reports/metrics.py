@@ -181,10 +181,20 @@ METRICS: Final[tuple[Metric, ...]] = (
         per_request=False,
     ),
     Metric(
+        "prefix_hit_rate",
+        "Prefix hit rate",
+        "share",
+        "prompt tokens whose KV was there when their prompt began / prompt tokens, of completed requests; undefined where no"
+        " executor reuses blocks",
+        "higher",
+        "cached prompt tokens / prompt tokens: vLLM, SGLang",
+        per_request=False,
+    ),
+    Metric(
         "kv_occupancy",
         "KV occupancy",
         "share",
-        "1 − free blocks / blocks, over time and executors; block counts as of the last batch begun",
+        "1 − blocks free or cached / blocks, over time and executors; block counts as of the last batch begun",
         "neither",
         per_request=False,
     ),
@@ -373,6 +383,7 @@ def summary_of(run: Run) -> dict[str, Any]:
     attainment = objectives.get("attainment")
     if attainment is not None and levels["slo_attainment"] is not None:
         summary["slo_met"] = bool(levels["slo_attainment"] >= attainment)
+    summary["num_cached_tokens"], summary["prefix_hit_rate"] = _prefix_hits(run, done)
     summary["goodput_per_gpu"] = per_gpu(summary["goodput"])
     summary["output_tokens_per_s_per_gpu"] = per_gpu(summary["throughput"])
     for key in REQUEST_METRICS:
@@ -422,6 +433,14 @@ def _num_cut(run: Run, rows: pd.DataFrame) -> int:
     """Outputs that max_tokens cut short: the manifest's count if it has one, else all that ended at max_tokens."""
     known = run.manifest.get("num_cut_outputs")
     return known if isinstance(known, int) else int((rows["finish_reason"] == FinishReason.LENGTH.value).sum())
+
+
+def _prefix_hits(run: Run, done: pd.DataFrame) -> tuple[int, float | None]:
+    """Prompt tokens found cached, and their share; no share where nobody looks for any."""
+    if "num_cached_tokens" not in done.columns:  # of a run recorded before there were any
+        return 0, None
+    cached, tokens = int(done["num_cached_tokens"].sum()), int(done["num_prompt_tokens"].sum())
+    return cached, cached / tokens if tokens and run.reuses_blocks else None
 
 
 def _transfers(run: Run, start: float, end: float) -> dict[str, Any]:

@@ -142,6 +142,9 @@ class Run:
             raise ReportError(f"{path}: is missing: the directory is not a complete run") from error
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ReportError(f"{path}: is not a readable Parquet file (truncated?): {error}") from error
+        for name, field in zip(columns_of(table), msgspec.structs.fields(TABLES[table])):
+            if name not in frame.columns and not field.required:  # recorded before there was such a column
+                frame[name] = field.default
         missing = [name for name in columns_of(table) if name not in frame.columns]
         if missing:
             raise ReportError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame))}")
@@ -189,10 +192,25 @@ class Run:
             return known
         return sum(size for _, size in self._executor_sizes())
 
+    @cached_property
+    def reuses_blocks(self) -> bool:
+        """Whether an executor caches the blocks of prefixes, by the configuration."""
+        return any(
+            isinstance(cache := group.get("kv_cache"), dict) and cache.get("enable_block_reuse") is True
+            for _, group in self._executor_groups()
+        )
+
     def _executor_sizes(self) -> Iterator[tuple[str, int]]:
+        for role, group in self._executor_groups():
+            size = int(group.get("tensor_parallel_size") or 1) * int(group.get("pipeline_parallel_size") or 1)
+            for _ in range(int(group.get("num_instances") or 0)):
+                yield role, size
+
+    def _executor_groups(self) -> list[tuple[str, Any]]:
+        """Role and keys of each entry of the configuration's cluster."""
         cluster = self.config.get("cluster") or {}
         if not isinstance(cluster, dict):
-            return
+            return []
         groups: list[tuple[str, Any]] = []
         for instance in cluster.get("instances") or []:
             if isinstance(instance, dict):
@@ -200,10 +218,7 @@ class Run:
         for role in ("context", "generation", "mixed"):
             if isinstance(cluster.get(f"{role}_servers"), dict):
                 groups.append((role, cluster[f"{role}_servers"]))
-        for role, group in groups:
-            size = int(group.get("tensor_parallel_size") or 1) * int(group.get("pipeline_parallel_size") or 1)
-            for _ in range(int(group.get("num_instances") or 0)):
-                yield role, size
+        return groups
 
     @cached_property
     def roles(self) -> dict[int, str]:

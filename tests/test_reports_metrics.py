@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from disagg.core.tables import StayRow, StepRow, TransferRow
 from disagg.reports.gaps import token_gaps
@@ -290,6 +291,25 @@ def test_busy_share_occupancy_and_held_blocks_by_hand(tmp_path: Path) -> None:
     (executor,) = summary["executors"]
     assert executor["max_blocks_held"] == 20
     assert executor["num_steps"] == 10
+
+
+def test_cached_blocks_are_not_occupied_and_the_prefix_hit_rate_is_that_of_completed_requests(tmp_path: Path) -> None:
+    reusing = {"num_instances": 2, "kv_cache": {"enable_block_reuse": True}}
+    config = config_of(cluster={"profile": "spec:h200", "mixed_servers": reusing})
+    requests = [
+        request(0, num_prompt_tokens=100, num_cached_tokens=64),
+        request(1, num_prompt_tokens=300, num_cached_tokens=16),
+        request(2, num_prompt_tokens=300, num_cached_tokens=288, finish_reason="error", error="lost"),
+    ]
+    cached = replace(step(1, 1, 5, 0, 146, free=30, used=50), blocks_cached=20)
+    summary = summarise(write_run(tmp_path / "on", config, requests=requests, steps=[cached]))
+    assert (summary["num_cached_tokens"], summary["prefix_hit_rate"]) == (80, 0.2)
+    assert summary["kv_occupancy"] == pytest.approx(0.5)
+    off = summarise(write_run(tmp_path / "off", requests=requests, steps=[cached]))
+    assert off["prefix_hit_rate"] is None
+    old = tmp_path / "on" / "requests.parquet"  # recorded before the column was there
+    frame_of(requests, "requests").drop(columns="num_cached_tokens").to_parquet(old)
+    assert summarise(tmp_path / "on")["prefix_hit_rate"] == 0.0
 
 
 def test_bytes_moved_follow_from_the_models_shape(tmp_path: Path) -> None:
