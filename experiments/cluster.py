@@ -339,7 +339,8 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
     return OrchestratorConfig(
         executors=tuple(executors),
         context_router=_router(policy.context_router, Role.CONTEXT in roles),
-        generation_router=_router(policy.generation_router, Role.GENERATION in roles),
+        # without generation executors mixed ones go on where a context executor ended
+        generation_router=_router(policy.generation_router, bool(roles & {Role.GENERATION, Role.CONTEXT})),
         mixed_router=_router(policy.mixed_router, Role.MIXED in roles),
         router=_router(policy.router, True),
         admission=spec_of(policy.admission),

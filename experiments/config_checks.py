@@ -127,11 +127,11 @@ def _routers(config: Experiment, roles: set[str]) -> Iterator[Problem]:
             continue
         if changes:
             continue
-        if needed and getattr(policy, name) is None:
-            yield Problem(
-                ("policy", name), f"required key is missing: there are {role} servers (or give policy.router)"
-            )
-        if role not in roles and getattr(policy, name) is not None:
+        takes_over = role == "generation" and {"context", "mixed"} <= roles  # mixed executors go on where others began
+        if (needed or takes_over) and getattr(policy, name) is None:
+            why = f"there are {role} servers" if needed else "mixed servers generate after context servers"
+            yield Problem(("policy", name), f"required key is missing: {why} (or give policy.router)")
+        if role not in roles and not takes_over and getattr(policy, name) is not None:
             yield Problem(("policy", name), f"has no effect: there are no {role} servers", "warning")
 
 

@@ -58,8 +58,8 @@ class Size:
     report_intervals_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
     stale_seeds: int = 3
     stale_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes")
-    regret_requests: int = 8  # whose decisions are looked at again
-    regret_run: int = 200  # requests of the run in which they are
+    regret_requests: int = 6  # whose decisions are looked at again
+    regret_run: int = 160  # requests of the run in which they are
 
 
 FULL: Final = Size()

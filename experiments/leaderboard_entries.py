@@ -74,7 +74,7 @@ class Entry:
         found = {"context_router": self.choice, "generation_router": {"name": "least_kv"}}
         if self.name in GENERATION_RULES:
             found = {"context_router": {"name": "least_tokens"}, "generation_router": self.choice}
-        return {key: choice for key, choice in found.items() if key.removesuffix("_router") in roles}
+        return found
 
     def why_not(self, config: Experiment) -> str:
         """Why it has no place in this scenario; empty if it has one."""
@@ -83,7 +83,7 @@ class Entry:
         roles = roles_of(config)
         if self.name in USES_MIXED and "mixed" not in roles:
             return "there are no mixed executors"
-        idle = "mixed" in roles and "context" in roles
+        idle = roles == {"context", "generation", "mixed"}
         if idle and self.name not in USES_MIXED and self.name != _BASELINE:
             return "it would leave the mixed executors idle"
         if self.name in _USES_DOMAINS and len(domains_of(config)) < 2:
