@@ -54,12 +54,12 @@ class Size:
     seeds: int | None = None
     requests: int | None = None
     loads: tuple[float, ...] = (0.6, 0.8, 1.2)  # times the scenario's own
-    load_seeds: int = 2
+    load_seeds: int = 1
     report_intervals_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
-    stale_seeds: int = 3
+    stale_seeds: int = 2
     stale_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes")
-    regret_requests: int = 6  # whose decisions are looked at again
-    regret_run: int = 160  # requests of the run in which they are
+    regret_requests: int = 4  # whose decisions are looked at again
+    regret_run: int = 150  # requests of the run in which they are
 
 
 FULL: Final = Size()

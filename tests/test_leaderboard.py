@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
+from disagg.experiments.errors import ConfigError
+from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.leaderboard import FULL, QUICK, task_text
 from disagg.experiments.leaderboard_entries import entries_of, scenarios_of, shipped
+from disagg.experiments.simulated_rows import simulate_rows
 from disagg.reports.board import (
     Board,
     BoardPolicy,
@@ -275,6 +278,20 @@ def test_a_rule_for_one_stage_gets_a_partner_at_the_other() -> None:
     assert routers[2].router is not None
     assert routers[2].router.params == {"d": 3}
     assert whole.label == "power_of_two (d=3)"
+
+
+def test_where_mixed_executors_go_on_after_context_ones_a_router_is_asked_for_that_and_must_be_given(
+    tmp_path: Path,
+) -> None:
+    cluster = {key: SPLIT[key] for key in ("profile", "context_servers", "cache_transceiver")}
+    cluster["mixed_servers"] = SPLIT["generation_servers"]
+    file = scenario(tmp_path, "handed_over", cluster)
+    (entry,) = entries_of(["prefix_hash"])
+    rows = simulate_rows(scenarios_of([str(file)])[0][0].with_entry(entry)).requests
+    assert set(rows["context_executor"]) == {1, 2}
+    assert set(rows["generation_executor"]) == {3, 4}
+    with pytest.raises(ConfigError, match="generation_router: required key is missing: mixed servers generate after"):
+        load_experiment(file, ["policy={context_router: random}"])
 
 
 # ---- what follows from a table --------------------------------------------------------------------------------------
