@@ -2,7 +2,7 @@
 
 Each block is in exactly one state. Of the blocks assigned to running requests, `used` are written and `reserved` are not
 yet; `held` wait for a reader, `quarantined` may still be touched by a transfer that nobody wants any more, `cached` are
-unreferenced but reusable (in a `PrefixCache`; else there are none). free + reserved + used + held + quarantined + cached = total.
+nobody's and can be found again (only a `PrefixCache` has any). free + reserved + used + held + quarantined + cached = total.
 
 Block ids are handed out last freed, first reused: a total order, so that two runs of the same events agree.
 """
