@@ -41,6 +41,7 @@ from .figures import (
 )
 from .metrics import METRICS
 from .regret import RegretSummary, regret_of
+from .role_changes import RoleChanges, role_changes_of
 from .runs import ReportError, Run, find_runs
 from .statistics import min_observations
 from .tables import (
@@ -214,6 +215,7 @@ def _backend_view(
                 "rows": policy_rows(table),
                 "headlines": _headlines(table),
                 "regrets": _regrets(groups),
+                "roles": _role_changes(groups),
                 "figures": [figure for figure in figures if figure],
             }
         )
@@ -235,6 +237,12 @@ def _regrets(groups: dict[str, list[Case]]) -> list[tuple[str, RegretSummary]]:
     """Of each policy the first run whose decisions were looked at again."""
     found = {policy: [regret for case in cases if (regret := regret_of(case.run))] for policy, cases in groups.items()}
     return [(policy, summaries[0]) for policy, summaries in found.items() if summaries]
+
+
+def _role_changes(groups: dict[str, list[Case]]) -> list[tuple[str, RoleChanges]]:
+    """Of each policy its first run, where roles changed in it."""
+    found = {policy: role_changes_of(cases[0].run) for policy, cases in groups.items() if cases}
+    return [(policy, changes) for policy, changes in found.items() if changes is not None]
 
 
 def _timelines(

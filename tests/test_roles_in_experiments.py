@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from disagg.experiments.forced_routes import recorded_choices
+from disagg.reports.role_changes import role_changes_of
 from disagg.reports.runs import ReportError, Run
 from tests.test_cli_poisoned_configs import GOOD, disagg
 
@@ -49,8 +49,21 @@ def test_decisions_hold_the_changes_and_no_request_is_lost(run: Path) -> None:
 
 def test_a_run_with_changes_is_replayed_and_reported(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disagg(monkeypatch, "replay", str(run)) == 0
-    assert disagg(monkeypatch, "report", str(run), "--output", str(run.parent / "page")) == 0
-    assert json.loads((run / "summary.json").read_text())
+    assert disagg(monkeypatch, "report", str(run), "--output", str(run.parent / "page.html")) == 0
+    page = (run.parent / "page.html").read_text()
+    assert "Roles that changed" in page
+    assert "2 context, 2 generation, 1 parked" in page
+
+
+def test_changes_are_counted_and_old_work_is_timed(run: Path) -> None:
+    found = role_changes_of(Run(run))
+    assert found is not None
+    assert (found.num_changes, found.num_refused) == (3, 0)
+    decisions = pd.read_parquet(run / "decisions.parquet")
+    drained = decisions[decisions["answer"] == "drained"]
+    assert list(drained["executor"]) == [3]  # of what it generated when it went back to prompts; the others were idle
+    assert found.drains_s == (drained["at_s"].item() - 1.1,)
+    assert found.at_end == {"context": 2, "generation": 2, "parked": 1}
 
 
 def test_routes_of_a_run_with_changes_are_not_forced_on_another(run: Path) -> None:
