@@ -14,7 +14,7 @@ from typing import Final
 from msgspec import Struct
 
 from .cost import UNIT_BITS, StepFeatures, affine_span_time
-from .step_sizes import padded_rows
+from .step_sizes import chunk_graph, padded_rows
 
 UNITS_PER_NS: Final = 1000 << UNIT_BITS
 
@@ -90,6 +90,8 @@ class MeasuredCost(Struct, frozen=True):
     KV tokens it reads, `decode` a sequence. A step with chunks: `chunk_rows` of all its tokens, padded to a multiple of
     `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them, `chunk` and
     `sample` for each chunk and each token that one yields, `mixed_kv` and `mixed_decode` for the decodes that run along.
+    With `chunk_graphs` steps with short prompts run as graphs, padded to their rows; a step with chunks that runs kernel
+    by kernel takes `launch_floor` at least, which is the host's time.
     """
 
     graph_sizes: tuple[int, ...]
@@ -105,6 +107,8 @@ class MeasuredCost(Struct, frozen=True):
     mixed_kv: Curve
     mixed_decode: int
     measured: Measured
+    chunk_graphs: bool = False
+    launch_floor: int = 0
 
     def step_time(self, features: StepFeatures) -> int:
         n, kv, chunks = features
@@ -120,8 +124,10 @@ class MeasuredCost(Struct, frozen=True):
         """
         if not num_chunks:
             return self.step_time(StepFeatures(num_decodes, num_kv))
-        return (
-            self.chunk_rows.at(padded_rows(num_decodes + num_tokens, self.row_multiple))
+        graph = self._chunk_graph(num_decodes, num_chunks, num_tokens, cached)
+        rows = padded_rows(num_decodes + num_tokens, self.row_multiple) if graph is None else graph[1]
+        time = (
+            self.chunk_rows.at(rows)
             + pairs * self.pair
             + cached * self.cached_token
             + num_chunks * self.chunk
@@ -129,13 +135,20 @@ class MeasuredCost(Struct, frozen=True):
             + self.mixed_kv.at(num_kv)
             + num_decodes * self.mixed_decode
         )
+        return time if graph is not None or time > self.launch_floor else self.launch_floor
+
+    def _chunk_graph(self, num_decodes: int, num_chunks: int, num_tokens: int, cached: int) -> tuple[int, int] | None:
+        if not self.chunk_graphs:
+            return None
+        return chunk_graph(num_decodes, num_chunks, num_tokens, cached, self.graph_sizes[-1])
 
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
         """The sum of step_time over steps that read `num_decodes` more KV tokens each."""
         n, kv, chunks = features
-        curve = self.mixed_kv if chunks else self.decode_kv
-        rest = self.step_time(features) - curve.at(kv)
-        return rest * num_steps + curve.total(kv, n, num_steps)
+        if chunks:  # rare, and mostly of one step
+            return sum(self.step_time(StepFeatures(n, kv + i * n, chunks)) for i in range(num_steps))
+        rest = self.step_time(features) - self.decode_kv.at(kv)
+        return rest * num_steps + self.decode_kv.total(kv, n, num_steps)
 
     def covers(self, features: StepFeatures) -> bool:
         """Whether every feature of the step is within what was measured."""
@@ -144,8 +157,9 @@ class MeasuredCost(Struct, frozen=True):
         if not chunks:
             return n <= most.decodes and kv <= most.kv_tokens
         tokens, pairs, cached, _ = _sums(chunks)
+        graph = self._chunk_graph(n, len(chunks), tokens, cached)
         return (
-            padded_rows(n + tokens, self.row_multiple) <= most.rows
+            (graph is not None or padded_rows(n + tokens, self.row_multiple) <= most.rows)
             and pairs <= most.pairs
             and cached <= most.cached_tokens
             and len(chunks) <= most.chunks

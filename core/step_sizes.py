@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Final
 
 ROW_MULTIPLE: Final = 64  # of the rows of a step with chunks
@@ -19,3 +20,35 @@ def graph_sizes(max_batch: int) -> tuple[int, ...]:
     """
     sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 257, 32), *range(320, max_batch + 64, 64)]
     return (*(size for size in sizes if size < max_batch), max_batch)
+
+
+CHUNK_SLOTS: Final = 8  # prompts that a graph of a step with chunks has room for
+CHUNK_GRAPH_ROWS: Final = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)  # above, a device is busy anyway
+
+
+def chunk_graph_decodes(max_batch: int) -> tuple[int, ...]:
+    """How many decodes the graphs of steps with chunks have room for, beside those without any."""
+    sizes = [8]
+    while sizes[-1] < max_batch:
+        sizes.append(2 * sizes[-1])
+    return (*sizes[:-1], max_batch)
+
+
+def chunk_graph(
+    num_decodes: int, num_chunks: int, num_tokens: int, num_cached: int, max_batch: int
+) -> tuple[int, int] | None:
+    """(decodes, rows in all) of the graph that runs such a step; None where it runs kernel by kernel.
+
+    `num_tokens` of the chunks, `num_cached` before them: KV that is read from pages has no place of its own in a graph.
+    """
+    if num_cached or num_chunks > CHUNK_SLOTS:
+        return None
+    room = 0
+    if num_decodes:
+        sizes = chunk_graph_decodes(max_batch)
+        at = bisect_left(sizes, num_decodes)
+        if at == len(sizes):
+            return None
+        room = sizes[at]
+    at = bisect_left(CHUNK_GRAPH_ROWS, room + num_tokens)
+    return (room, CHUNK_GRAPH_ROWS[at]) if at < len(CHUNK_GRAPH_ROWS) else None

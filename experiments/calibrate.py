@@ -304,7 +304,9 @@ def _engines(
     for (role, tp, pp), group in groups.items():
         ids = {placement.id for placement in group}
         batch = max(executors[i].scheduler.max_batch_size for i in ids)
-        fit = fit_engine([s for s in samples.steps if s.executor in ids], config.device_type, batch)
+        graphs = config.device_type == "cuda" and role != "generation" and shape_of(config).dtype != "float32"
+        own = [s for s in samples.steps if s.executor in ids]
+        fit = fit_engine(own, config.device_type, batch, chunk_graphs=graphs)
         if fit.decode is None and fit.chunks is None:
             raise CalibrationFailedError(f"no steps of {role} executors were seen")
         first = group[0]

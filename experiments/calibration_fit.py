@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..core.measured_cost import Measured
 from ..core.overheads import LaunchGaps
-from ..core.step_sizes import graph_sizes
+from ..core.step_sizes import CHUNK_GRAPH_ROWS, chunk_graph, graph_sizes
 from .calibration_samples import CONTINUED, FIRST, FOLLOWING, NOTHING, StepSample, as_arrays
 from .profile_file import ChunkFit, CurveFit, DecodeFit, Residual, row_multiple
 
@@ -48,6 +48,7 @@ _FAR: Final = 5.0  # standard deviations, by the median of deviations
 _LEAST_FAR: Final = 0.05  # of the value: nearer than this nothing is an outlier
 _LEAST_SAMPLES: Final = 3
 _ROUNDS: Final = 5
+_WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
 _LEAST_RATIO: Final = 1.1  # of a knot to the one before
 
 
@@ -204,8 +205,13 @@ def curve_fit(start: float, knots: Sequence[int], increments: Floats) -> CurveFi
 # ---- an executor ----------------------------------------------------------------------------------------------------
 
 
-def fit_engine(samples: Sequence[StepSample], device_type: str, max_batch_size: int) -> EngineFit:
-    """Fit what executors of one kind did. Families with too few samples are left out."""
+def fit_engine(
+    samples: Sequence[StepSample], device_type: str, max_batch_size: int, *, chunk_graphs: bool = False
+) -> EngineFit:
+    """Fit what executors of one kind did. Families with too few samples are left out.
+
+    `chunk_graphs`: they run steps with short prompts as graphs.
+    """
     columns = as_arrays(samples)
     if not columns:
         return EngineFit(None, None, LaunchGaps(), Measured(), (), None)
@@ -227,8 +233,9 @@ def fit_engine(samples: Sequence[StepSample], device_type: str, max_batch_size: 
         slowdown = _transfer_slowdown(decodes, fitted_ns, following)
     chunk_fit = None
     if has_chunks.sum() >= _LEAST_SAMPLES:
-        chunk_fit, residual, chunk_gaps = _fit_chunks(chunked, row_multiple(device_type))
-        residuals.append(residual)
+        graphs = _chunk_graphs(chunked, max_batch_size) if chunk_graphs else None
+        chunk_fit, chunk_residuals, chunk_gaps = _fit_chunks(chunked, row_multiple(device_type), graphs)
+        residuals += chunk_residuals
         gaps |= chunk_gaps
     return EngineFit(
         decode_fit,
@@ -295,24 +302,47 @@ def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int
     if not told.any():
         return gaps, []
     with_gap = fitted_ns[told] + [gaps[f"decode_after_{before}"] / 1000 for before in columns["before"][told]]
-    relative = np.abs(ns[told] / with_gap - 1)
-    residual = Residual(
-        "first decode steps of plans",
-        num_points=int(told.sum()),
-        num_samples=int((columns["kind"] == FIRST).sum()),
-        num_outliers=int((columns["kind"] == FIRST).sum() - told.sum()),
+    num_first = int((columns["kind"] == FIRST).sum())
+    return gaps, [_residual_of_samples("first decode steps of plans", ns[told], with_gap, num_first)]
+
+
+def _residual_of_samples(family: str, ns: Floats, fitted: Floats, num_samples: int) -> Residual:
+    """Of samples that are points by themselves; `num_samples`: with those that were left out."""
+    relative = np.abs(ns / fitted - 1)
+    return Residual(
+        family,
+        num_points=len(ns),
+        num_samples=num_samples,
+        num_outliers=num_samples - len(ns),
         mean=_rounded(relative.mean()),
         p90=_rounded(np.quantile(relative, 0.9)),
         max=_rounded(relative.max()),
-        bias=_rounded(with_gap.sum() / ns[told].sum() - 1),
-        jitter=_rounded(np.std(ns[told] / with_gap)),
+        bias=_rounded(fitted.sum() / ns.sum() - 1),
+        jitter=_rounded(np.std(ns / fitted)),
     )
-    return gaps, [residual]
 
 
-def _fit_chunks(columns: dict[str, Any], multiple: int) -> tuple[ChunkFit, Residual, dict[str, int]]:
-    """Steps with chunks; what came before them shifts them by a constant each."""
+def _chunk_graphs(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
+    """Rows of the graph that ran each step with chunks; 0 where none did."""
+    names = ("num_decodes", "num_chunks", "num_chunk_tokens", "num_cached_tokens")
+    steps = zip(*(columns[name].tolist() for name in names), strict=True)
+    found = [chunk_graph(decodes, chunks, tokens, cached, max_batch) for decodes, chunks, tokens, cached in steps]
+    return np.array([0 if key is None else key[1] for key in found], dtype=np.int64)
+
+
+def _fit_chunks(
+    columns: dict[str, Any], multiple: int, graphs: NDArray[np.int64] | None
+) -> tuple[ChunkFit, list[Residual], dict[str, int]]:
+    """Steps with chunks; what came before them shifts them by a constant each.
+
+    Where short ones run as graphs (`graphs`: their rows), those that do not wait for the host: they are no measure of
+    the device, but of how long a launch kernel by kernel takes.
+    """
     rows = _padded_rows(columns, multiple)
+    waits = np.zeros(len(rows), dtype=bool)
+    if graphs is not None and graphs.any():
+        rows = np.where(graphs > 0, graphs, rows)
+        waits = (graphs == 0) & (rows <= CHUNK_GRAPH_ROWS[-1])
     row_knots = knots_for(rows, _ROW_KNOTS)
     kv = columns["num_kv_tokens"]
     kv_knots = [0, max(1, int(kv.max()))]
@@ -333,9 +363,11 @@ def _fit_chunks(columns: dict[str, Any], multiple: int) -> tuple[ChunkFit, Resid
     ns = columns["duration_ps"] / 1000.0
     keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
-    points = points_of((rows, *(columns[name] for name in keys), kv // 1024, which), features, ns)
-    fitted = fit_points(points, ns, features, "steps with chunks")
+    told, of_told = ~waits, {name: columns[name][~waits] for name in keys}
+    points = points_of((rows[told], *of_told.values(), kv[told] // 1024, which[told]), features[told], ns[told])
+    fitted = fit_points(points, ns[told], features[told], "steps with chunks")
     x, at = fitted.coefficients, len(row_knots)
+    floor, residuals = _launch_floor(ns, features @ x, features[:, at + 6 :] @ x[at + 6 :], waits)
     pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
     fit = ChunkFit(
         rows=curve_fit(x[0], row_knots, x[1:at]),
@@ -345,13 +377,27 @@ def _fit_chunks(columns: dict[str, Any], multiple: int) -> tuple[ChunkFit, Resid
         sample_ns=sample,
         mixed_kv_tokens=curve_fit(0.0, kv_knots, x[at + 4 : at + 5]),
         mixed_decode_ns=round(float(x[at + 5]), 3),
+        graphs=graphs is not None and bool(graphs.any()),
+        launch_floor_ns=round(floor, 3),
     )
     shifts = {f"chunk_after_{kind}": round(float(value) * 1000) for kind, value in zip(kinds, x[at + 6 :], strict=True)}
     known = list(shifts.values())
     for kind in ("idle", "decode", "chunk"):  # what was hardly ever seen is like what was
         if known:
             shifts.setdefault(f"chunk_after_{kind}", round(sum(known) / len(known)))
-    return fit, fitted.residual, shifts
+    return fit, [fitted.residual, *residuals], shifts
+
+
+def _launch_floor(ns: Floats, fitted: Floats, shifts: Floats, waits: NDArray[np.bool_]) -> tuple[float, list[Residual]]:
+    """The host's time for a step that it launches kernel by kernel: what short ones take that take longer than the device."""
+    late = np.flatnonzero(waits & (ns > (1 + _WAITS) * fitted))
+    if len(late) < _LEAST_SAMPLES:
+        return 0.0, []
+    own = (ns - shifts)[late]
+    kept = keep_near(own)
+    floor = float(own[kept].mean())
+    expected = floor + shifts[late][kept]
+    return floor, [_residual_of_samples("short steps without a graph", ns[late][kept], expected, len(late))]
 
 
 def _padded_rows(columns: dict[str, Any], multiple: int) -> NDArray[Any]:

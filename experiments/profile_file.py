@@ -64,6 +64,8 @@ class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
     sample_ns: float
     mixed_kv_tokens: CurveFit
     mixed_decode_ns: float
+    graphs: bool = False  # short prompts ran as graphs
+    launch_floor_ns: float = 0.0  # the host's time for a step that it launches kernel by kernel
 
 
 class Residual(Struct, frozen=True, forbid_unknown_fields=True):
@@ -313,6 +315,8 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
         mixed_kv=_mixed_kv(decode, chunks, entry.measured),
         mixed_decode=0 if chunks is None else _units(chunks.mixed_decode_ns),
         measured=entry.measured,
+        chunk_graphs=is_cuda and chunks is not None and chunks.graphs,
+        launch_floor=0 if chunks is None else _units(chunks.launch_floor_ns),
     )
 
 

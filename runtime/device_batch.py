@@ -18,7 +18,7 @@ from .model_batch import Decode, DecodeBatch
 _TURNS: Final = 4  # a launch may use two, and the launch before it may still be waiting
 
 
-class _Staging:
+class Staging:
     """Host memory for copies to the device, used by turns: written again only when the copy out of it is through."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
@@ -56,8 +56,8 @@ class DeviceBatch:
         self._state = torch.zeros((2, max_batch), dtype=torch.int32, device=device)
         self._state[1] = -1
         self.tables = torch.zeros((max_batch + max_chunks, width), dtype=torch.int32, device=device)
-        self._staged_state = _Staging((3, max_batch), device)
-        self._staged_tables = _Staging(((max_batch + max_chunks) * (width + 1),), device)
+        self._staged_state = Staging((3, max_batch), device)
+        self._staged_tables = Staging(((max_batch + max_chunks) * (width + 1),), device)
         self.sequences = torch.arange(max_batch, dtype=torch.int32, device=device)
         self.decodes: list[Decode] = []  # by slot
         self._slot_of: dict[int, int] = {}

@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 
 from ..core.config import ExecutorConfig
+from ..core.step_sizes import chunk_graph_decodes
+from ..policies.vocabulary import Role
 from .collectives import Collectives, MpiCollectives, SingleRank
 from .devices import take_pages
 from .executor_spec import DeviceError
@@ -95,7 +97,14 @@ def _on_gpu(
     def stepper_over(pages: KvPages) -> FusedStepper:
         limits = (config.scheduler.max_batch_size, config.scheduler.max_num_tokens)
         made = FusedStepper(
-            place, weights, pages, collectives, torch.device(device), *limits, record_margins=record_margins
+            place,
+            weights,
+            pages,
+            collectives,
+            torch.device(device),
+            *limits,
+            record_margins=record_margins,
+            chunk_decodes=chunk_decodes(config),
         )
         made.warm_up()
         return made
@@ -119,6 +128,13 @@ def _on_gpu(
     pages = KvPages(place.layout, place.rank, num_blocks, config.tokens_per_block, device)
     stepper = stepper_over(pages)
     return Built(pages, stepper, torch.cuda.mem_get_info(device)[0])
+
+
+def chunk_decodes(config: ExecutorConfig) -> tuple[int, ...]:
+    """With how many decodes beside them prompts have graphs: what an executor of that role runs day by day."""
+    if config.role is Role.GENERATION:
+        return ()
+    return (0,) if config.role is Role.CONTEXT else (0, *chunk_graph_decodes(config.scheduler.max_batch_size))
 
 
 def _blocks_in(place: Place, config: ExecutorConfig, free: int, fraction: float, device: str) -> int:

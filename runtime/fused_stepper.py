@@ -1,4 +1,4 @@
-"""Steps on a GPU: decodes as CUDA graphs over a ladder of batch sizes, steps with chunks kernel by kernel.
+"""Steps on a GPU: decodes, and steps with short prompts, as CUDA graphs; other steps with chunks kernel by kernel.
 
 Everything that a decode step needs next lies on the device, so a step can be launched behind the one before it; the
 host reads the tokens later, from pinned memory. On a device without graphs the same steps run eagerly.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..core.commands import Chunk
 from ..core.step_sizes import graph_sizes, padded_rows
+from .chunk_graphs import ChunkGraphs
 from .collectives import Collectives
 from .device_batch import DeviceBatch
 from .kv_pages import KvPages
@@ -45,7 +47,8 @@ class FusedStepper:
     """One rank's steps. Used from one thread, whose CUDA stream it makes; `wait` of what it launches from any.
 
     A step has `max_batch` decodes, as many chunks and `max_num_tokens` tokens of chunks at most. `warm_up` before the
-    first step.
+    first step. `chunk_decodes`: with how many decodes beside them (0: none) steps with short prompts have graphs; in
+    float32, which has no flash kernel, there are none.
     """
 
     keeps_tokens: Final = True
@@ -62,6 +65,7 @@ class FusedStepper:
         *,
         record_margins: bool = False,
         graphs: bool = True,
+        chunk_decodes: Sequence[int] = (),
     ) -> None:
         max_rows = padded_rows(max_num_tokens + max_batch)
         self.model = FusedModel(place, weights, pages, collectives, device, max_batch, max_rows)
@@ -81,6 +85,9 @@ class FusedStepper:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor | None] = {}
         self._graph_pool: Any = None
+        self._chunk_graphs: ChunkGraphs | None = None
+        if self._uses_graphs and chunk_decodes and place.shape.dtype != "float32":
+            self._chunk_graphs = ChunkGraphs(self.model, self._batch, chunk_decodes, self._greedy, device)
         self._stream: Any = torch.cuda.Stream(device, priority=-1) if self._is_cuda else None
         self._ring = [
             torch.empty(2 * max_batch, dtype=torch.int64, pin_memory=self._is_cuda)
@@ -108,6 +115,9 @@ class FusedStepper:
             if self._uses_graphs:
                 for size in reversed(self._ladder):  # the largest first: the others fit into its memory
                     self._capture(size)
+                if self._chunk_graphs is not None:
+                    for key in self._chunk_graphs.keys(self._max_num_tokens + self._max_batch):
+                        self._graph_pool = self._chunk_graphs.capture(key, self._stream, self._graph_pool)
         self._settle()
 
     def _warm_rare_steps(self) -> None:
@@ -209,7 +219,13 @@ class FusedStepper:
     ) -> tuple[Tensor | None, Tensor]:
         """A step with chunks behind `num` decodes: logits and tokens of the decodes and of the last chunks."""
         size, own = self._pages.tokens_per_block, self._batch
+        graphs = self._chunk_graphs if on_layers is None else None
+        key: tuple[int, int] | None = None
+        if graphs is not None:
+            key = graphs.key_of(num, [chunk.start for chunk, _ in chunks], [chunk.length for chunk, _ in chunks])
         tables = own.set_chunks([chunk.blocks[: -(-(chunk.start + chunk.length) // size)] for chunk, _ in chunks])
+        if graphs is not None and key is not None:
+            return graphs.step(key, num, [(fed.token_ids, chunk.is_last) for chunk, fed in chunks])
         rows: list[ChunkRows] = []
         ids: list[int] = []
         where: list[Tensor] = []

@@ -14,7 +14,9 @@ from typing import Final
 
 _MANY_CORES: Final = 8
 _YIELDS: Final = 20  # idle rounds without a sleep
-_SPIN_S: Final = 2e-3  # without a pause after something happened; five times a prompt's copy over NVLink
+_SPIN_S: Final = (
+    10e-3  # without a pause after something happened: about as long as an offered KV waits for a step's end
+)
 _FIRST_SLEEP_S: Final = 20e-6
 _PR_SET_TIMERSLACK: Final = 29
 

@@ -53,6 +53,7 @@ def fused_engine(
     record_margins: bool = False,
     device: str = "cpu",
     warm: bool | None = None,
+    chunk_decodes: tuple[int, ...] = (),
 ) -> Engine:
     """An engine of one rank whose stepper is the fused one. `warm`: run each kernel first; by default on a GPU."""
     from disagg.runtime.fused_stepper import FusedStepper
@@ -70,6 +71,7 @@ def fused_engine(
         max_batch,
         max_num_tokens,
         record_margins=record_margins,
+        chunk_decodes=chunk_decodes,
     )
     if device != "cpu" if warm is None else warm:
         stepper.warm_up()

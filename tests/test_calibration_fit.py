@@ -6,9 +6,10 @@ from random import Random
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from disagg.core.measured_cost import chunk_pairs
-from disagg.core.step_sizes import graph_sizes, padded_rows
+from disagg.core.step_sizes import chunk_graph, graph_sizes, padded_rows
 from disagg.experiments.calibrate import fit_link, fit_messages
 from disagg.experiments.calibration_fit import fit_engine, keep_near, knots_for, ramps
 from disagg.experiments.calibration_samples import (
@@ -89,6 +90,28 @@ def test_decode_steps_are_told_to_half_a_percent_in_spite_of_outliers() -> None:
     assert residual.jitter == pytest.approx(0.01, rel=0.3)
     assert fit.measured.decodes == 64
     assert fit.chunks is None
+
+
+def test_short_prompts_that_run_as_graphs_are_told_apart_from_those_that_wait_for_the_host() -> None:
+    """Graphs: 3 ms + 20 us a row of the graph. Kernel by kernel the same by padded rows, but the host takes 14 ms."""
+    random = Random(4)
+    samples = []
+    for length in (16, 60, 100, 200, 300, 500, 700, 1000, 1500, 2048, 4096, 8192):
+        for cached in (0, 0, 8192):
+            for _ in range(4):
+                graph = chunk_graph(0, 1, length, cached, 32)
+                ms = 3 + 0.02 * (padded_rows(length) if graph is None else graph[1])
+                ms = ms if graph is not None else max(14, ms)
+                sample = chunk_sample([length], cached, 0, "chunk", random)
+                samples.append(replace(sample, duration_ps=round(ms * random.gauss(1, 0.005) * 1e9)))
+    fit = fit_engine(samples, "cuda", 32, chunk_graphs=True)
+    assert fit.chunks is not None
+    assert fit.chunks.graphs
+    assert fit.chunks.launch_floor_ns == pytest.approx(14e6, rel=0.005)
+    for rows in (64, 192, 512, 1024, 4096):
+        assert fit.chunks.rows.curve().at(rows) / (US << 20) == pytest.approx(3000 + 20 * rows, rel=0.01)
+    assert {r.family for r in fit.residuals} == {"steps with chunks", "short steps without a graph"}
+    assert not fit_engine(samples, "cuda", 32).chunks.graphs  # type: ignore[union-attr]
 
 
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:

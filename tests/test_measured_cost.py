@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,7 +48,11 @@ def test_the_total_of_a_curve_is_the_sum_of_its_terms(curve: Curve, first: int, 
     assert curve.total(first, stride, num) == sum(curve.at(first + stride * i) for i in range(num))
 
 
-@given(costs(), FEATURES, st.integers(1, 50))
+def with_graphs(cost: MeasuredCost) -> MeasuredCost:
+    return msgspec.structs.replace(cost, chunk_graphs=bool(cost.graph_sizes), launch_floor=3 << 40)
+
+
+@given(costs() | costs().map(with_graphs), FEATURES, st.integers(1, 50))
 def test_a_span_takes_exactly_the_sum_of_its_steps(cost: MeasuredCost, features: StepFeatures, num: int) -> None:
     assert cost.span_time(features, num) == sum(cost.step_time(features.after(i)) for i in range(num))
 
@@ -69,6 +74,43 @@ def test_a_step_never_gets_cheaper_by_longer_or_later_or_more_chunks(
     assert cost.step_time(features._replace(chunks=grown)) >= cost.step_time(features)
     again = (*features.chunks, (later, longer + 1, False))
     assert cost.step_time(features._replace(chunks=again)) >= cost.step_time(features)
+
+
+def test_a_step_with_short_prompts_costs_the_rows_of_its_graph_and_one_without_a_graph_the_hosts_time() -> None:
+    cost = MeasuredCost(
+        graph_sizes=graph_sizes(64),
+        row_multiple=64,
+        decode_rows=Curve.line(0, 1),
+        decode_kv=Curve.line(0, 0),
+        decode=0,
+        chunk_rows=Curve.line(0, 10),
+        pair=0,
+        cached_token=0,
+        chunk=0,
+        sample=0,
+        mixed_kv=Curve.line(0, 0),
+        mixed_decode=0,
+        measured=Measured(rows=8192, chunks=32, pairs=1 << 40, cached_tokens=1 << 20, mixed_decodes=64),
+        chunk_graphs=True,
+        launch_floor=5000,
+    )
+
+    def rows(decodes: int, *chunks: tuple[int, int]) -> float:
+        features = StepFeatures(decodes, 0, tuple((before, length, True) for before, length in chunks))
+        assert cost.covers(features)
+        return cost.step_time(features) / 10
+
+    assert rows(0, (0, 1)) == rows(0, (0, 64)) == 64
+    assert rows(0, (0, 65)) == rows(0, (0, 40), (0, 88)) == 128
+    assert rows(0, (0, 900)) == rows(0, (0, 1000)) == 1024
+    assert rows(1, (0, 56)) == rows(8, (0, 56)) == 64  # room for eight decodes
+    assert rows(9, (0, 56)) == 128  # for sixteen
+    assert rows(33, (0, 960)) == rows(64, (0, 960)) == 1024
+    # kernel by kernel: behind KV, too many prompts, too many rows
+    assert rows(0, (32, 1)) == 500
+    assert rows(0, *[(0, 10)] * 9) == 500
+    assert rows(0, (0, 1025)) == 1088
+    assert rows(0, (4096, 2000)) == 2048
 
 
 @settings(max_examples=50)
