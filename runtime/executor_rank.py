@@ -138,8 +138,8 @@ class ExecutorRank:
             None if self._transport is None else self._transport.description,
         )
 
-    def new_engine(self) -> None:
-        """An engine with an empty batch, on the same weights and pages."""
+    def new_engine(self, *, sends_early: bool = True) -> None:
+        """An engine with an empty batch, on the same weights and pages. `sends_early`: it tells of layers."""
         self._engine = Engine(
             self.roster.shape,
             self._weights,
@@ -150,7 +150,8 @@ class ExecutorRank:
             stepper=self._stepper,
             record_margins=self.roster.spec.record_margins,
         )
-        if self._transfers is not None and self._transport is not None:
+        tells = sends_early and self.roster.configs[self.executor].layerwise
+        if tells and self._transfers is not None and self._transport is not None:
             self._engine.on_layers = self._transfers.on_layers
         self._engine_thread.use(self._engine)
         if self._transfers is not None:
@@ -167,7 +168,7 @@ class ExecutorRank:
         hello = Hello(PROTOCOL_VERSION, self.executor, _encoder.encode(config))
         for rank in self.followers:
             self.post.send(rank, hello)
-        self.new_engine()
+        self.new_engine(sends_early=config.sends_early)
         if self._transfers is None:
             raise RuntimeError("a session needs a loaded rank")
         for item in self._down:
@@ -231,7 +232,8 @@ class ExecutorRank:
         if isinstance(body, PlanGrant):
             self._engine_thread.grant(body)
         elif isinstance(body, Hello):
-            self.new_engine()
+            config = msgspec.msgpack.decode(body.config, type=SessionConfig)
+            self.new_engine(sends_early=config.sends_early)
         elif self._transfers is not None:
             obey_kv_order(self._transfers, body)
 

@@ -160,9 +160,9 @@ class OrchestratorDriver:
 
     def open_session(self, record: bool = True) -> None:
         """Begin with a fresh core everywhere, at instant 0 of a new clock."""
-        config = session_config(record)
-        self.clock = Clock(config.origin_ns)
         orchestrator = self.roster.spec.orchestrator
+        config = session_config(record, sends_early=orchestrator.generation_binding != "at_context_done")
+        self.clock = Clock(config.origin_ns)
         self._log, self._record, self._chunks = [], SessionRecord(), {}
         self._core = OrchestratorCore(orchestrator)
         if record:

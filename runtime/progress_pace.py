@@ -34,15 +34,18 @@ class Pace:
         self._sleep_s = _FIRST_SLEEP_S
         self._spin_until = 0.0
 
-    def rest(self, busy: bool, in_transfer: bool, now: float) -> float | None:
+    def rest(self, busy: bool, in_transfer: bool, now: float, is_keen: bool = False) -> float | None:
         """Seconds to sleep after a round that ended `now` (monotonic s) and was `busy`; 0 to yield, None to go on.
 
-        `in_transfer`: somebody waits for what the other ranks do.
+        `in_transfer`: somebody waits for what the other ranks do. `is_keen`: this rank will read KV within a step or two. A
+        thread that has slept finds its caches cold, and launches a copy in three times the time. Not for ranks that
+        compute prompts: one that looks takes its turns from the thread that launches them.
         """
+        in_transfer = in_transfer or is_keen
         if busy:
             self._idle_rounds, self._sleep_s = 0, _FIRST_SLEEP_S
             if in_transfer and self.can_spin:
-                self._spin_until = now + _SPIN_S
+                self._spin_until = now + (_KEEN_S if is_keen else _SPIN_S)
             return None
         self._idle_rounds += 1
         if self._idle_rounds <= _YIELDS or (in_transfer and now < self._spin_until):

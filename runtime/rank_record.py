@@ -20,10 +20,14 @@ class ExecutorBrokenError(RuntimeError):
 
 
 class SessionConfig(Struct, frozen=True):
-    """What a Hello carries: the origin of the session's clock, and whether the session is recorded."""
+    """What a Hello carries: the origin of the session's clock, and whether the session is recorded.
+
+    `sends_early`: KV may be asked for before it is computed, so that a step must tell of its layers; a graph cannot.
+    """
 
     origin_ns: int
     record: bool = True
+    sends_early: bool = True
 
 
 class RankInfo(Struct, frozen=True):
@@ -51,6 +55,6 @@ class RankRecord(Struct, frozen=True):
     checksums: tuple[ChecksumRow, ...] = ()
 
 
-def session_config(record: bool) -> SessionConfig:
+def session_config(record: bool, *, sends_early: bool) -> SessionConfig:
     """A session that begins now."""
-    return SessionConfig(monotonic_ns(), record)
+    return SessionConfig(monotonic_ns(), record, sends_early)

@@ -70,14 +70,10 @@ class TransferDesk:
         self._note()
 
     def _note(self) -> None:
-        """Tell progress how often to look. What this rank has offered is for its receiver to ask for, in its own time.
-
-        What is offered to it will be asked for within a step or two: a thread that has slept until then finds its caches
-        cold, and needs three times as long to launch the copy.
-        """
+        """Tell progress how often to look. What is only offered is for its receiver to ask for, in its own time."""
+        self._progress.is_keen = bool(self._receives or self._offers)
         self._progress.is_expecting = bool(
             self._receives
-            or self._offers
             or self._out
             or self._in
             or self._carrier.is_busy

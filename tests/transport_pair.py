@@ -37,6 +37,7 @@ class OneThread:
     is_own_thread = True
     is_running = True
     is_expecting = False
+    is_keen = False
 
     def __init__(self, wire: Wire, rank: int) -> None:
         self._wire = wire
