@@ -14,9 +14,8 @@ from typing import Final
 
 _MANY_CORES: Final = 8
 _YIELDS: Final = 20  # idle rounds without a sleep
-_SPIN_S: Final = (
-    10e-3  # without a pause after something happened: about as long as an offered KV waits for a step's end
-)
+_SPIN_S: Final = 2e-3  # without a pause after something happened; five times a prompt's copy over NVLink
+_KEEN_S: Final = 10e-3  # the same where KV is offered: about as long as it waits for the end of a decode step
 _FIRST_SLEEP_S: Final = 20e-6
 _PR_SET_TIMERSLACK: Final = 29
 
