@@ -33,7 +33,7 @@ def experiment(workload: str, num_requests: int, rate: float, executors: int = 4
     """`executors` in all, half of them for the context phase where the phases are apart."""
     dataset: dict[str, Any] = {"type": "synthetic", "isl": PROMPT, "osl": OUTPUT}
     policy = {"context_router": "least_tokens", "generation_router": "least_kv"}
-    cache = {"tokens_per_block": TOKENS_PER_BLOCK}
+    cache = {"tokens_per_block": TOKENS_PER_BLOCK, "enable_block_reuse": workload == "prefixes"}
     half = max(1, executors // 2)
     scheduler = {"max_batch_size": MAX_BATCH_SIZE, "max_num_tokens": MAX_NUM_TOKENS}
     cluster: dict[str, Any] = {
