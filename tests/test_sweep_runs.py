@@ -394,9 +394,16 @@ def test_processes_are_started_for_much_work_only(tmp_path: Path, monkeypatch: p
         (["--executor", "mpi"], "at least 2 ranks"),
     ],
 )
-def test_what_cannot_be_had_is_refused(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_what_cannot_be_had_is_refused(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    disagg: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "experiment.yaml").write_text(TEXT)
-    done = run("experiment.yaml", *arguments, cwd=tmp_path)
-    assert done.returncode in (2, 3)
-    assert told in done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert disagg("run", "experiment.yaml", *arguments) in (2, 3)
+    assert told in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["experiment.yaml"]
