@@ -21,10 +21,13 @@ from .blocks import BlockError, BlockManager
 from .life_cycle import State
 from .visit import Visit
 
-_ASSIGNED: Final = 0
-_HELD: Final = 1
-_QUARANTINED: Final = 2
-_CACHED: Final = 3  # no references
+# the references to a block by state, counted in one number: who has it assigned, held, in quarantine; 0 is cached
+_BITS: Final = 32
+_ASSIGNED: Final = 1
+_HELD: Final = 1 << _BITS
+_QUARANTINED: Final = 1 << 2 * _BITS
+_IN_USE: Final = _HELD - 1  # masks
+_IN_HAND: Final = _IN_USE << _BITS
 
 
 class PrefixCache(BlockManager):
@@ -39,7 +42,7 @@ class PrefixCache(BlockManager):
         self._tokens_per_block = tokens_per_block
         self._block_of: dict[int, int] = {}  # by hash
         self._hash_of: dict[int, int] = {}  # by registered block
-        self._references: dict[int, list[int]] = {}  # of a registered block: assigned, held, quarantined
+        self._references: dict[int, int] = {}  # of a registered block
         self._cached: OrderedDict[int, None] = OrderedDict()  # registered blocks without references, first to go first
         self._num_registered: dict[int, int] = {}  # leading blocks of an owner's table
         self._num_arriving: dict[int, int] = {}  # of those, whose owner waits for the KV of its other blocks
@@ -99,8 +102,7 @@ class PrefixCache(BlockManager):
         if not num_shared:
             return
         blocks = tuple(self._block_of[name] for name in visit.request.block_hashes[:num_shared])
-        for block in blocks:
-            self._refer(block)
+        self._shift(blocks, _ASSIGNED)
         self._assigned[visit.id] = blocks
         self._num_registered[visit.id] = num_shared
         if is_arriving:
@@ -135,23 +137,22 @@ class PrefixCache(BlockManager):
         num_full = min(num_full, len(hashes))
         if num_full <= done:
             return
-        table = self._assigned[owner]
-        changed: list[int] = []
+        table, block_of = self._assigned[owner], self._block_of
+        there: list[int] = []  # places in the table
         for i in range(done, num_full):
-            known = self._block_of.get(hashes[i])
-            if known is None:
+            if hashes[i] not in block_of:
                 self._store(table[i], hashes[i])
             elif may_exchange:
-                self._refer(known)
-                changed.append(i)
+                there.append(i)
             else:
                 num_full = i
                 break
-        if changed:
+        if there:
             blocks = list(table)
-            for i in changed:
+            for i in there:
                 self._free.append(blocks[i])
-                blocks[i] = self._block_of[hashes[i]]
+                blocks[i] = block_of[hashes[i]]
+            self._shift([blocks[i] for i in there], _ASSIGNED)
             self._assigned[owner] = tuple(blocks)
         if num_full > done:
             self._num_registered[owner] = num_full
@@ -163,36 +164,30 @@ class PrefixCache(BlockManager):
 
     def hold(self, owner: int) -> None:
         super().hold(owner)
-        self._move(owner, self._held[owner], _ASSIGNED, _HELD)
+        self._move(owner, owner, self._held[owner], _ASSIGNED, _HELD)
 
     def hand_on(self, owner: int, heir: int) -> None:
         super().hand_on(owner, heir)
-        num_registered = self._num_registered.pop(owner, 0)
-        if num_registered:
-            self._num_registered[heir] = num_registered
-            self.num_written_references += num_registered
-        self._move(heir, self._assigned[heir], _HELD, _ASSIGNED)
+        self._move(owner, heir, self._assigned[heir], _HELD, _ASSIGNED)
 
     def quarantine(self, owner: int) -> None:
         before = _HELD if owner in self._held else _ASSIGNED
         super().quarantine(owner)
-        self._move(owner, self._quarantined[owner], before, _QUARANTINED)
+        self._move(owner, owner, self._quarantined[owner], before, _QUARANTINED)
 
-    def _move(self, owner: int, blocks: tuple[int, ...], before: int, after: int) -> None:
-        """The owner's table has changed its state; the counts of states know it as if all of it were its own."""
-        num_registered = self._num_registered.get(owner, 0)
-        if not num_registered:
+    def _move(self, owner: int, heir: int, blocks: tuple[int, ...], before: int, after: int) -> None:
+        """The table has changed its state; the counts of states know it as if all of it were its owner's own."""
+        number = self._num_registered.pop(owner, 0)
+        if not number:
             return
-        self._count(before, num_registered)  # as they were
-        self._count(after, -num_registered)
+        self._num_registered[heir] = number
+        self._count(before, number)  # as they were
+        self._count(after, -number)
         if before == _ASSIGNED:
-            self.num_written_references -= num_registered - self._num_arriving.pop(owner, 0)
-        for block in blocks[:num_registered]:
-            references = self._references[block]
-            was = _state(references)
-            references[before] -= 1
-            references[after] += 1
-            self._change(block, was, _state(references))
+            self.num_written_references -= number - self._num_arriving.pop(owner, 0)
+        elif after == _ASSIGNED:
+            self.num_written_references += number
+        self._shift(blocks[:number], after - before)
 
     def free(self, owner: int) -> int:
         """Let go of whatever `owner` has, in any state: its own blocks are empty, of those it shares the last one's
@@ -200,44 +195,48 @@ class PrefixCache(BlockManager):
         num_registered = self._num_registered.pop(owner, 0)
         if not num_registered:
             return super().free(owner)
-        tables = (self._assigned, self._held, self._quarantined)
-        state = next(i for i, table in enumerate(tables) if owner in table)
-        blocks = tables[state].pop(owner)
+        state, tables = _ASSIGNED, self._assigned
+        if owner not in tables:
+            state, tables = (_HELD, self._held) if owner in self._held else (_QUARANTINED, self._quarantined)
+        blocks = tables.pop(owner)
         own = blocks[num_registered:]
         self._count(state, -len(own))
         self._free.extend(reversed(own))
         if state == _ASSIGNED:
             self.num_written_references -= num_registered - self._num_arriving.pop(owner, 0)
-        for block in reversed(blocks[:num_registered]):
-            references = self._references[block]
-            was = _state(references)
-            references[state] -= 1
-            self._change(block, was, _state(references))
+        self._shift(blocks[num_registered - 1 :: -1], -state)
         return len(blocks)
 
     # ---- registered blocks ------------------------------------------------------------------------------------------
 
-    def _refer(self, block: int) -> None:
-        references = self._references[block]
-        was = _state(references)
-        references[_ASSIGNED] += 1
-        self._change(block, was, _ASSIGNED)
-
-    def _change(self, block: int, was: int, now: int) -> None:
-        if was == now:
-            return
-        if was == _CACHED:
-            del self._cached[block]
-        elif was == _ASSIGNED:
-            self.num_in_use -= 1
-        else:
-            self._count(was, -1)
-        if now == _CACHED:
-            self._cached[block] = None
-        elif now == _ASSIGNED:
-            self.num_in_use += 1
-        else:
-            self._count(now, 1)
+    def _shift(self, blocks: Sequence[int], change: int) -> None:
+        """Change the references to each block by `change`, one by one: the order is that in which cached ones will go."""
+        references, cached = self._references, self._cached
+        in_use = held = quarantined = 0
+        for block in blocks:
+            was = references[block]
+            now = references[block] = was + change
+            if was & _IN_USE:
+                if now & _IN_USE:
+                    continue
+                in_use -= 1
+            elif was & _IN_HAND:
+                held -= 1
+            elif was:
+                quarantined -= 1
+            else:
+                del cached[block]
+            if now & _IN_USE:
+                in_use += 1
+            elif now & _IN_HAND:
+                held += 1
+            elif now:
+                quarantined += 1
+            else:
+                cached[block] = None
+        self.num_in_use += in_use
+        self.num_held += held
+        self.num_quarantined += quarantined
 
     def _count(self, state: int, n: int) -> None:
         if state == _HELD:
@@ -248,7 +247,7 @@ class PrefixCache(BlockManager):
     def _store(self, block: int, name: int) -> None:
         self._block_of[name] = block
         self._hash_of[block] = name
-        self._references[block] = [1, 0, 0]
+        self._references[block] = _ASSIGNED
         self.num_in_use += 1
         if name in self._removed:
             del self._removed[name]
@@ -276,30 +275,33 @@ class PrefixCache(BlockManager):
 
     def check(self) -> None:
         """BlockError unless each block is in exactly one place, the counts agree, and chains are whole."""
-        references: dict[int, list[int]] = {block: [0, 0, 0] for block in self._hash_of}
+        references = dict.fromkeys(self._hash_of, 0)
         seen = [*self._free, *self._hash_of]
-        own = [0, 0, 0]
-        for state, tables in enumerate((self._assigned, self._held, self._quarantined)):
+        own = {_ASSIGNED: 0, _HELD: 0, _QUARANTINED: 0}
+        for state, tables in zip(own, (self._assigned, self._held, self._quarantined)):
             for owner, blocks in tables.items():
                 num_registered = self._num_registered.get(owner, 0)
                 for block in blocks[:num_registered]:
-                    references[block][state] += 1
+                    references[block] += state
                 own[state] += len(blocks) - num_registered
                 seen.extend(blocks[num_registered:])
         if sorted(seen) != list(range(self.num_blocks)):
             raise BlockError(f"blocks lost or given out twice: {len(seen)} accounted for of {self.num_blocks}")
-        if references != self._references or {self._hash_of[b]: b for b in self._hash_of} != self._block_of:
+        if references != self._references or {name: b for b, name in self._hash_of.items()} != self._block_of:
             raise BlockError(f"references {self._references}, counted {references}")
-        states = [_state(counts) for counts in references.values()]
-        if {b for b, counts in references.items() if _state(counts) == _CACHED} != set(self._cached):
+        if {block for block, number in references.items() if not number} != set(self._cached):
             raise BlockError(f"cached {list(self._cached)}; references {references}")
-        found = (states.count(_ASSIGNED), own[_HELD] + states.count(_HELD), own[2] + states.count(_QUARANTINED))
-        if found != (self.num_in_use, self.num_held, self.num_quarantined):
+        in_use = sum(number & _IN_USE > 0 for number in references.values())
+        held = own[_HELD] + sum(not number & _IN_USE and number & _IN_HAND > 0 for number in references.values())
+        quarantined = own[_QUARANTINED] + sum(
+            not number & (_HELD * _HELD - 1) and number > 0 for number in references.values()
+        )
+        if (in_use, held, quarantined) != (self.num_in_use, self.num_held, self.num_quarantined):
             raise BlockError(
-                f"in use, held, quarantined are {found}, counted"
+                f"in use, held, quarantined are {(in_use, held, quarantined)}, counted"
                 f" {(self.num_in_use, self.num_held, self.num_quarantined)}"
             )
-        written = sum(counts[_ASSIGNED] for counts in references.values()) - sum(self._num_arriving.values())
+        written = sum(number & _IN_USE for number in references.values()) - sum(self._num_arriving.values())
         if written != self.num_written_references:
             raise BlockError(f"{written} references to written tables, counted {self.num_written_references}")
 
@@ -324,10 +326,3 @@ class MatchedPrompts(WaitingPrompts):
             if entry[3].state is State.QUEUED:
                 entry[3].num_kv_tokens = 0
         super().put_back()
-
-
-def _state(references: list[int]) -> int:
-    for state, number in enumerate(references):
-        if number:
-            return state
-    return _CACHED

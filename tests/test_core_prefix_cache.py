@@ -286,7 +286,7 @@ def test_the_check_sees_a_reference_too_few() -> None:
     cache.allocate(1, 2)
     cache.register(1, (71, 72), 2, True)
     cache.check()
-    cache._references[cache.blocks_of(1)[0]][0] = 0
+    cache._references[cache.blocks_of(1)[0]] = 0
     with pytest.raises(BlockError, match="references"):
         cache.check()
 
