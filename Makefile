@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup check test demo clean
+.PHONY: setup check test compiled demo clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ check: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# the same package with its hot modules compiled by mypyc: PYTHONPATH=build/compiled .venv/bin/disagg run FILE
+compiled: $(STAMP)
+	$(BIN)/python -m disagg.experiments.compiled --output build/compiled
 
 demo: $(STAMP)
 	$(BIN)/python -m disagg.experiments.demo --output demo

@@ -9,9 +9,7 @@ Block ids are handed out last freed, first reused: a total order, so that two ru
 
 from __future__ import annotations
 
-
-class BlockError(RuntimeError):
-    """A request for more blocks than are free, or an owner that has none: a defect of the caller."""
+from .errors import BlockError
 
 
 class BlockManager:

@@ -15,6 +15,7 @@ from .model_shapes import ModelShape
 
 UNIT_BITS: Final = 20
 UNITS_PER_S: Final = 10**12 << UNIT_BITS
+ENDLESS: Final = 1 << 60  # more steps than there are
 
 
 class StepFeatures(NamedTuple):
@@ -30,7 +31,9 @@ class StepFeatures(NamedTuple):
 
 
 class CostModel(Protocol):
-    """Times in 2^-20 ps."""
+    """Times in 2^-20 ps. It may also have `line(features)`: (time of the first step, how much longer each step takes than
+    the one before, for how many steps that is so), of an epoch whose first step has `features`; never less than 0 longer.
+    """
 
     def step_time(self, features: StepFeatures) -> int: ...
 
@@ -79,6 +82,9 @@ class ConstantCost(Struct, frozen=True):
         tokens = sum(length for _, length, _ in features.chunks)
         return (self.a + self.b * features.num_decodes + self.c * features.num_kv_tokens + self.d * tokens) << UNIT_BITS
 
+    def line(self, features: StepFeatures) -> tuple[int, int, int]:
+        return self.step_time(features), (self.c * features.num_decodes) << UNIT_BITS, ENDLESS
+
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
         return affine_span_time(self.step_time(features), (self.c * features.num_decodes) << UNIT_BITS, num_steps)
 
@@ -112,6 +118,9 @@ class RooflineCost(Struct, frozen=True):
             attention += max(pairs * self.pair, (before + length) * self.kv_token)
         matrices = max(self.weights, tokens * self.token + sampled * self.sample)
         return self.fixed + matrices + attention + tokens * self.collective
+
+    def line(self, features: StepFeatures) -> tuple[int, int, int]:
+        return self.step_time(features), features.num_decodes * max(self.pair, self.kv_token), ENDLESS
 
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
         slope = features.num_decodes * max(self.pair, self.kv_token)

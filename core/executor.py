@@ -33,6 +33,7 @@ from .commands import (
     Send,
 )
 from .config import ExecutorConfig
+from .errors import LifeCycleError
 from .events import (
     Cancel,
     ContextStarted,
@@ -55,7 +56,7 @@ from .events import (
     Wake,
 )
 from .kv_source import KvSource
-from .life_cycle import FINAL, Cause, LifeCycleError, State
+from .life_cycle import FINAL, Cause, State
 from .local_kv import LocalKv
 from .prefix_cache import PrefixCache
 from .refusal import refusal

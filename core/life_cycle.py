@@ -9,6 +9,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+from .errors import LifeCycleError
+
 
 class State(Enum):
     QUEUED = "queued"
@@ -80,10 +82,6 @@ TRANSITIONS: Final[dict[tuple[State, Cause], State]] = {
     **{(state, _C.CANCEL): _S.CANCELLED for state in LIVE},
     **{(state, _C.FAIL): _S.FAILED for state in LIVE},
 }
-
-
-class LifeCycleError(RuntimeError):
-    """Something happened to a request that cannot happen in its state: a defect of the core, never of its user."""
 
 
 def advance(state: State, cause: Cause) -> State:

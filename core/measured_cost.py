@@ -13,7 +13,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from .cost import UNIT_BITS, StepFeatures, affine_span_time
+from .cost import ENDLESS, UNIT_BITS, StepFeatures, affine_span_time
 from .step_sizes import chunk_graph, padded_rows
 
 UNITS_PER_NS: Final = 1000 << UNIT_BITS
@@ -48,6 +48,11 @@ class Curve(Struct, frozen=True):
     def at(self, x: int) -> int:
         i = bisect_right(self.knots, x) - 1
         return self.values[i] + self.slopes[i] * (x - self.knots[i])
+
+    def slope_at(self, x: int) -> tuple[int, int]:
+        """The slope from `x` on, and up to where it goes, that point included."""
+        i = bisect_right(self.knots, x)
+        return self.slopes[i - 1], self.knots[i] if i < len(self.knots) else ENDLESS
 
     def total(self, first: int, stride: int, num: int) -> int:
         """Exactly at(first) + at(first + stride) + … of `num` terms, a segment at a time."""
@@ -141,6 +146,13 @@ class MeasuredCost(Struct, frozen=True):
         if not self.chunk_graphs:
             return None
         return chunk_graph(num_decodes, num_chunks, num_tokens, cached, self.graph_sizes[-1])
+
+    def line(self, features: StepFeatures) -> tuple[int, int, int]:
+        n, kv, chunks = features
+        if chunks:
+            return self.step_time(features), 0, 1
+        slope, until = self.decode_kv.slope_at(kv)
+        return self.step_time(features), slope * n, (until - kv) // n + 1 if n else ENDLESS
 
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
         """The sum of step_time over steps that read `num_decodes` more KV tokens each."""

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from .batch_view import WaitingPrompts
-from .blocks import BlockError, BlockManager
+from .blocks import BlockManager
+from .errors import BlockError
 from .life_cycle import State
 from .visit import Visit
 

@@ -67,7 +67,9 @@ class LoadSource:
                 at = now
                 burst = now == self._began and phase.num_requests > concurrency
                 excluded = request.excluded or burst
-            due.append(msgspec.structs.replace(request, offset=at, excluded=excluded))
+            if request.offset != at or request.excluded != excluded:
+                request = msgspec.structs.replace(request, offset=at, excluded=excluded)
+            due.append(request)
             self.num_sent += 1
             self.num_cut += request.output_cut
             self._advance(at)

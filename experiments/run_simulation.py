@@ -20,11 +20,11 @@ from ..simulator.calls import MESSAGE, call_at
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
 from .cluster import cluster_of, device_of, link_of, placements_of, profile_of, shape_of
-from .config import Experiment
+from .config import ConcurrencyPhase, Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT
 from .event_files import log_name
 from .load_source import LoadSource
-from .planned import request_of, true_length
+from .planned import RequestForm, true_length
 from .policy_failure import policy_failure
 from .profile_file import find_engine, measured_cost
 from .run_directory import RunDirectory
@@ -49,7 +49,8 @@ class SimulatedLoad:
         self.planned: dict[int, PlannedRequest] = {}
         self.num_failed = 0
         self.num_unservable = 0
-        self._config = config
+        self._form = RequestForm(config)
+        self._is_open = is_open_loop(config)
         self._progress = progress
         self._cluster: SimulatedCluster | None = None
         self._sending_at = -1
@@ -66,18 +67,20 @@ class SimulatedLoad:
         if cluster is None:
             return
         now = cluster.env.now
-        for planned in self.source.take(now):
+        # in an open loop, whose sends depend on nothing, a request is looked at when it reaches the orchestrator
+        behind = self._dispatch_delay if self._is_open else 0
+        for planned in self.source.take(now - behind):
             self.planned[planned.id] = planned
-            request, length = request_of(planned, self._config), true_length(planned)
-            if self._dispatch_delay:
+            request, length = self._form.request_of(planned), true_length(planned)
+            if self._dispatch_delay and not self._is_open:
                 cluster.submit_at(now + self._dispatch_delay, request, length)
             else:
                 cluster.submit(request, length)
         following = self.source.next_send()
         # a closed loop is asked again at each end; an open one needs one call per distinct instant
-        if following is not None and following > now and following != self._sending_at:
+        if following is not None and following + behind > now and following != self._sending_at:
             self._sending_at = following
-            call_at(cluster.env, following, MESSAGE, self._send, None)
+            call_at(cluster.env, following + behind, MESSAGE, self._send, None)
 
     def delivered(self, deliver: Deliver) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -91,9 +94,14 @@ class SimulatedLoad:
             self._progress.update(self.source.num_ended, self.source.num_requests)
         cluster = self._cluster
         following = self.source.next_send()
-        if cluster is not None and following is not None and following <= cluster.env.now:
+        if cluster is not None and not self._is_open and following is not None and following <= cluster.env.now:
             # the user sends its next request as soon as it has read this answer, after this instant's messages
             call_at(cluster.env, cluster.env.now + 1, MESSAGE, self._send, None)
+
+
+def is_open_loop(config: Experiment) -> bool:
+    """Whether no send waits for an answer."""
+    return not any(isinstance(phase, ConcurrencyPhase) for phase in config.workload.phases)
 
 
 def costs_of(config: Experiment) -> dict[int, CostModel]:
@@ -170,6 +178,7 @@ def build_cluster(
         records=records,
         delivered=delivered,
         log_sink=log_sink,
+        users_act=not is_open_loop(config),
     )
 
 

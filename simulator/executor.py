@@ -76,8 +76,7 @@ class SimulatedExecutor:
         self._tails: deque[_Tail] = deque()
         self._run: RunSteps | None = None  # the plan whose end is open
         self._end_step = 0  # of the epoch, as scheduled
-        self._end_version = 0  # changes whenever the end does
-        self._end_serial = 0  # of the call at the end, 0 for none
+        self._end_serial = 0  # of the call at that end, or before it at the commit; 0 for none
         self._may_commit = False  # the open plan, as soon as this instant is planned
         self._end_at = 0
         self.running_step: RunningStep | None = None  # where it holds chunks
@@ -289,7 +288,6 @@ class SimulatedExecutor:
     def _schedule_end(self) -> None:
         """The last step of the open plan is known: it is committed when the grants that are out leave room, or it ends."""
         run = self._run
-        self._end_version += 1
         if self._end_serial:
             self._calendar.take_back(self._end_serial)
             self._end_serial = 0
@@ -304,7 +302,7 @@ class SimulatedExecutor:
                 return  # it is committed in this instant, or looked at as the grants before it are reported
             if step < self._end_step:
                 at = max(self._timing.end_of_step(self.id, step), self._calendar.now)
-                self._calendar.call_at(at, STEP_END + self.id, self._commit_at, (self._end_version, step))
+                self._end_serial = self._calendar.call_at(at, STEP_END + self.id, self._commit_at, step)
                 return
         if not self._tails:  # else once they have ended
             self._end_serial = self._calendar.call_at(self._end_at, STEP_END + self.id, self._end, None)
@@ -359,7 +357,6 @@ class SimulatedExecutor:
         if self._end_serial:
             self._calendar.take_back(self._end_serial)
             self._end_serial = 0
-        self._end_version += 1
         self._done = self._end_step
         known: list[Stopped] = []
         late: list[Stopped] = []
@@ -381,9 +378,9 @@ class SimulatedExecutor:
 
     # ---- planning ahead ---------------------------------------------------------------------------------------------
 
-    def _commit_at(self, item: tuple[int, int]) -> None:
-        version, reported = item
-        if version == self._end_version and self.is_alive:
+    def _commit_at(self, reported: int) -> None:
+        self._end_serial = 0
+        if self.is_alive:
             self._commit(reported)
             self._settle()
 

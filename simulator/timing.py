@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..core.commands import RunSteps, ServeKv
-from ..core.cost import UNIT_BITS, CostModel, StepFeatures, end_of_step, steps_by
+from ..core.cost import UNIT_BITS, CostModel, StepFeatures
+from ..core.epoch_times import EpochTimes
 from ..core.measured_cost import MeasuredCost
 from ..core.overheads import NO_GAPS, LaunchGaps, MessageLatency
 
@@ -76,22 +77,24 @@ class ModelTiming:
         self._jitter = jitter
         self._seed = seed
         self._gaps = gaps or {}
-        self._open: dict[int, tuple[CostModel, StepFeatures, int, int]] = {}
+        self._latencies: dict[tuple[int, int], int] = {}
+        self._open: dict[int, EpochTimes] = {}
+        self._began: dict[int, int] = {}
         self._before: dict[int, tuple[str, int]] = {}  # what the last epoch was, and when it ended
 
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
         if run.first_step > 1:
-            cost, features, start, factor = self._open[executor]
-            self._open[executor] = (cost, features, start + self._gaps.get(executor, NO_GAPS).continued, factor)
+            self._began[executor] += self._gaps.get(executor, NO_GAPS).continued
             return
-        chunks = tuple((chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks)
+        chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
         features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks)
         factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
         cost = self._costs[executor]
         self.num_epochs += 1
         if isinstance(cost, MeasuredCost) and not cost.covers(features):
             self.num_outside += 1
-        self._open[executor] = (cost, features, now + self._gap(executor, run, now), factor)
+        self._open[executor] = EpochTimes(cost, features, factor)
+        self._began[executor] = now + self._gap(executor, run, now)
 
     def _gap(self, executor: int, run: RunSteps, now: int) -> int:
         gaps = self._gaps.get(executor, NO_GAPS)
@@ -107,18 +110,19 @@ class ModelTiming:
         return round((1 + self._jitter * (2 * uniform - 1) * 3**0.5) * (1 << UNIT_BITS))
 
     def end_of_step(self, executor: int, k: int) -> int:
-        model, features, start, factor = self._open[executor]
-        at = start + end_of_step(model, features, k, factor)
+        at = self._began[executor] + self._open[executor].end_of(k)
         if executor in self._before:
             self._before[executor] = (self._before[executor][0], at)  # the last one asked for is the one that comes
         return at
 
     def step_by(self, executor: int, done: int, at: int, last: int) -> int:
-        model, features, start, factor = self._open[executor]
-        return max(done + 1, steps_by(model, features, at - start, last, factor))
+        return max(done + 1, self._open[executor].step_by(at - self._began[executor], last))
 
     def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
-        return now + max(1, self._latency.of(sender, receiver)), sender
+        latency = self._latencies.get((sender, receiver))
+        if latency is None:
+            latency = self._latencies[sender, receiver] = max(1, self._latency.of(sender, receiver))
+        return now + latency, sender
 
     def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
         return max(at, now + 1), core

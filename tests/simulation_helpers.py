@@ -39,7 +39,10 @@ def executors(roles: str, **settings: Any) -> tuple[ExecutorConfig, ...]:
 
 
 class World:
-    """A simulated cluster that keeps everything it leaves behind."""
+    """A simulated cluster that keeps everything it leaves behind.
+
+    `is_late`: whether cores hear at their instants, or late, what nobody waits for; None: as a user's cluster does.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,8 @@ class World:
         link_bytes_per_s: float = 1e12,
         link_latency: int = 0,
         kv_bytes_per_token: int = 1000,
-        launch: tuple[int, int] | None = None,
+        launch: tuple[int, int] | tuple[int, int, bool] | None = None,
+        is_late: bool | None = None,
         **config: Any,
     ) -> None:
         fleet = executors(fleet) if isinstance(fleet, str) else fleet
@@ -64,9 +68,12 @@ class World:
         self.rows: list[Any] = []
         self.delivered: list[Deliver] = []
         self.logs: dict[int, list[bytes]] = {i: [] for i in range(len(fleet) + 1)}
+        timing = ModelTiming({e.id: cost for e in fleet}, latency, jitter)
+        if is_late is not None:
+            timing.may_be_late = is_late
         self.cluster = SimulatedCluster(
             OrchestratorConfig(fleet, **config),
-            ModelTiming({e.id: cost for e in fleet}, latency, jitter),
+            timing,
             kv_bytes_per_token=kv_bytes_per_token,
             link_bytes_per_s=link_bytes_per_s,
             link_latency=link_latency,
@@ -74,6 +81,7 @@ class World:
             records=self.rows.append,
             delivered=self.delivered.append,
             log_sink=lambda core: self.logs[core].append,
+            users_act=None if is_late is None else not is_late,
         )
 
     def submit(self, request_id: int, at: int, prompt: int, length: int, max_tokens: int = 64, **fields: Any) -> None:
@@ -102,6 +110,9 @@ class World:
         commands = [c for frame in self.frames(0) for c in frame.commands if isinstance(c, Dispatched)]
         return {c.executor_request.id: c.request_id for c in commands}
 
+    def rows_in_order(self) -> list[str]:
+        return sorted(map(repr, self.rows))
+
     def digest(self) -> str:
         """A hash of every core's event log."""
         digest = hashlib.blake2b(digest_size=16)
@@ -110,7 +121,9 @@ class World:
         return digest.hexdigest()
 
 
-def random_world(seed: int, lengths: Mapping[int, int] | None = None, *, faults: bool = True) -> World:
+def random_world(
+    seed: int, lengths: Mapping[int, int] | None = None, *, faults: bool = True, is_late: bool | None = None
+) -> World:
     """A cluster and a load drawn from `seed`. `lengths` replaces hidden output lengths, and nothing else."""
     draw = random.Random(seed)
     roles = draw.choice(["cg", "ccg", "cgg", "m", "mm", "ccgg", "cgm"])
@@ -128,7 +141,8 @@ def random_world(seed: int, lengths: Mapping[int, int] | None = None, *, faults:
     world = World(
         fleet,
         latency=draw.choice([1, 3 * PS_PER_US, 50 * PS_PER_US]),
-        launch=draw.choice([None, (1, 2), (4, 2)]),
+        launch=draw.choice([None, (1, 2), (4, 2, True)]),
+        is_late=is_late,
         context_router=PolicySpec(draw.choice(routers)),
         generation_router=PolicySpec(draw.choice(routers)),
         generation_binding=draw.choice(["at_context_done", "at_arrival"]),

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from disagg.core.blocks import BlockError, BlockManager
+from disagg.core.blocks import BlockManager
 from disagg.core.decode_batch import DecodeBatch
+from disagg.core.errors import BlockError
 from disagg.core.life_cycle import State
 from disagg.core.visit import Visit
 from disagg.policies.vocabulary import Request

@@ -16,6 +16,7 @@ from disagg.core.commands import Send, ServeKv
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
 from disagg.core.cost import ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step, roofline, steps_by
 from disagg.core.devices import DEVICES
+from disagg.core.epoch_times import EpochTimes
 from disagg.core.event_log import Frame, read_log
 from disagg.core.events import FirstTokens, Report, Response, StepsDone
 from disagg.core.model_shapes import preset
@@ -300,7 +301,9 @@ def test_the_step_at_an_instant_is_the_first_to_end_at_or_after_it(
     """Asked at arbitrary instants and, for the ties, at the very ends of steps and one picosecond beside them."""
     for elapsed in {offset, *(end_of_step(model, first, max(1, k), factor) + d for d in (-1, 0, 1))}:
         ends = (j for j in range(1, at_most) if end_of_step(model, first, j, factor) >= elapsed)
-        assert steps_by(model, first, elapsed, at_most, factor) == next(ends, at_most)
+        step = next(ends, at_most)
+        assert steps_by(model, first, elapsed, at_most, factor) == step
+        assert EpochTimes(model, first, factor).step_by(elapsed, at_most) == step
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from disagg.core.life_cycle import FINAL, LIVE, TRANSITIONS, Cause, LifeCycleError, State, advance, mermaid
+from disagg.core.errors import LifeCycleError
+from disagg.core.life_cycle import FINAL, LIVE, TRANSITIONS, Cause, State, advance, mermaid
 from disagg.core.visit import Visit
 from disagg.policies.vocabulary import Request
 

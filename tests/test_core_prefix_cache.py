@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_
 
-from disagg.core.blocks import BlockError
 from disagg.core.commands import PrepareReceive, ReceiveKv
+from disagg.core.errors import BlockError
 from disagg.core.events import Cancel, Enqueue, KvReceived, KvRequested, KvTaken, Report, StepsDone, Stopped
 from disagg.core.life_cycle import State
 from disagg.core.prefix_cache import PrefixCache

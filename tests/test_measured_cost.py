@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.cost import StepFeatures, end_of_step, steps_by
+from disagg.core.epoch_times import EpochTimes
 from disagg.core.measured_cost import Curve, Measured, MeasuredCost, chunk_pairs
 from disagg.core.step_sizes import graph_sizes, padded_rows
 
@@ -174,3 +175,14 @@ def test_what_is_no_monotone_curve_is_refused(start: int, knots: tuple[int, ...]
 
 def test_steps_with_chunks_are_padded_above_the_first_multiple() -> None:
     assert [padded_rows(rows) for rows in (1, 63, 64, 65, 128, 129, 8191)] == [1, 63, 64, 128, 128, 192, 8192]
+
+
+@given(costs(), FEATURES, st.integers(1, 400), st.integers(0, 400), st.sampled_from([1 << 20, (1 << 20) - 77777]))
+def test_the_times_of_an_epoch_are_those_of_its_spans(
+    cost: MeasuredCost, features: StepFeatures, at_most: int, k: int, factor: int
+) -> None:
+    times = EpochTimes(cost, features, factor)
+    at = end_of_step(cost, features, max(1, k), factor)
+    assert times.end_of(max(1, k)) == at
+    for elapsed in (at - 1, at, at + 1):
+        assert times.step_by(elapsed, at_most) == steps_by(cost, features, elapsed, at_most, factor)
