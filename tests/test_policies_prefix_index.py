@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from disagg.core.fleet import Fleet
 from disagg.core.prefix_index import PrefixIndex
 from disagg.policies.views import VECTORISE_FROM
-from tests.policy_views import BLOCK, SIZES, fleet_of, made, prompt, send
+from tests.policy_views import BLOCK, SIZES, fleet_of, made, prompt, report, send
 
 
 def matches(index: PrefixIndex, executors: list[int], hashes: tuple[int, ...]) -> list[int]:
@@ -165,6 +167,25 @@ def test_generation_executors_hold_the_kv_they_were_sent_and_pools_are_told_apar
     fleet.dispatched(VECTORISE_FROM + 2, 35, request.block_hashes)
     assert not np.any(view.context.prefix_match(request))
     assert list(view.generation.prefix_match(request)) == [0, 3] + [0] * (VECTORISE_FROM - 2)
+
+
+def test_executors_that_report_their_blocks_hold_what_they_say_and_nothing_that_they_were_only_sent() -> None:
+    """Executor 1 reuses blocks, 2 does not: of 2 it is guessed."""
+    fleet = fleet_of("cc")
+    fleet = Fleet([replace(fleet.configs[1], enable_block_reuse=True), fleet.configs[2]], 0)
+    pool, request = fleet.at(0).context, prompt((1, 2, 3))
+    report(fleet, 1, cache_events=(0, 1, 2, 3, 8), blocks_free=90, blocks_cached=4)  # before anybody has asked
+    assert list(pool.prefix_match(request)) == [3, 0]
+    assert list(pool.kv_blocks_free) == [94, 100]
+    assert pool.prefix_blocks[0] == 4
+    other = prompt((1, 2, 5))
+    for executor in (1, 2):
+        fleet.dispatched(executor, 35, other.block_hashes)
+    assert list(pool.prefix_match(other)) == [2, 3]
+    report(fleet, 1, cache_events=(2, 3, 8, 5), blocks_free=91, blocks_cached=3)
+    assert list(pool.prefix_match(request)) == [2, 2]
+    assert list(pool.prefix_match(other)) == [3, 3]
+    assert pool.uncached_tokens(other)[0] == 5
 
 
 def test_a_request_without_hashes_matches_nothing() -> None:

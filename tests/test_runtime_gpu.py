@@ -11,12 +11,13 @@ import torch
 from msgspec.structs import replace
 
 from disagg.core.model_shapes import ModelShape
+from disagg.core.tables import RequestRow
 from disagg.runtime.executor_spec import ModelSource
 from disagg.runtime.hardware_run import HardwareResult, run_cluster
 from disagg.runtime.model_place import Place
 from disagg.runtime.weights import load_weights, write_random_checkpoint
 from tests.fused_models import SHAPES, fused_engine
-from tests.runtime_programs.clusters import Layout, cluster, context, generation, mixed, submissions
+from tests.runtime_programs.clusters import BLOCK, Layout, cluster, context, generation, mixed, named_twice, submissions
 from tests.tiny_models import MIN_MARGIN, Script, oracle, prompts
 
 NUM_GPUS = torch.cuda.device_count()
@@ -28,6 +29,7 @@ pytestmark = [
 TWO = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
 SHAPE = SHAPES["llama"]
 NUM_TOKENS = 24
+REUSING: dict[str, Any] = {"enable_block_reuse": True, "num_blocks": 256}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,25 @@ def test_a_disaggregated_cluster_says_the_same_over_every_transport(
     result = served(folder, layouts, asked, pipeline_depth=2, plan_ahead=True, transport=transport)
     assert [list(row.token_ids) for row in result.sends] == answers
     assert check_checksums(result) > 0
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param((mixed(**REUSING),), id="aggregated"),
+        pytest.param((context(**REUSING), generation(**REUSING)), id="disaggregated"),
+    ],
+)
+def test_prompts_that_are_found_again_say_the_same(layouts: tuple[Layout, ...], model: Any) -> None:
+    folder, asked, answers = model
+    spec = cluster(
+        ModelSource(folder=str(folder)), layouts, device="cuda", num_devices=NUM_GPUS, pipeline_depth=2, plan_ahead=True
+    )
+    result = run_cluster(spec, named_twice(asked, NUM_TOKENS), timeout_s=150)
+    assert isinstance(result, HardwareResult)
+    assert [list(row.token_ids) for row in result.sends] == answers * 2
+    cached = [row.num_cached_tokens for row in result.rows if isinstance(row, RequestRow)]
+    assert sum(cached) >= sum((len(prompt) - 1) // BLOCK * BLOCK for prompt in asked)
 
 
 BIG_HEADS = replace(

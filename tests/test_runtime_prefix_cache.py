@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from disagg.core.event_log import read_log, replay_frames
 from disagg.core.events import StepsDone
@@ -14,10 +13,10 @@ from disagg.core.executor import ExecutorCore
 from disagg.core.prefix_names import token_hashes
 from disagg.core.tables import RequestRow, TransferRow
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import HardwareResult, LoadPhase, run_cluster
+from disagg.runtime.hardware_run import HardwareResult, run_cluster
 from disagg.runtime.weights import write_random_checkpoint
 from disagg.simulator.recorded import Recording, conform
-from tests.runtime_programs.clusters import BLOCK, Layout, cluster, context, generation, mixed, submissions
+from tests.runtime_programs.clusters import BLOCK, Layout, cluster, context, generation, mixed, named_twice
 from tests.test_runtime_conformance import step_ends
 from tests.tiny_models import SHAPES, oracle, prompts
 
@@ -37,15 +36,8 @@ def answer(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
 
 def run(folder: Path, layouts: Sequence[Layout], texts: Sequence[Sequence[int]]) -> HardwareResult:
     """The prompts one after the other, then all of them again side by side."""
-    (phase,) = submissions(texts, NUM_TOKENS)
-    named = []
-    for each in phase.submissions:
-        hashes = token_hashes(each.request.input_token_ids or (), BLOCK)
-        named.append(replace(each, offset=None, request=replace(each.request, block_hashes=hashes)))
-    again = [replace(each, request=replace(each.request, id=each.request.id + len(texts))) for each in named]
-    phases = (LoadPhase(tuple(named), concurrency=1), LoadPhase(tuple(again), concurrency=4))
     spec = cluster(ModelSource(folder=str(folder), dtype="float32"), layouts)
-    result = run_cluster(spec, phases, timeout_s=120)
+    result = run_cluster(spec, named_twice(texts, NUM_TOKENS), timeout_s=120)
     assert isinstance(result, HardwareResult)
     assert conform(Recording(result.logs, step_ends(result))) > 20
     return result

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
+from disagg.core.prefix_names import token_hashes
 from disagg.policies.vocabulary import PS_PER_MS, Request, Role
 from disagg.runtime.executor_spec import HardwareSpec, ModelSource, Placement
 from disagg.runtime.orchestrator_load import LoadPhase, PlannedSubmission
@@ -98,3 +101,14 @@ def submissions(
             )
         ),
     )
+
+
+def named_twice(prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[LoadPhase, ...]:
+    """Requests whose blocks are named by their tokens: one after the other, then all of them again, four at a time."""
+    (phase,) = submissions(prompts, num_tokens)
+    named = []
+    for each in phase.submissions:
+        hashes = token_hashes(each.request.input_token_ids or (), BLOCK)
+        named.append(replace(each, offset=None, request=replace(each.request, block_hashes=hashes)))
+    again = [replace(each, request=replace(each.request, id=each.request.id + len(prompts))) for each in named]
+    return LoadPhase(tuple(named), concurrency=1), LoadPhase(tuple(again), concurrency=4)
