@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
@@ -223,16 +224,22 @@ def run_all_warm(
 
 def runner_of(backend: str) -> Runner:
     if backend == "hardware":
-        try:
-            from .run_hardware import run_hardware
-        except ModuleNotFoundError as error:
-            if error.name not in ("torch", "mpi4py", "safetensors"):
-                raise
-            raise ConfigError(f"--backend hardware needs {error.name}: pip install 'disagg[runtime]'") from None
+        for name in ("torch", "mpi4py", "safetensors"):  # looked for, not loaded: most of a run needs none of them here
+            if not _is_installed(name):
+                raise ConfigError(f"--backend hardware needs {name}: pip install 'disagg[runtime]'")
+        from .run_hardware import run_hardware
+
         return run_hardware
     from .run_simulation import run_simulation
 
     return run_simulation
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _describe(loaded: LoadedExperiment, points: Sequence[RunPoint]) -> None:

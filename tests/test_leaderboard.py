@@ -258,7 +258,7 @@ def test_every_routing_policy_of_the_catalogue_has_a_place_in_a_shipped_scenario
     assert len(scenarios) >= 6
     assert len(scenarios) + len(left_out) == len(shipped())
     assert [line.partition(":")[0] for line in left_out] == ["mooncake_conversation"]
-    entries = entries_of([])
+    entries = [entry for entry in entries_of([]) if entry.label in names("routing")]  # not those of other tests
     assert [entry.label for entry in entries] == names("routing")
     for entry in entries:
         assert any(not entry.why_not(each.experiment) for each in scenarios), entry.label
