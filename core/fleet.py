@@ -72,7 +72,10 @@ class Fleet:
         cells["active_requests"][i] += 1
         cells["wire_requests"][i] += 1
         cells["wire_tokens"][i] += num_tokens
-        if block_hashes and self.prefixes.is_asked:
+        if block_hashes and self.configs[executor].enable_block_reuse:
+            # what it holds is known only once it is computed: who was just sent much would seem to have room for more
+            cells["prefix_blocks"][i] = min(cells["prefix_blocks"][i] + len(block_hashes), cells["kv_blocks_total"][i])
+        elif block_hashes and self.prefixes.is_asked:
             self.prefixes.used(executor, block_hashes)
             cells["prefix_blocks"][i] = self.prefixes.num_blocks(executor)
 
@@ -100,7 +103,6 @@ class Fleet:
         cells["step_time_ps"][i] = report.step_time
         if report.cache_events:
             self.prefixes.heard(executor, report.cache_events)
-            cells["prefix_blocks"][i] = self.prefixes.num_blocks(executor)
         cells["received_at"][i] = now
         cells["num_reports"][i] += 1
         self._set_healthy(executor, report.healthy and executor not in self._gone)

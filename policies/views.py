@@ -44,7 +44,8 @@ COLUMNS: Final[dict[str, str]] = {
     "step_time_ps": "picoseconds a step of its last finished batch, 0 before any",
     "received_at": "instant at which its last report was received, the start of the run before any",
     "num_reports": "reports received from it",
-    "prefix_blocks": "prompt blocks it is believed to hold, once a policy has asked for prefix matches",
+    "prefix_blocks": "prompt blocks it is believed to hold, once a policy has asked for prefix matches; of one that reports its"
+    " blocks, those it was sent, up to its pool",
     "domain": "number of its topology domain: equal for executors whose domain is equal in the file",
     "device_weight": "how fast its device is beside the others, as configured",
 }

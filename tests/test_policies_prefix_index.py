@@ -177,11 +177,11 @@ def test_executors_that_report_their_blocks_hold_what_they_say_and_nothing_that_
     report(fleet, 1, cache_events=(0, 1, 2, 3, 8), blocks_free=90, blocks_cached=4)  # before anybody has asked
     assert list(pool.prefix_match(request)) == [3, 0]
     assert list(pool.kv_blocks_free) == [94, 100]
-    assert pool.prefix_blocks[0] == 4
     other = prompt((1, 2, 5))
     for executor in (1, 2):
         fleet.dispatched(executor, 35, other.block_hashes)
     assert list(pool.prefix_match(other)) == [2, 3]
+    assert list(pool.prefix_blocks) == [3, 3]
     report(fleet, 1, cache_events=(2, 3, 8, 5), blocks_free=91, blocks_cached=3)
     assert list(pool.prefix_match(request)) == [2, 2]
     assert list(pool.prefix_match(other)) == [3, 3]
