@@ -17,7 +17,7 @@ import msgspec
 from ..core.model_shapes import ModelError
 from ..runtime.hardware_run import HardwareResult, HardwareRunError, HardwareSpec, SpecError
 from ..runtime.launcher import LaunchError
-from ..runtime.session_series import ClusterFacts, Session, SessionResult, read_facts, read_result, run_series
+from ..runtime.session_series import ClusterFacts, Session, SessionResult, read_facts, read_result, run_series, unseeded
 from ..runtime.transport import TransportError
 from .cluster import profile_of
 from .device_names import check_device_name
@@ -47,13 +47,26 @@ def warm_groups(points: Sequence[RunPoint]) -> list[list[RunPoint]]:
     return groups
 
 
+def by_cluster(points: Sequence[RunPoint]) -> list[RunPoint]:
+    """`points` with those of equal clusters next to each other, in order of first appearance."""
+    found: list[tuple[HardwareSpec | None, list[RunPoint]]] = []
+    for point in points:
+        cluster = _cluster_alone(point)
+        same = next((group for other, group in found if other is not None and other == cluster), None)
+        if same is None:
+            found.append((cluster, [point]))
+        else:
+            same.append(point)
+    return [point for _, group in found for point in group]
+
+
 def _cluster_alone(point: RunPoint) -> HardwareSpec | None:
     """What must be equal for two runs to share a cluster; None for an experiment that cannot be built."""
     try:
         spec = hardware_spec(point.experiment)
     except (ExperimentError, ModelError):
         return None
-    executors = spec.orchestrator.executors
+    executors = unseeded(spec.orchestrator.executors)
     empty = type(spec.orchestrator)(executors=executors)
     return msgspec.structs.replace(spec, orchestrator=empty)
 

@@ -173,8 +173,11 @@ class ExecutorRank:
             raise RuntimeError("a session needs a loaded rank")
         for item in self._down:
             self.inbox.put(item)
+        roster = self.roster
+        if config.seed is not None:
+            roster = roster.with_config(msgspec.structs.replace(roster.configs[self.executor], seed=config.seed))
         return LeaderSession(
-            self.roster,
+            roster,
             self.executor,
             self.clock,
             self._engine_thread,

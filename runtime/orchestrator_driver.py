@@ -174,7 +174,11 @@ class OrchestratorDriver:
         waiting = set()
         for executor in self._living():
             leader = self._leader(executor)
-            own = msgspec.structs.replace(config, origin_ns=config.origin_ns + self.clocks.start_offset_ns(leader))
+            own = msgspec.structs.replace(
+                config,
+                origin_ns=config.origin_ns + self.clocks.start_offset_ns(leader),
+                seed=self.roster.configs[executor].seed,
+            )
             self._post.send(leader, Hello(PROTOCOL_VERSION, executor, _encoder.encode(own)))
             waiting.add(leader)
         while waiting:

@@ -23,11 +23,13 @@ class SessionConfig(Struct, frozen=True):
     """What a Hello carries: the origin of the session's clock, and whether the session is recorded.
 
     `sends_early`: KV may be asked for before it is computed, so that a step must tell of its layers; a graph cannot.
+    `seed`: of the executor's policies in this session; None: that of its configuration.
     """
 
     origin_ns: int
     record: bool = True
     sends_early: bool = True
+    seed: int | None = None
 
 
 class RankInfo(Struct, frozen=True):

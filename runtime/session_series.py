@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from ..core.config import OrchestratorConfig
+from ..core.config import ExecutorConfig, OrchestratorConfig
 from .executor_spec import HardwareSpec, SpecError, check_spec
 from .hardware_run import HardwareRunError
 from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, launch
@@ -36,7 +36,7 @@ _MAX_SESSIONS: Final = 10_000
 
 
 class Session(Struct, frozen=True):
-    """One load. `orchestrator` stands in for the spec's own: same executors, other policies or switches.
+    """One load. `orchestrator` stands in for the spec's own: same executors but for seeds, other policies or switches.
 
     `keep_rows`: its result has the rows of a run directory too.
     """
@@ -127,7 +127,7 @@ def run_series(
     if len(sessions) > _MAX_SESSIONS:
         raise SpecError(f"{len(sessions)} sessions; allowed: at most {_MAX_SESSIONS}")
     for session in sessions:
-        if session.orchestrator.executors != spec.orchestrator.executors:
+        if unseeded(session.orchestrator.executors) != unseeded(spec.orchestrator.executors):
             raise SpecError(f"session {session.name} has other executors than the series")
     todo = tuple(number for number in range(len(sessions)) if not (folder / result_file(number)).exists())
     if not todo:
@@ -167,6 +167,11 @@ def run_series(
         raise HardwareRunError(
             f"the series ended with exit code {code}; missing are {', '.join(missing[:4])}", code or 1
         )
+
+
+def unseeded(executors: Sequence[ExecutorConfig]) -> tuple[ExecutorConfig, ...]:
+    """What of them a cluster is built for: chance begins anew in each session."""
+    return tuple(msgspec.structs.replace(executor, seed=0) for executor in executors)
 
 
 class _Watcher:

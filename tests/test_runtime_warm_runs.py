@@ -14,7 +14,7 @@ from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.run_point import run_points
 
 pytest.importorskip("torch")
-from disagg.experiments.run_warm import warm_groups
+from disagg.experiments.run_warm import by_cluster, warm_groups
 
 EXPERIMENT = """\
 schema_version: 1
@@ -94,6 +94,17 @@ def test_runs_share_a_cluster_while_its_executors_stay_the_same(tmp_path: Path) 
         return [len(group) for group in warm_groups(run_points(loaded, tmp_path / "out", timeout_s))]
 
     assert sizes("{policy.router: [least_tokens, random], workload.phases.profiling.rate: [20, 40]}") == [4]
+    assert sizes("{seed: [1, 2]}") == [2]
     assert sizes("{cluster.context_servers.kv_cache.max_tokens: [4096, 2048]}") == [1, 1]
     assert sizes("{cluster.cache_transceiver.throttle_gb_per_s: [null, 5]}") == [1, 1]
     assert sizes("{policy.router: [least_tokens, random]}", timeout_s=60.0) == [1, 1]
+
+
+def test_runs_on_equal_clusters_can_be_put_next_to_each_other(tmp_path: Path) -> None:
+    sweep = "{policy.router: [least_tokens, random], cluster.context_servers.kv_cache.max_tokens: [4096, 2048]}"
+    file = write(tmp_path, "random", **{"{policy.router: [least_tokens, random]}": sweep})
+    points = run_points(load_experiment(file, (), backend="hardware"), tmp_path / "out")
+    assert [len(group) for group in warm_groups(points)] == [1, 1, 1, 1]
+    ordered = by_cluster(points)
+    assert [len(group) for group in warm_groups(ordered)] == [2, 2]
+    assert sorted(point.name for point in ordered) == sorted(point.name for point in points)

@@ -1,9 +1,10 @@
 """Run many experiment files on hardware one after another, on a warm cluster where neighbours share one.
 
-    python benchmarks/h200/series.py --runs RUNS --label hardware-1 benchmarks/h200/heldout/1p1_*.yaml
+    python benchmarks/h200/series.py --runs RUNS --label hardware-1 --label hardware-2 benchmarks/h200/heldout/1p1_*.yaml
 
-Each run goes to RUNS/<experiment's name>/<label>, which is what `disagg fidelity RUNS` reads; what is there already is
-skipped. After `--until` seconds no further cluster is started.
+Each run goes to RUNS/<experiment's name>/<label>, once for each label, which is what `disagg fidelity RUNS` reads; what
+is there already is skipped. Runs on equal clusters are put next to each other. After `--until` seconds no further
+cluster is started.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.run_hardware import run_hardware
 from disagg.experiments.run_point import NoProgress, RunPoint, run_points
-from disagg.experiments.run_warm import run_warm, warm_groups
+from disagg.experiments.run_warm import by_cluster, run_warm, warm_groups
 from disagg.experiments.sweep import Tally
 from disagg.experiments.sweep_task import try_one
 
@@ -25,16 +26,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument("--label", default="hardware-1")
+    parser.add_argument("--label", action="append", dest="labels")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=V")
     parser.add_argument("--until", type=float, default=float("inf"), metavar="SECONDS")
     asked = parser.parse_args()
     began = time.monotonic()
     points: list[RunPoint] = []
-    for file in asked.files:
-        loaded = load_experiment(file, asked.overrides, backend="hardware")
-        points += run_points(loaded, asked.runs / loaded.experiment.name / asked.label)
-    todo = [point for point in points if not (point.directory / "manifest.json").exists()]
+    for label in asked.labels or ["hardware-1"]:
+        for file in asked.files:
+            loaded = load_experiment(file, asked.overrides, backend="hardware")
+            points += run_points(loaded, asked.runs / loaded.experiment.name / label)
+    todo = [point for point in by_cluster(points) if not (point.directory / "manifest.json").exists()]
     tally = Tally(len(points), len(todo))
     for group in warm_groups(todo):
         if time.monotonic() - began > asked.until:
