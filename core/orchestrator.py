@@ -76,6 +76,9 @@ class OrchestratorCore:
             predictor = TablePredictor(config.prediction, [e.id for e in config.executors])
         self.fleet = Fleet(config.executors, 0, predictor)
         self._routers: dict[Stage, RoutingPolicy] = self._make_routers()
+        self._report_hooks = self._that_define("on_report")
+        self._end_hooks = self._that_define("on_finished")
+        self._dispatch_hooks = self._that_define("on_dispatched")
         self._admission: AdmissionPolicy = self._make(config.admission, "admission", "admission")
         self._order: QueueOrder = self._make(config.queue_order, "queue_order", "queue")
         self.tasks: dict[int, Task] = {}
@@ -117,6 +120,11 @@ class OrchestratorCore:
         if config.generation_router is not None:
             routers[Stage.GENERATION] = self._make(config.generation_router, "routing", "generation_router")
         return routers
+
+    def _that_define(self, hook: str) -> list[RoutingPolicy]:
+        """The routers for whom this hook does something."""
+        different = dict.fromkeys(self._routers.values())
+        return [router for router in different if getattr(type(router), hook) is not getattr(RoutingPolicy, hook)]
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class OrchestratorCore:
         row = self.fleet.reported(report, now)
         self._num_changes += 1
         self._roles.reported()
-        for router in dict.fromkeys(self._routers.values()):
+        for router in self._report_hooks:
             router.on_report(row, self.fleet.at(now))
 
     def _answered(self, response: Response, now: int) -> None:
@@ -255,7 +263,8 @@ class OrchestratorCore:
         if executor in self._roles.draining:
             self._roles.answered(executor, stage, now)
         router = self._router(stage)
-        router.on_finished(_shown(task, router), stage, executor, ok, self.fleet.at(now))
+        if router in self._end_hooks:
+            router.on_finished(_shown(task, router), stage, executor, ok, self.fleet.at(now))
 
     def _router(self, stage: Stage) -> RoutingPolicy:
         return self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
@@ -593,7 +602,8 @@ class OrchestratorCore:
         self._out.append(Dispatched(task.request.id, executor, message.request))
         self._out.append(Send(executor, message))
         router = self._router(stage)
-        router.on_dispatched(_shown(task, router), stage, executor, self.fleet.at(now))
+        if router in self._dispatch_hooks:
+            router.on_dispatched(_shown(task, router), stage, executor, self.fleet.at(now))
 
     def _hold(self, task: Task, stage: Stage, until: int | None, now: int) -> None:
         if until is not None and until <= now:
