@@ -26,6 +26,7 @@ from ..policies.vocabulary import (
     RouteMixed,
     Routing,
     Stage,
+    in_plain_integers,
 )
 from .commands import ORCHESTRATOR, Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send
 from .config import OrchestratorConfig, PolicySpec
@@ -421,7 +422,7 @@ class OrchestratorCore:
             self._end(task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its context phase", now)
             return
         router = self._routers[Stage.CONTEXT]
-        answer = router.route_context(_shown(task, router), fleet)
+        answer = in_plain_integers(router.route_context(_shown(task, router), fleet))
         self._decided(task, "context", answer, pool, now)
         match answer:
             case Route(context=context, generation=generation) if context is not None:
@@ -465,7 +466,7 @@ class OrchestratorCore:
             return
         router = self._routers[Stage.GENERATION]
         fleet.context_executor = context
-        answer = router.route_generation(_shown(task, router), fleet)
+        answer = in_plain_integers(router.route_generation(_shown(task, router), fleet))
         self._decided(task, "generation", answer, pool, now)
         if isinstance(answer, Route) and answer.generation is not None:
             task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
@@ -537,7 +538,8 @@ class OrchestratorCore:
             return
         router = self._routers[Stage.GENERATION]
         fleet.context_executor = task.context_executor
-        answer = router.route_generation(replace(_shown(task, router), context_phase_params=task.params), fleet)
+        told = replace(_shown(task, router), context_phase_params=task.params)
+        answer = in_plain_integers(router.route_generation(told, fleet))
         self._decided(task, "generation", answer, pool, now)
         match answer:
             case Route(generation=generation) if generation is not None:
@@ -554,8 +556,7 @@ class OrchestratorCore:
                 raise PolicyError(f"a generation phase cannot be routed by {answer!r}")
 
     def _checked(self, executor: int, roles: tuple[Role, ...], answer: Routing) -> int:
-        """The executor a policy named, as a plain int; PolicyError if it cannot serve that phase."""
-        executor = int(executor)
+        """The executor a policy named; PolicyError if it cannot serve that phase."""
         role = self.fleet.roles.get(executor)
         if role not in roles or not self.fleet.is_healthy(executor):
             can = [e for e, r in self.fleet.roles.items() if r in roles and self.fleet.is_healthy(e)]
