@@ -101,10 +101,12 @@ def main() -> None:
         "seed": seed,
         "finished_at_each_kill": left,
         "files": len(files[0]),
-        "files_that_differ": different,
+        "files_that_differ": len(different),
         "same_table": found == expected and bool(expected),
         "undisturbed_wall_s": round(wall_s, 1),
     }
+    if different:
+        print(f"different: {', '.join(different[:5])}{' …' if len(different) > 5 else ''}", file=sys.stderr)
     print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
     sys.exit(1 if different or not result["same_table"] else 0)
 
