@@ -10,6 +10,7 @@ Block ids are handed out last freed, first reused: a total order, so that two ru
 from __future__ import annotations
 
 from .errors import BlockError
+from .free_blocks import FreeBlocks
 
 
 class BlockManager:
@@ -17,7 +18,7 @@ class BlockManager:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._free = FreeBlocks(num_blocks)
         self._assigned: dict[int, tuple[int, ...]] = {}
         self._held: dict[int, tuple[int, ...]] = {}
         self._quarantined: dict[int, tuple[int, ...]] = {}
@@ -37,10 +38,7 @@ class BlockManager:
         """Give `owner`, who has none, `n` blocks."""
         if n > len(self._free) or owner in self._assigned:
             raise BlockError(f"{n} blocks for {owner}: {len(self._free)} are free, it has {self._assigned.get(owner)}")
-        cut = len(self._free) - n
-        blocks = tuple(self._free[cut:])
-        del self._free[cut:]
-        self._assigned[owner] = blocks
+        blocks = self._assigned[owner] = self._free.take(n)
         return blocks
 
     def extend(self, owner: int, n: int) -> tuple[int, ...]:

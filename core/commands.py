@@ -14,7 +14,7 @@ from .tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 ORCHESTRATOR = 0  # its rank in messages; executors are numbered from 1
 
 
-class Joined(Struct, frozen=True, array_like=True):
+class Joined(Struct, frozen=True, gc=False, array_like=True):
     """A request enters the decode batch with `num_kv_tokens` tokens of KV written and all its block ids so far."""
 
     request_id: int
@@ -22,7 +22,7 @@ class Joined(Struct, frozen=True, array_like=True):
     blocks: tuple[int, ...]
 
 
-class Chunk(Struct, frozen=True, array_like=True):
+class Chunk(Struct, frozen=True, gc=False, array_like=True):
     """Compute tokens [start, start + length) of prompt + generated tokens. `is_last` yields the next token.
 
     `blocks` is the request's whole block table so far, not an increment.
@@ -35,7 +35,7 @@ class Chunk(Struct, frozen=True, array_like=True):
     blocks: tuple[int, ...]
 
 
-class RunSteps(Struct, frozen=True, tag="run_steps", array_like=True):
+class RunSteps(Struct, frozen=True, gc=False, tag="run_steps", array_like=True):
     """Run steps [first_step, last_step] of `epoch`, counted from 1 within the epoch.
 
     The batch is a delta: `left` leaves the decode batch before `joined` enters it; `appended` gives more block ids to
@@ -58,13 +58,13 @@ class RunSteps(Struct, frozen=True, tag="run_steps", array_like=True):
     decodes: bool = True
 
 
-class StopAfterStep(Struct, frozen=True, tag="stop_after_step", array_like=True):
+class StopAfterStep(Struct, frozen=True, gc=False, tag="stop_after_step", array_like=True):
     """End the running span at the first step boundary at or after now that launched steps allow."""
 
     epoch: int
 
 
-class ReceiveKv(Struct, frozen=True, tag="receive_kv", array_like=True):
+class ReceiveKv(Struct, frozen=True, gc=False, tag="receive_kv", array_like=True):
     """Ask executor `source` for the KV of its request `source_id` and write it into `blocks`, in token order.
 
     The first `num_present` tokens, whole blocks, are here already: `num_tokens` and `blocks` are those behind them.
@@ -78,7 +78,7 @@ class ReceiveKv(Struct, frozen=True, tag="receive_kv", array_like=True):
     num_present: int = 0
 
 
-class PrepareReceive(Struct, frozen=True, tag="prepare_receive", array_like=True):
+class PrepareReceive(Struct, frozen=True, gc=False, tag="prepare_receive", array_like=True):
     """As ReceiveKv, for a context phase that is not done yet: the source answers when it has blocks to send from."""
 
     request_id: int
@@ -88,7 +88,7 @@ class PrepareReceive(Struct, frozen=True, tag="prepare_receive", array_like=True
     blocks: tuple[int, ...]
 
 
-class ServeKv(Struct, frozen=True, tag="serve_kv", array_like=True):
+class ServeKv(Struct, frozen=True, gc=False, tag="serve_kv", array_like=True):
     """Answer a reader. `ok` pins the blocks until KvTaken or PeerDown; otherwise `error` tells the reader why not.
 
     `num_written`: the context phase still runs, and so many of the tokens are written; the driver sends the others, layer
@@ -109,21 +109,21 @@ class ServeKv(Struct, frozen=True, tag="serve_kv", array_like=True):
         return self.num_written is not None
 
 
-class AbortKv(Struct, frozen=True, tag="abort_kv", array_like=True):
+class AbortKv(Struct, frozen=True, gc=False, tag="abort_kv", array_like=True):
     """End the early sending of `request_id`: the rest of its KV will never be written. KvTaken says when it is over."""
 
     request_id: int
     reason: str
 
 
-class Send(Struct, frozen=True, tag="send", array_like=True):
+class Send(Struct, frozen=True, gc=False, tag="send", array_like=True):
     """Send `message` to the core of rank `to` (0 the orchestrator). Order per pair of ranks is kept."""
 
     to: int
     message: Message
 
 
-class WakeAt(Struct, frozen=True, tag="wake_at", array_like=True):
+class WakeAt(Struct, frozen=True, gc=False, tag="wake_at", array_like=True):
     """Give a Wake at the instant `at` of this core's clock, and at `report_at` if that is earlier; None: none is wanted.
 
     Replaces the last WakeAt. At `report_at` nothing is due but a report.
@@ -140,7 +140,7 @@ class WakeAt(Struct, frozen=True, tag="wake_at", array_like=True):
         return min(self.at, self.report_at)
 
 
-class Deliver(Struct, frozen=True, tag="deliver", array_like=True):
+class Deliver(Struct, frozen=True, gc=False, tag="deliver", array_like=True):
     """To the user of `request_id`: the first token is there (`finish_reason` None), or the request has ended.
 
     `executor_request_id` is the id under which the serving executor knows the request.
@@ -154,7 +154,7 @@ class Deliver(Struct, frozen=True, tag="deliver", array_like=True):
     error: str | None = None
 
 
-class Dispatched(Struct, frozen=True, tag="dispatched", array_like=True):
+class Dispatched(Struct, frozen=True, gc=False, tag="dispatched", array_like=True):
     """The orchestrator sent a phase of the user's request `request_id` to `executor` as `executor_request`.
 
     Tells the world which hidden facts (true output length) belong to the executor's id, before the message is sent.
@@ -165,11 +165,11 @@ class Dispatched(Struct, frozen=True, tag="dispatched", array_like=True):
     executor_request: Request
 
 
-class Drained(Struct, frozen=True, tag="drained", array_like=True):
+class Drained(Struct, frozen=True, gc=False, tag="drained", array_like=True):
     """After a Shutdown: nothing is left here, the driver may stop."""
 
 
-class Record(Struct, frozen=True, tag="record", array_like=True):
+class Record(Struct, frozen=True, gc=False, tag="record", array_like=True):
     """A finished row for the run directory."""
 
     row: RequestRow | StayRow | StepRow | TransferRow | DecisionRow

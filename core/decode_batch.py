@@ -66,7 +66,10 @@ class DecodeBatch:
         cycles, rest = divmod(num_steps, size)
         residues = self._residues
         first = -self.step % size
-        return cycles * len(self.members) + sum(residues[(first - i) % size] for i in range(rest))
+        total = cycles * len(self.members)
+        for i in range(first, first - rest, -1):
+            total += residues[i]  # below 0 from the end: residues go round
+        return total
 
     def needs_block(self, visit: Visit) -> bool:
         """Whether the member's next token starts a new block."""

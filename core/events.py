@@ -16,7 +16,7 @@ from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request
 # ---- messages to an executor ----------------------------------------------------------------------------------------
 
 
-class Enqueue(Struct, frozen=True, tag="enqueue", array_like=True):
+class Enqueue(Struct, frozen=True, gc=False, tag="enqueue", array_like=True):
     """Serve `request`, whose id is unique per attempt and phase.
 
     `announces_start`: the orchestrator wants a ContextStarted when its first chunk is planned.
@@ -26,26 +26,26 @@ class Enqueue(Struct, frozen=True, tag="enqueue", array_like=True):
     announces_start: bool = False
 
 
-class Cancel(Struct, frozen=True, tag="cancel", array_like=True):
+class Cancel(Struct, frozen=True, gc=False, tag="cancel", array_like=True):
     """Give the request up. Unknown ids are ignored: the request may have ended while this was on the wire."""
 
     request_id: int
 
 
-class LeaseRenewed(Struct, frozen=True, tag="lease_renewed", array_like=True):
+class LeaseRenewed(Struct, frozen=True, gc=False, tag="lease_renewed", array_like=True):
     """Someone still means to read the KV of these requests: their leases start anew."""
 
     request_ids: tuple[int, ...]
 
 
-class FirstTokens(Struct, frozen=True, tag="first_tokens", array_like=True):
+class FirstTokens(Struct, frozen=True, gc=False, tag="first_tokens", array_like=True):
     """The context phase that the generation phase `request_id` was promised is done; empty in simulation."""
 
     request_id: int
     tokens: tuple[int, ...] = ()
 
 
-class KvWithdrawn(Struct, frozen=True, tag="kv_withdrawn", array_like=True):
+class KvWithdrawn(Struct, frozen=True, gc=False, tag="kv_withdrawn", array_like=True):
     """`reader` takes its early question for the KV of `request_id` back: it needs the blocks. Void once it is served."""
 
     request_id: int
@@ -53,7 +53,7 @@ class KvWithdrawn(Struct, frozen=True, tag="kv_withdrawn", array_like=True):
     reader_id: int
 
 
-class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
+class RoleChanged(Struct, frozen=True, gc=False, tag="role_changed", array_like=True):
     """The executor serves another role from now on; what it has it finishes.
 
     An operator's order to the orchestrator, and the orchestrator's message to the executor whose role it is.
@@ -63,7 +63,7 @@ class RoleChanged(Struct, frozen=True, tag="role_changed", array_like=True):
     role: str  # a value of `Role`
 
 
-class Shutdown(Struct, frozen=True, tag="shutdown", array_like=True):
+class Shutdown(Struct, frozen=True, gc=False, tag="shutdown", array_like=True):
     """Take no more requests; `drain` finishes what is there, otherwise everything fails, held KV included."""
 
     drain: bool = True
@@ -72,7 +72,7 @@ class Shutdown(Struct, frozen=True, tag="shutdown", array_like=True):
 # ---- messages to the orchestrator -----------------------------------------------------------------------------------
 
 
-class Report(Struct, frozen=True, tag="report", array_like=True):
+class Report(Struct, frozen=True, gc=False, tag="report", array_like=True):
     """An executor's state as of its last change of batch (so that it does not depend on how far a span has run).
 
     `seen_requests` and `seen_tokens` count what it was ever sent (requests; prompt tokens for a context phase, KV tokens
@@ -101,20 +101,20 @@ class Report(Struct, frozen=True, tag="report", array_like=True):
     blocks_cached: int = 0  # nobody's, and there to be reused or evicted
 
 
-class ContextStarted(Struct, frozen=True, tag="context_started", array_like=True):
+class ContextStarted(Struct, frozen=True, gc=False, tag="context_started", array_like=True):
     """The first chunk of a context phase whose `Enqueue` asked for this is planned: its blocks are its own."""
 
     request_id: int
 
 
-class FirstTokenOut(Struct, frozen=True, tag="first_token_out", array_like=True):
+class FirstTokenOut(Struct, frozen=True, gc=False, tag="first_token_out", array_like=True):
     """A streaming request that is served whole here has its first token, and goes on; its Response comes at its end."""
 
     request_id: int
     context_start: int | None = None
 
 
-class Response(Struct, frozen=True, tag="response", array_like=True):
+class Response(Struct, frozen=True, gc=False, tag="response", array_like=True):
     """The one final answer of an executor to one `Enqueue`. A context phase answers at the end of its compute."""
 
     request_id: int
@@ -136,7 +136,7 @@ class Response(Struct, frozen=True, tag="response", array_like=True):
 # ---- what the driver of an executor saw -----------------------------------------------------------------------------
 
 
-class Stopped(Struct, frozen=True, array_like=True):
+class Stopped(Struct, frozen=True, gc=False, array_like=True):
     """The world ended a sequence at `step` of the epoch (counted from 1): its token of that step is its last one."""
 
     request_id: int
@@ -144,7 +144,7 @@ class Stopped(Struct, frozen=True, array_like=True):
     reason: FinishReason = FinishReason.STOP
 
 
-class StepsCommitted(Struct, frozen=True, tag="steps_committed", array_like=True):
+class StepsCommitted(Struct, frozen=True, gc=False, tag="steps_committed", array_like=True):
     """The plan's span will end after `num_steps` steps of its epoch: they are all launched, no more will be.
 
     The next plan may be made now; it will run behind those steps. What they touch stays theirs until the plan's StepsDone,
@@ -157,7 +157,7 @@ class StepsCommitted(Struct, frozen=True, tag="steps_committed", array_like=True
     stopped: tuple[Stopped, ...] = ()
 
 
-class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
+class StepsDone(Struct, frozen=True, gc=False, tag="steps_done", array_like=True):
     """The plan's span ended after `num_steps` steps of its epoch (counted from the epoch's start, not the span's).
 
     `stopped` is in order of step, then of request id, whatever order the driver saw them in (`stops_in_order`); of a plan
@@ -178,10 +178,12 @@ class StepsDone(Struct, frozen=True, tag="steps_done", array_like=True):
 
 
 def stops_in_order(stops: Iterable[Stopped]) -> tuple[Stopped, ...]:
+    if not stops:
+        return ()
     return tuple(sorted(stops, key=lambda stop: (stop.step, stop.request_id)))
 
 
-class KvRequested(Struct, frozen=True, tag="kv_requested", array_like=True):
+class KvRequested(Struct, frozen=True, gc=False, tag="kv_requested", array_like=True):
     """`reader` asks to read the KV of `request_id` into its own request `reader_id`.
 
     With early binding it may ask before the context phase is done, or has begun. The KV of the first `num_present` tokens is
@@ -194,7 +196,7 @@ class KvRequested(Struct, frozen=True, tag="kv_requested", array_like=True):
     num_present: int = 0
 
 
-class KvReceived(Struct, frozen=True, tag="kv_received", array_like=True):
+class KvReceived(Struct, frozen=True, gc=False, tag="kv_received", array_like=True):
     """Every rank of this executor has its part of the KV of `request_id`, or the transfer is over without it."""
 
     request_id: int
@@ -202,27 +204,27 @@ class KvReceived(Struct, frozen=True, tag="kv_received", array_like=True):
     error: str | None = None
 
 
-class KvTaken(Struct, frozen=True, tag="kv_taken", array_like=True):
+class KvTaken(Struct, frozen=True, gc=False, tag="kv_taken", array_like=True):
     """No reader touches the KV of `request_id` any more. `ok`: it was read to its end."""
 
     request_id: int
     ok: bool = True
 
 
-class PeerDown(Struct, frozen=True, tag="peer_down", array_like=True):
+class PeerDown(Struct, frozen=True, gc=False, tag="peer_down", array_like=True):
     """The executor is gone for good, with whatever it held."""
 
     executor: int
 
 
-class Wake(Struct, frozen=True, tag="wake", array_like=True):
+class Wake(Struct, frozen=True, gc=False, tag="wake", array_like=True):
     """The time of the last `WakeAt` has come. A spurious wake is harmless."""
 
 
 # ---- what the driver of the orchestrator saw ------------------------------------------------------------------------
 
 
-class Arrive(Struct, frozen=True, tag="arrive", array_like=True):
+class Arrive(Struct, frozen=True, gc=False, tag="arrive", array_like=True):
     """A user's request. Its id is the user's; executors see ids of the orchestrator's own."""
 
     request: Request

@@ -147,6 +147,10 @@ class ExecutorCore:
                 self._kv_received(event, now)
             case KvTaken():
                 self._kv_taken(event, now)
+            case Wake():
+                self._timers.woken()
+                for what, subject in self._timers.due(now):
+                    self._fire(what, subject, now)
             case LeaseRenewed():
                 for request_id in event.request_ids:
                     visit = self.visits.get(request_id)
@@ -169,10 +173,6 @@ class ExecutorCore:
                 if not event.drain:
                     for visit in list(self.visits.values()):
                         self._give_up(visit, "the executor was shut down", now)
-            case Wake():
-                self._timers.woken()
-                for what, subject in self._timers.due(now):
-                    self._fire(what, subject, now)
 
     def _enqueue(self, event: Enqueue, now: int) -> None:
         request = event.request
@@ -447,6 +447,7 @@ class ExecutorCore:
                 self._answer_failure(visit, why, now, recomputable)
             case State.CONTEXT_RUNNING | State.GENERATION_RUNNING if self.scheduler.is_in_plan(visit):
                 visit.doom = why
+                self.scheduler.has_doomed = True
                 self.scheduler.ask_to_stop()
             case _:
                 self._fail(visit, why, now, recomputable)

@@ -26,6 +26,7 @@ from ..policies.vocabulary import (
     RouteMixed,
     Routing,
     Stage,
+    in_plain_integers,
 )
 from .commands import ORCHESTRATOR, Deliver, Dispatched, Drained, OrchestratorCommand, Record, Send
 from .config import OrchestratorConfig, PolicySpec
@@ -76,6 +77,9 @@ class OrchestratorCore:
             predictor = TablePredictor(config.prediction, [e.id for e in config.executors])
         self.fleet = Fleet(config.executors, 0, predictor)
         self._routers: dict[Stage, RoutingPolicy] = self._make_routers()
+        self._report_hooks = self._that_define("on_report")
+        self._end_hooks = self._that_define("on_finished")
+        self._dispatch_hooks = self._that_define("on_dispatched")
         self._admission: AdmissionPolicy = self._make(config.admission, "admission", "admission")
         self._order: QueueOrder = self._make(config.queue_order, "queue_order", "queue")
         self.tasks: dict[int, Task] = {}
@@ -117,6 +121,11 @@ class OrchestratorCore:
         if config.generation_router is not None:
             routers[Stage.GENERATION] = self._make(config.generation_router, "routing", "generation_router")
         return routers
+
+    def _that_define(self, hook: str) -> list[RoutingPolicy]:
+        """The routers for whom this hook does something."""
+        different = dict.fromkeys(self._routers.values())
+        return [router for router in different if getattr(type(router), hook) is not getattr(RoutingPolicy, hook)]
 
     # ---- events -----------------------------------------------------------------------------------------------------
 
@@ -210,7 +219,7 @@ class OrchestratorCore:
         row = self.fleet.reported(report, now)
         self._num_changes += 1
         self._roles.reported()
-        for router in dict.fromkeys(self._routers.values()):
+        for router in self._report_hooks:
             router.on_report(row, self.fleet.at(now))
 
     def _answered(self, response: Response, now: int) -> None:
@@ -255,7 +264,8 @@ class OrchestratorCore:
         if executor in self._roles.draining:
             self._roles.answered(executor, stage, now)
         router = self._router(stage)
-        router.on_finished(_shown(task, router), stage, executor, ok, self.fleet.at(now))
+        if router in self._end_hooks:
+            router.on_finished(_shown(task, router), stage, executor, ok, self.fleet.at(now))
 
     def _router(self, stage: Stage) -> RoutingPolicy:
         return self._routers[Stage.GENERATION if stage is Stage.GENERATION else Stage.CONTEXT]
@@ -412,7 +422,7 @@ class OrchestratorCore:
             self._end(task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its context phase", now)
             return
         router = self._routers[Stage.CONTEXT]
-        answer = router.route_context(_shown(task, router), fleet)
+        answer = in_plain_integers(router.route_context(_shown(task, router), fleet))
         self._decided(task, "context", answer, pool, now)
         match answer:
             case Route(context=context, generation=generation) if context is not None:
@@ -456,7 +466,7 @@ class OrchestratorCore:
             return
         router = self._routers[Stage.GENERATION]
         fleet.context_executor = context
-        answer = router.route_generation(_shown(task, router), fleet)
+        answer = in_plain_integers(router.route_generation(_shown(task, router), fleet))
         self._decided(task, "generation", answer, pool, now)
         if isinstance(answer, Route) and answer.generation is not None:
             task.generation_executor = self._checked(answer.generation, (Role.GENERATION, Role.MIXED), answer)
@@ -528,7 +538,8 @@ class OrchestratorCore:
             return
         router = self._routers[Stage.GENERATION]
         fleet.context_executor = task.context_executor
-        answer = router.route_generation(replace(_shown(task, router), context_phase_params=task.params), fleet)
+        told = replace(_shown(task, router), context_phase_params=task.params)
+        answer = in_plain_integers(router.route_generation(told, fleet))
         self._decided(task, "generation", answer, pool, now)
         match answer:
             case Route(generation=generation) if generation is not None:
@@ -545,8 +556,7 @@ class OrchestratorCore:
                 raise PolicyError(f"a generation phase cannot be routed by {answer!r}")
 
     def _checked(self, executor: int, roles: tuple[Role, ...], answer: Routing) -> int:
-        """The executor a policy named, as a plain int; PolicyError if it cannot serve that phase."""
-        executor = int(executor)
+        """The executor a policy named; PolicyError if it cannot serve that phase."""
         role = self.fleet.roles.get(executor)
         if role not in roles or not self.fleet.is_healthy(executor):
             can = [e for e, r in self.fleet.roles.items() if r in roles and self.fleet.is_healthy(e)]
@@ -593,7 +603,8 @@ class OrchestratorCore:
         self._out.append(Dispatched(task.request.id, executor, message.request))
         self._out.append(Send(executor, message))
         router = self._router(stage)
-        router.on_dispatched(_shown(task, router), stage, executor, self.fleet.at(now))
+        if router in self._dispatch_hooks:
+            router.on_dispatched(_shown(task, router), stage, executor, self.fleet.at(now))
 
     def _hold(self, task: Task, stage: Stage, until: int | None, now: int) -> None:
         if until is not None and until <= now:

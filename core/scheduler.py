@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final
 
 from ..policies import registry
@@ -52,6 +52,7 @@ class Scheduler:
         self.has_changed = False  # since the flag was last cleared: an epoch began, or the batch ran empty
         self.shown_kv = 0  # KV tokens of the decode batch at its last change
         self.shown_steps = 0
+        self.has_doomed = False  # a visit was given up since `doomed` was last asked
         self._shown_written = 0
         self._batching = batching
         self._emit = emit
@@ -105,6 +106,9 @@ class Scheduler:
 
         Where committed steps still touch them they only leave the batch; the end of those steps tells of them.
         """
+        if not self.has_doomed:
+            return []
+        self.has_doomed = False
         if self.tails:
             for visit in [visit for visit in self.batch.members.values() if visit.doom is not None]:
                 self._leave_batch(visit)
@@ -217,6 +221,7 @@ class Scheduler:
         for visit in self.batch.members.values():
             if visit.joined_step < tail.decode_step:
                 visit.doom = visit.doom or error
+        self.has_doomed = True
         self.ask_to_stop()
 
     def _advance(self, run: RunSteps, num_steps: int) -> None:
@@ -271,7 +276,9 @@ class Scheduler:
 
     def fill_places(self) -> list[Visit]:
         """Prompts finished here enter the decode batch, then requests whose KV is ready; those latter."""
-        entered = []
+        entered: list[Visit] = []
+        if not self.joining and not self.ready:
+            return entered
         for visit in self.joining:
             self._enter_batch(visit)
         self.joining.clear()
@@ -295,9 +302,9 @@ class Scheduler:
 
     def must_wait(self) -> bool:
         """Whether blocks would have to be taken that committed steps still write: then the plan is made after those."""
-        return (
-            bool(self.tails and self.batch.members) and self.evicts and self.batch.blocks_for(1) > self.blocks.num_free
-        )
+        if not self.evicts or not self.tails or not self.batch.members:
+            return False
+        return self.batch.blocks_for(1) > self.blocks.num_free
 
     def preempt(self) -> bool:
         """Take blocks from the youngest until every decode can write its next token; whether any were taken.
@@ -441,7 +448,7 @@ class Scheduler:
                 if self.cache is not None:  # what is evicted for a step that is not run would be lost for nothing
                     num_empty = max(self.cache.num_empty, batch.blocks_for(1))
                     num_steps = batch.steps_until_out_of_blocks(num_empty, num_steps)
-        joined = tuple(Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in self._joined.values())
+        joined = tuple([Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in self._joined.values()])
         appended = self._grow(num_steps) if self.evicts and running else ()
         self._plan_number += 1
         kv = self.shown_kv
@@ -507,15 +514,17 @@ class Scheduler:
         """free, reserved, used, held, quarantined, cached; as of the last change of batch."""
         size = self.config.tokens_per_block
         written = self._shown_written if self._epochs.open is not None else self.batch.num_blocks_written
-        groups: list[Iterable[Visit]] = [
-            self.prefilling.values(),
-            self.joining,
-            self.ready.values(),
-            self.early.values(),
-        ]
-        groups += [tail.leaving.values() for tail in self.tails]
-        for group in groups:
-            written += sum(-(-visit.num_kv_tokens // size) for visit in group)
+        for visit in self.prefilling.values():
+            written += -(-visit.num_kv_tokens // size)
+        for visit in self.joining:
+            written += -(-visit.num_kv_tokens // size)
+        for visit in self.ready.values():
+            written += -(-visit.num_kv_tokens // size)
+        for visit in self.early.values():
+            written += -(-visit.num_kv_tokens // size)
+        for tail in self.tails:
+            for visit in tail.leaving.values():
+                written += -(-visit.num_kv_tokens // size)
         blocks = self.blocks
         free, cached = blocks.num_free + self._grown, 0
         if self.cache is not None:

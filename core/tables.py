@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 
-class RequestRow(Struct, frozen=True, tag="request", array_like=True):
+class RequestRow(Struct, frozen=True, gc=False, tag="request", array_like=True):
     """requests.parquet: one row per user request, written when it ends."""
 
     request_id: int
@@ -36,7 +36,7 @@ class RequestRow(Struct, frozen=True, tag="request", array_like=True):
     num_cached_tokens: int = 0  # of the prompt, whose KV was there already where the prompt was computed
 
 
-class StayRow(Struct, frozen=True, tag="stay", array_like=True):
+class StayRow(Struct, frozen=True, gc=False, tag="stay", array_like=True):
     """stays.parquet: one row per visit of a request to an executor; token times follow from it and from the steps.
 
     In the executor's running count of steps the visit's first token came at the end of `first_step`, its last at the end
@@ -57,7 +57,7 @@ class StayRow(Struct, frozen=True, tag="stay", array_like=True):
     request_id: int | None  # the user's, where an orchestrator knows it
 
 
-class StepRow(Struct, frozen=True, tag="step", array_like=True):
+class StepRow(Struct, frozen=True, gc=False, tag="step", array_like=True):
     """steps.parquet: one row per epoch (a batch at constant membership), not per step."""
 
     executor: int
@@ -79,7 +79,7 @@ class StepRow(Struct, frozen=True, tag="step", array_like=True):
     blocks_cached: int = 0
 
 
-class TransferRow(Struct, frozen=True, tag="transfer", array_like=True):
+class TransferRow(Struct, frozen=True, gc=False, tag="transfer", array_like=True):
     """transfers.parquet: one row per KV transfer, written by its reader."""
 
     executor_request_id: int
@@ -97,7 +97,7 @@ class TransferRow(Struct, frozen=True, tag="transfer", array_like=True):
     )
 
 
-class DecisionRow(Struct, frozen=True, tag="decision", array_like=True):
+class DecisionRow(Struct, frozen=True, gc=False, tag="decision", array_like=True):
     """decisions.parquet: one row per answer of a routing or admission policy, and per change of an executor's role."""
 
     request_id: int  # -1 for a role

@@ -144,6 +144,13 @@ def mixed_rate(executor: ExecutorConfig, cost: CostModel, lengths: Lengths, tpot
     return best
 
 
+def full_step(executor: ExecutorConfig, cost: CostModel, lengths: Lengths) -> tuple[int, float]:
+    """Prompt tokens of the fullest step of a mixed executor that decodes one request, and the seconds that it takes."""
+    tokens = min(executor.scheduler.max_num_tokens - 1, round(lengths.prompt) * executor.scheduler.max_batch_size)
+    chunks = _chunks(tokens, max(1, round(lengths.prompt)))
+    return tokens, _seconds(cost, _decodes(1, lengths)._replace(chunks=chunks))
+
+
 def batch_that_fits(executor: ExecutorConfig, lengths: Lengths) -> int:
     """Requests whose blocks, reserved up to max_tokens, fit beside each other, at most max_batch_size."""
     tokens = lengths.prompt + lengths.max_tokens

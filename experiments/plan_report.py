@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from .cluster import cluster_of
 from .plan import Entry, Search
+from .plan_arithmetic import full_step
 from .plan_ranking import Rank
+from .run_simulation import costs_of
 
 _MOST_LINES: Final = 20
 
@@ -77,15 +80,15 @@ def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | N
             )
         )
     lines += _table(rows)
-    lines += ["", *_why(ranks), *_others(search)]
+    lines += ["", *_why(search, ranks), *_others(search)]
     if winner is not None:
         lines += ["", f"winner: {winner['candidate']}, every seed met the objectives at {winner['rate']:g} requests/s",
                   f"wrote {winner['file']}; next: disagg run {winner['file']} [--backend hardware]"]  # fmt: skip
     return lines
 
 
-def _why(ranks: Sequence[Rank]) -> list[str]:
-    """The best of either role, and what holds each back."""
+def _why(search: Search, ranks: Sequence[Rank]) -> list[str]:
+    """The best of either role, what holds each back, and what each wastes by its nature."""
     lines: list[str] = []
     for role in ("disaggregated", "mixed"):
         first = next((each for each in ranks if each.entry.role == role), None)
@@ -99,11 +102,44 @@ def _why(ranks: Sequence[Rank]) -> list[str]:
         held = [f"{count} missed {key}" for key, count in sorted(missed.items(), key=lambda item: -item[1])]
         held += ["the backlog grows"] if "backlog grows" in first.limits else []
         bound = first.entry.arithmetic
+        without_queues = f" of {bound.bound_per_gpu:.3g} without queues" if bound.bound_per_gpu else ""
         lines.append(
-            f"best {role}: {first.entry.candidate.shape.label}, {first.per_gpu.value or 0:.3g} requests/s/GPU of"
-            f" {bound.bound_per_gpu:.3g} without queues; at the next rate, over {len(above)} seeds: {', '.join(held) or '-'}"
+            f"best {role}: {first.entry.candidate.shape.label}, {first.per_gpu.value or 0:.3g} requests/s/GPU"
+            f"{without_queues}; at the next rate, over {len(above)} seeds: {', '.join(held) or '-'}"
         )
+        why = _mixed_why(search, first.entry) if role == "mixed" else _apart_why(first.entry)
+        lines += [f"  {line}" for line in why]
     return lines
+
+
+def _apart_why(entry: Entry) -> list[str]:
+    """How far the numbers of executors are from the ratio that rate matching wants."""
+    found, shape = entry.arithmetic, entry.candidate.shape
+    if not (found.context_rate and found.generation_rate and shape.context and shape.generation):
+        return []
+    sides = {
+        "context": found.context_rate * shape.context.num_instances,
+        "generation": found.generation_rate * shape.generation.num_instances,
+    }
+    idle = max(sides, key=lambda side: sides[side])
+    return [
+        "phases apart: no decode waits for a prompt, but whole executors seldom match; at its bound the"
+        f" {idle} side idles {_percent(sides[idle] - found.bound, sides[idle])} of the time"
+    ]
+
+
+def _mixed_why(search: Search, entry: Entry) -> list[str]:
+    """What prompts do to the decodes that share their steps."""
+    experiment, slo = entry.candidate.experiment, search.base.slo
+    executor = cluster_of(experiment).executors[0]
+    tokens, seconds = full_step(executor, costs_of(experiment)[executor.id], search.lengths)
+    step = f"a step with {tokens} prompt tokens takes {1e3 * seconds:.3g} ms"
+    text = f"mixed: nothing idles for want of the other phase, but {step}"
+    if slo is None or slo.tpot_ms is None:
+        return [text]
+    if 1e3 * seconds <= slo.tpot_ms:
+        return [f"{text}, which TPOT {slo.tpot_ms:g} ms allows in every step"]
+    return [f"{text}, more than TPOT {slo.tpot_ms:g} ms: only few of a request's steps may be such"]
 
 
 def _others(search: Search) -> list[str]:

@@ -68,10 +68,12 @@ class RunDirectory:
 
     def write(self, row: Row, *, phase: str | None = None, excluded: bool = False) -> None:
         """Add a row to its table. For a `RequestRow`, `phase` and `excluded` come from its planned request."""
-        values = msgspec.structs.astuple(row)
+        table = self._by_type[type(row)]
         if type(row) is RequestRow:
-            values = (values[0], row.phase if phase is None else phase, *values[2:], excluded)
-        self._by_type[type(row)].write(values)
+            values = msgspec.structs.astuple(row)
+            table.write((values[0], row.phase if phase is None else phase, *values[2:], excluded))
+        else:
+            table.write(row)
 
     def events_path(self, name: str) -> Path:
         """Where to write the event log `events.<name>`, for a runner that streams it."""

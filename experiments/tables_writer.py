@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args, get_origin, get_type_hints
 
@@ -38,12 +38,12 @@ class TableWriter:
         self.num_rows = 0
         self._row_type = row_type
         self._schema = _schema(row_type)
-        self._rows: list[tuple[Any, ...]] = []
+        self._rows: list[Row | tuple[Any, ...]] = []
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
 
-    def write(self, values: tuple[Any, ...]) -> None:
-        """`values` in the order of the schema, instants still in picoseconds."""
-        self._rows.append(values)
+    def write(self, row: Row | tuple[Any, ...]) -> None:
+        """A row, or its values in the order of the schema, instants still in picoseconds."""
+        self._rows.append(row)
         self.num_rows += 1
         if len(self._rows) >= _ROW_GROUP:
             self._flush()
@@ -59,7 +59,7 @@ class TableWriter:
         self._rows.clear()
 
 
-def frame_of(rows: Sequence[tuple[Any, ...]], row_type: type[Row]) -> pd.DataFrame:
+def frame_of(rows: Sequence[Row | tuple[Any, ...]], row_type: type[Row]) -> pd.DataFrame:
     """The table that reading the file of these rows gives; values as for `TableWriter.write`."""
     import pyarrow as pa
 
@@ -69,15 +69,17 @@ def frame_of(rows: Sequence[tuple[Any, ...]], row_type: type[Row]) -> pd.DataFra
     return frame
 
 
-def _batch_of(rows: Sequence[tuple[Any, ...]], row_type: type[Row], schema: pa.Schema) -> pa.RecordBatch:
+def _batch_of(rows: Sequence[Row | tuple[Any, ...]], row_type: type[Row], schema: pa.Schema) -> pa.RecordBatch:
     import pyarrow as pa
 
-    converters = [_converter(field.name) for field in msgspec.structs.fields(row_type)]
+    is_instant = [field.name.endswith("_ps") for field in msgspec.structs.fields(row_type)]
+    values = [row if isinstance(row, tuple) else msgspec.structs.astuple(row) for row in rows]
     arrays = []
-    for number, (field, column) in enumerate(zip(schema, zip(*rows, strict=True), strict=True)):
-        convert = converters[number] if number < len(converters) else None
-        values = column if convert is None else [convert(value) for value in column]
-        arrays.append(pa.array(values, field.type))
+    for number, (field, column) in enumerate(zip(schema, zip(*values, strict=True), strict=True)):
+        if number < len(is_instant) and is_instant[number]:
+            arrays.append(_seconds(column))
+        else:
+            arrays.append(pa.array(column, field.type))
     return pa.record_batch(arrays, schema=schema)
 
 
@@ -86,11 +88,16 @@ def column_name(field: str) -> str:
     return f"{field.removesuffix('_ps')}_s" if field.endswith("_ps") else field
 
 
-def _converter(field: str) -> Callable[[Any], Any] | None:
-    if field.endswith("_ps"):
-        # an integer divided by an integer is rounded once, correctly; going through a float is not
-        return lambda value: None if value is None else value / PS_PER_S
-    return None
+def _seconds(picoseconds: Sequence[int | None]) -> pa.Array:
+    """As Python divides integers: rounded once. Those below 2^53 are exact as floats, so that one division does it."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    instants = pa.array(picoseconds, pa.int64())
+    ends = pc.min_max(instants).as_py()
+    if ends["max"] is not None and max(ends["max"], -ends["min"]) >= 1 << 53:
+        return pa.array([None if value is None else value / PS_PER_S for value in picoseconds], pa.float64())
+    return pc.divide(instants.cast(pa.float64()), float(PS_PER_S))
 
 
 def _schema(row_type: type[Row]) -> pa.Schema:

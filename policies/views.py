@@ -203,7 +203,7 @@ class ExecutorPool:
     def know_prefixes(self, source: PrefixSource, tokens_per_hash: int) -> None:
         """For the owner of the pool: where the answers of `prefix_match` come from."""
         self._prefixes = source
-        places = [source.place(executor) for executor in self.executor_id]
+        places = [source.place(int(executor)) for executor in self.executor_id]
         self._last_place = max(places, default=0)
         self._places = np.array(places) if self.vectorised else places
         self.tokens_per_hash = tokens_per_hash

@@ -55,7 +55,7 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class SamplingConfig(Struct, frozen=True, array_like=True):
+class SamplingConfig(Struct, frozen=True, gc=False, array_like=True):
     """How tokens are chosen. `temperature` 0 is greedy; `beam_width` other than 1 is refused (see executor semantics)."""
 
     temperature: float = 0.0
@@ -65,7 +65,7 @@ class SamplingConfig(Struct, frozen=True, array_like=True):
     beam_width: int = 1
 
 
-class ContextPhaseParams(Struct, frozen=True, array_like=True):
+class ContextPhaseParams(Struct, frozen=True, gc=False, array_like=True):
     """What a finished context phase hands to the generation phase.
 
     `first_gen_tokens` is empty in simulation, where no token ids exist. `state` is opaque to everyone but the two
@@ -81,7 +81,7 @@ class ContextPhaseParams(Struct, frozen=True, array_like=True):
     is_promised: bool = False
 
 
-class Request(Struct, frozen=True, array_like=True):
+class Request(Struct, frozen=True, gc=False, array_like=True):
     """One request as its user states it; the same type travels to executors under an id of its own per attempt and phase.
 
     `max_tokens` is the declared bound. `true_output_tokens` is None except for a routing policy that declares itself an
@@ -121,7 +121,7 @@ class Request(Struct, frozen=True, array_like=True):
 # ---- what a routing policy may answer -------------------------------------------------------------------------------
 
 
-class Route(Struct, frozen=True, tag=True):
+class Route(Struct, frozen=True, gc=False, tag=True):
     """Run the context phase on `context`; the generation phase on `generation`, or None to be asked when it is due.
 
     At the generation stage `context` is ignored.
@@ -131,26 +131,43 @@ class Route(Struct, frozen=True, tag=True):
     generation: int | None = None
 
 
-class RouteMixed(Struct, frozen=True, tag=True):
+class RouteMixed(Struct, frozen=True, gc=False, tag=True):
     """Run both phases on one executor, with no KV transfer."""
 
     executor: int
 
 
-class Hold(Struct, frozen=True, tag=True):
+class Hold(Struct, frozen=True, gc=False, tag=True):
     """Ask again when the fleet changes, and at `until` (picoseconds) at the latest if it is given."""
 
     until: int | None = None
 
 
-class Reject(Struct, frozen=True, tag=True):
+class Reject(Struct, frozen=True, gc=False, tag=True):
     reason: str
 
 
 Routing = Route | RouteMixed | Hold | Reject
 
 
-class Admit(Struct, frozen=True, tag=True):
+def in_plain_integers(answer: Routing) -> Routing:
+    """The answer in Python's own integers: a policy may have read them off columns of numpy's."""
+    if type(answer) is Route:
+        context, generation = answer.context, answer.generation
+        if type(context) in _PLAIN and type(generation) in _PLAIN:
+            return answer
+        return Route(None if context is None else int(context), None if generation is None else int(generation))
+    if type(answer) is RouteMixed and type(answer.executor) is not int:
+        return RouteMixed(int(answer.executor))
+    if type(answer) is Hold and type(answer.until) not in _PLAIN:
+        return Hold(int(answer.until or 0))
+    return answer
+
+
+_PLAIN: Final = (int, type(None))
+
+
+class Admit(Struct, frozen=True, gc=False, tag=True):
     """Let the request into the cluster."""
 
 
@@ -160,7 +177,7 @@ Admission = Admit | Hold | Reject
 # ---- what a role policy may answer ----------------------------------------------------------------------------------
 
 
-class ChangeRole(Struct, frozen=True, array_like=True):
+class ChangeRole(Struct, frozen=True, gc=False, array_like=True):
     """From now on `executor` serves `role`. What it has of an earlier role it finishes."""
 
     executor: int
@@ -170,14 +187,14 @@ class ChangeRole(Struct, frozen=True, array_like=True):
 # ---- what a batch policy may answer ---------------------------------------------------------------------------------
 
 
-class ChunkPlan(Struct, frozen=True, array_like=True):
+class ChunkPlan(Struct, frozen=True, gc=False, array_like=True):
     """Compute `num_tokens` more prompt tokens of one request in the next step."""
 
     request_id: int
     num_tokens: int
 
 
-class BatchPlan(Struct, frozen=True):
+class BatchPlan(Struct, frozen=True, gc=False):
     """What the next step runs. `decodes` False leaves the whole decode batch out of it (a prefill-only step).
 
     `ask_again_at`: for a policy whose answer depends on time alone, the instant at which to ask again.

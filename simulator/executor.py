@@ -313,7 +313,9 @@ class SimulatedExecutor:
         own = 0
         if run is not None:
             own = grants_out(run.first_step - 1, run.first_step, self._end_step, self._launch.steps_per_grant)
-        return own + sum(len(tail.grant_ends) for tail in self._tails)
+        for tail in self._tails:
+            own += len(tail.grant_ends)
+        return own
 
     def _stop(self) -> None:
         run, now = self._run, self._calendar.now

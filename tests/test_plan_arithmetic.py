@@ -10,7 +10,7 @@ import pytest
 from disagg.core.cost import ConstantCost
 from disagg.experiments.cluster import cluster_of
 from disagg.experiments.config import Experiment
-from disagg.experiments.plan_arithmetic import Arithmetic, Lengths, arithmetic, batch_that_fits
+from disagg.experiments.plan_arithmetic import Arithmetic, Lengths, arithmetic, batch_that_fits, full_step
 from disagg.experiments.plan_space import Candidate, Group, Shape, candidate_of
 from disagg.policies.vocabulary import PS_PER_MS
 from tests.test_plan_search import load
@@ -64,3 +64,10 @@ def test_kv_bounds_a_batch(tmp_path: Path) -> None:
     assert batch_that_fits(executor, LENGTHS) == 64
     small = msgspec.structs.replace(executor, num_blocks=10 * 32 + 5)  # 1024 tokens are 32 blocks
     assert batch_that_fits(small, LENGTHS) == 10
+
+
+def test_the_fullest_step_of_a_mixed_executor_is_as_long_as_its_prompts_make_it(tmp_path: Path) -> None:
+    _, experiment = of(Shape(mixed=Group(1, 1, 1), mixed_max_num_tokens=512), tmp_path)
+    tokens, seconds = full_step(cluster_of(experiment).executors[0], COST, LENGTHS)
+    assert tokens == 511
+    assert seconds == pytest.approx(0.002 + 0.0001 + 0.000511)

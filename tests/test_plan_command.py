@@ -51,6 +51,8 @@ def test_the_plan_is_printed_with_its_arithmetic_and_reasons(planned: Path) -> N
     assert ranking[0]["candidate"].split(";")[0] in text
     for part in ("goodput per GPU", "rate matching", "best disaggregated", "best mixed", "not ranked", "winner: "):
         assert part in text
+    for part in ("side idles ", "prompt tokens takes "):
+        assert part in text
     perfect = [each for each in ranking if each["distinguishable_from_best"] is False]
     assert text.count("not distinguishable") == len(perfect)
 

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from disagg.core.commands import Chunk, Joined, ReceiveKv, RunSteps, ServeKv
 from disagg.core.events import KvReceived, KvTaken, Stopped
 from disagg.core.grants import Launch, granted_through
+from disagg.core.prefix_names import token_hashes
 from disagg.policies.vocabulary import PS_PER_MS, ContextPhaseParams, FinishReason, Request, RequestType
 from disagg.runtime.clock import Clock, monotonic_ns
 from disagg.runtime.executor_answers import Answers, UnknownRequestError
@@ -25,7 +26,7 @@ from disagg.runtime.executor_tokens import Sequences, TokenError, check_tokens
 from disagg.runtime.orchestrator_job import Job, decode_job, encode
 from disagg.runtime.orchestrator_load import LoadDriver, LoadPhase, PlannedSubmission
 from disagg.runtime.wire import AbortKvOrder, KvPart, ReceiveKvOrder, ServeKvOrder
-from tests.runtime_programs.clusters import cluster, context, generation
+from tests.runtime_programs.clusters import BLOCK, cluster, context, generation
 from tests.tiny_models import SHAPES
 
 # ---- clock and inbox -------------------------------------------------------------------------------------------------
@@ -117,6 +118,28 @@ def test_feeds_slice_prompt_and_generated_tokens_so_that_a_recompute_works() -> 
     assert sequences.feed(run).chunks[0].token_ids == (12, 13, 20, 21, 22)
     joined = RunSteps(2, 2, 1, 1, joined=(Joined(1, 6, (0, 1)),))
     assert sequences.feed(joined).joined[0].next_token == 22
+
+
+def test_blocks_are_named_by_their_tokens_whatever_a_request_claims_unless_its_workload_names_them() -> None:
+    tokens = tuple(range(10))
+    request = Request(1, 10, 4, input_token_ids=tokens, block_hashes=(1, 2))
+    spec = cluster(ModelSource(SHAPES["llama"]), [context(enable_block_reuse=True), generation()])
+    assert check_spec(spec).named(request).block_hashes == token_hashes(tokens, BLOCK) != (1, 2)
+    assert check_spec(replace(spec, workload_names_blocks=True)).named(request) == request
+    assert check_spec(cluster(ModelSource(SHAPES["llama"]), [context(), generation()])).named(request) == request
+
+
+def test_what_was_generated_is_named_when_it_ends_without_the_last_token_as_a_longer_prompt_would_name_it() -> None:
+    """Blocks of 4: a prompt of 6, and 7 tokens generated, are 12 tokens written: blocks 2 and 3 are named at the end."""
+    sequences = Sequences(BLOCK)
+    prompt = (9, 8, 7, 6, 5, 4)
+    sequences.enter(Request(1, 6, 7, input_token_ids=prompt, block_hashes=token_hashes(prompt, BLOCK)))
+    for token in range(6):
+        sequences.add([(1, token)])
+        assert sequences.names([1]) == []
+    sequences.add([(1, 99)])
+    assert sequences.names([1]) == [(1, token_hashes((*prompt, *range(6)), BLOCK)[1:])]
+    assert Sequences().names([1]) == []
 
 
 def test_a_pulled_request_begins_with_its_first_token() -> None:
