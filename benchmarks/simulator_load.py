@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from disagg.core import executor
 from disagg.experiments.config import Experiment, validate_mapping
 from disagg.experiments.load_source import LoadSource
 from disagg.experiments.run_directory import RunDirectory
@@ -105,5 +106,6 @@ def _costs(num_requests: int, cpu_s: float, num_events: int) -> dict[str, Any]:
         "cpu_s": cpu_s,
         "requests_per_cpu_s": num_requests / cpu_s,
         "events_per_request": num_events / num_requests,
+        "compiled": not str(executor.__file__).endswith(".py"),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }

@@ -8,7 +8,8 @@ Prints simulated requests per CPU second, SimPy events per request, and the peak
 With `--peer dynosim` NVIDIA's DynoSim runs the same load: as many executors, the same lengths and arrival rate, KV blocks,
 batch limits, link rate, its router that matches ours (its KV router: the least loaded worker where nothing is shared), and
 per-request records. Runs alternate, each in a fresh process whose CPU time is that of the simulation alone, not of imports.
-The package `ai-dynamo-runtime` is imported by `--peer-python`, by default this interpreter.
+The package `ai-dynamo-runtime` is imported by `--peer-python`, by default this interpreter. With PYTHONPATH=build/compiled
+(`make compiled`) it is the compiled copy that is measured.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ def compare(workload: str, requests: int, rate: float, executors: int, python: s
         "executors": executors,
         "runs": runs,
         "requests_per_cpu_s": medians[0],
+        "compiled": ours[0]["compiled"],
         "events_per_request": ours[0]["events_per_request"],
         "peak_rss_mb": max(run["peak_rss_mb"] for run in ours),
         "peer": "dynosim",
