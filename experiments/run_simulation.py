@@ -15,7 +15,7 @@ from ..core.cost import CostModel, roofline
 from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
 from ..core.tables import RequestRow
 from ..policies.interfaces import PolicyError
-from ..policies.vocabulary import PS_PER_S, FinishReason
+from ..policies.vocabulary import PS_PER_S, FinishReason, Role
 from ..simulator.calls import MESSAGE, call_at
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
@@ -114,8 +114,17 @@ def costs_of(config: Experiment) -> dict[int, CostModel]:
             costs[placement.id] = roofline(shape, device, tp, pp)
         else:
             entry = find_engine(profile, placement.role.value, tp, pp)
-            costs[placement.id] = measured_cost(profile, entry, placement.keys.scheduler.max_batch_size)
+            cost = measured_cost(profile, entry, placement.keys.scheduler.max_batch_size)
+            # A step that tells of its layers runs kernel by kernel.
+            graphs = cost.chunk_graphs and not (_sends_layers(config) and placement.role is Role.CONTEXT)
+            costs[placement.id] = replace(cost, chunk_graphs=graphs)
     return costs
+
+
+def _sends_layers(config: Experiment) -> bool:
+    """Whether KV may be asked for while it is computed."""
+    transceiver = config.cluster.cache_transceiver
+    return transceiver is not None and transceiver.layerwise and transceiver.generation_binding != "at_context_done"
 
 
 def gaps_of(config: Experiment) -> dict[int, LaunchGaps]:
