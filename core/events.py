@@ -84,7 +84,7 @@ class Report(Struct, frozen=True, gc=False, tag="report", array_like=True):
     seen_tokens: int = 0
     queued_requests: int = 0  # waiting for a first step: prompts not begun, transfers not begun, KV in flight or ready
     running_requests: int = 0  # in prefill or in the decode batch
-    queued_prefill_tokens: int = 0
+    queued_prefill_tokens: int = 0  # less what was cached when each was queued
     inflight_prefill_tokens: int = 0  # prompt tokens of begun prefills not yet computed
     decode_kv_tokens: int = 0  # of the decode batch at its last change, and of generation phases waiting to enter it
     blocks_free: int = 0

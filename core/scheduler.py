@@ -133,16 +133,16 @@ class Scheduler:
         visit.num_blocks = self.blocks_to_admit(visit)
         if self.cache is not None:
             self.cache.look(visit, visit.num_blocks)
-            visit.num_kv_tokens = 0
+            visit.num_found_tokens, visit.num_kv_tokens = visit.num_kv_tokens, 0
         heapq.heappush(self._waiting, (rank, visit.order_key, visit.serial, visit))
         self.num_waiting += 1
-        self.num_queued_tokens += visit.num_tokens_left
+        self.num_queued_tokens += visit.num_to_compute - visit.num_found_tokens
 
     def remove(self, visit: Visit, state: State) -> None:
         """Forget a visit that was in `state`, wherever it is; its blocks stay its own. For use when no plan names it."""
         if state is State.QUEUED:
             self.num_waiting -= 1
-            self.num_queued_tokens -= visit.num_to_compute
+            self.num_queued_tokens -= visit.num_to_compute - visit.num_found_tokens
         if visit.id in self.batch.members:
             self._leave_batch(visit)
         elif visit in self.joining:
@@ -395,7 +395,7 @@ class Scheduler:
                 visit.num_blocks = 0
                 visit.advance(Cause.START)
                 self.num_waiting -= 1
-                self.num_queued_tokens -= visit.num_to_compute
+                self.num_queued_tokens -= visit.num_to_compute - visit.num_found_tokens
                 self.prefilling[visit.id] = visit
                 if visit.started_at is None:
                     visit.started_at = now

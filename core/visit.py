@@ -30,6 +30,7 @@ class Visit:
         "left_at",
         "num_blocks",
         "num_cached_tokens",
+        "num_found_tokens",
         "num_generated",
         "num_kv_tokens",
         "num_preemptions",
@@ -64,6 +65,7 @@ class Visit:
             request.num_prompt_tokens
         )  # tokens to run through prefill, generated ones after preemption
         self.num_cached_tokens = 0  # of the prompt, that were there when it began, or when its KV was asked for
+        self.num_found_tokens = 0  # of a prompt that waits: what was cached when it was queued
         self.joined_step = -1
         self.first_step: int | None = None
         self.num_preemptions = 0

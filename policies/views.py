@@ -26,7 +26,7 @@ COLUMNS: Final[dict[str, str]] = {
     "active_requests": "requests dispatched to it and not yet answered, by the orchestrator's own count (never stale)",
     "queued_requests": "waiting there for their first step or for their KV, as reported",
     "running_requests": "in prefill or in the decode batch, as reported",
-    "queued_prefill_tokens": "prompt tokens of requests not begun, as reported",
+    "queued_prefill_tokens": "prompt tokens of requests not begun, less those cached when they were queued, as reported",
     "inflight_prefill_tokens": "prompt tokens not yet computed of requests begun, as reported",
     "decode_kv_tokens": "KV tokens of the decode batch and of generation phases waiting to enter it, as reported",
     "wire_requests": "requests sent that no report has counted yet",

@@ -74,6 +74,7 @@ class Visitor:
         # prefix caching
         self.shared: list[int] = []  # hashes of its first blocks, which others may refer to
         self.cached = 0  # tokens that it found when it began, or asked for its KV
+        self.found = 0  # tokens that it would have found when it was queued
         self.present = 0  # tokens that its reader has
         self.is_arriving = False  # some of its blocks wait for KV
 
@@ -251,6 +252,7 @@ class NaiveExecutor:
         v.key = self.order.key(request, now)
         v.announces = announces
         self.visitors.append(v)
+        v.found = len(self.found(v)) * self.config.tokens_per_block
         if v.type is RequestType.GENERATION_ONLY:
             v.place, v.generated = PULLING, 1
             if not v.awaits:
@@ -654,6 +656,7 @@ class NaiveExecutor:
         self.let_go(youngest)
         youngest.kv = 0
         youngest.to_compute = youngest.request.num_prompt_tokens + youngest.generated
+        youngest.found = len(self.found(youngest)) * self.config.tokens_per_block
         return True
 
     def choose(self) -> tuple[list[tuple[Visitor, int, int]], bool]:
@@ -819,7 +822,7 @@ class NaiveExecutor:
             self.seen[1],
             len(waiting) + len(self.at(PULLING)) + len(self.at(IN_FLIGHT)) + len(early) + len(self.ready),
             len(self.prefill) + len(self.joining) + len(self.decodes),
-            sum(v.left for v in waiting),
+            sum(v.left - v.found for v in waiting),
             sum(v.left for v in self.prefill),
             self.shown_kv + sum(v.request.num_prompt_tokens for v in coming),
             free,

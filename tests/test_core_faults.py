@@ -1,4 +1,7 @@
-"""A fault campaign in simulation: whatever breaks, each request ends exactly once, nothing leaks, and nothing hangs."""
+"""A fault campaign in simulation: whatever breaks, each request ends exactly once, nothing leaks, and nothing hangs.
+
+Every other cluster reuses blocks of shared prefixes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 from msgspec.structs import replace as with_
 
 from disagg.policies.vocabulary import Role
-from tests.core_cases import NEVER, Case, Trace, core_of, make_case, simulate
+from tests.core_cases import NEVER, Case, Trace, core_of, make_case, make_reuse_case, simulate
 
 SEEDS = 120
 
@@ -87,7 +90,7 @@ def test_each_request_ends_once_and_nothing_leaks_or_hangs(breaks: Callable[[Cas
     broken = 0
     for seed in range(SEEDS):
         rng = Random(f"{breaks.__name__}/{seed}")
-        case = breaks(make_case(rng), rng)
+        case = breaks((make_reuse_case if seed % 2 else make_case)(rng), rng)
         if case is None:
             continue
         trace = simulate(case)
@@ -112,7 +115,7 @@ def _assert_nothing_leaks(case: Case, trace: Trace, seed: int) -> None:
 def test_all_faults_at_once() -> None:
     for seed in range(SEEDS):
         rng = Random(f"all/{seed}")
-        case = make_case(rng)
+        case = (make_reuse_case if seed % 2 else make_case)(rng)
         for breaks in CAMPAIGNS:
             case = breaks(case, rng) or case
         trace = simulate(case)
