@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from disagg.core.cost import StepFeatures
+from disagg.core.measured_cost import MeasuredCost
 from disagg.core.overheads import LinkCost
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
@@ -191,3 +192,19 @@ def test_another_gpu_than_the_profile_was_measured_on_is_refused(monkeypatch: py
     monkeypatch.setattr(device_names, "device_name", lambda _: "NVIDIA H200")
     device_names.check_device_name(profile)
     device_names.check_device_name(a_profile())
+
+
+@pytest.mark.parametrize(("binding", "graphs"), [("at_context_start", False), ("at_context_done", True)])
+def test_prompts_whose_layers_are_sent_early_are_simulated_kernel_by_kernel(binding: str, graphs: bool) -> None:
+    from disagg.experiments.run_simulation import costs_of
+
+    file = Path(__file__).parent.parent / "benchmarks" / "h200" / "layerwise.yaml"
+    sets = ["cluster.profile=h200-llama-3.1-8b", f"cluster.cache_transceiver.generation_binding={binding}"]
+    loaded = load_experiment(file, sets)
+    context, generation = (costs_of(loaded.points[0].experiment)[i] for i in (1, 2))
+    assert isinstance(context, MeasuredCost)
+    assert loaded.points[0].experiment.cluster.cache_transceiver.layerwise  # type: ignore[union-attr]
+    assert context.chunk_graphs is graphs
+    prompt = StepFeatures(0, 0, ((0, 100, True),))
+    assert (context.step_time(prompt) >= context.launch_floor) is not graphs
+    assert generation == costs_of(load_experiment(file, sets[:1]).points[0].experiment)[2]
