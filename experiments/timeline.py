@@ -102,6 +102,8 @@ def _epoch(row: dict[str, Any]) -> dict[str, Any]:
             "steps": row["num_steps"],
             "kv_tokens": row["num_kv_tokens"],
             "blocks_free": row["blocks_free"],
+            "cached_tokens": row["num_cached_tokens"],
+            "blocks_cached": row["blocks_cached"],
         },
     }
 

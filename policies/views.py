@@ -32,7 +32,7 @@ COLUMNS: Final[dict[str, str]] = {
     "wire_requests": "requests sent that no report has counted yet",
     "wire_tokens": "their tokens: prompt tokens for a context phase, KV tokens for a generation phase",
     "kv_blocks_total": "size of its KV pool in blocks",
-    "kv_blocks_free": "as reported",
+    "kv_blocks_free": "empty, or cached and nobody's, as reported",
     "kv_blocks_used": "written, as reported",
     "kv_blocks_reserved": "assigned and not yet written, as reported",
     "kv_blocks_held": "held for a transfer, as reported",

@@ -143,6 +143,11 @@ def check_spec(spec: HardwareSpec) -> Roster:
             f"placements are of executors {sorted(p.executor for p in spec.placements)}, but the executors are "
             f"{sorted(configs)}; each needs exactly one"
         )
+    sizes = sorted({config.tokens_per_block for config in configs.values()})
+    if len(sizes) > 1 and any(config.enable_block_reuse for config in configs.values()):
+        raise SpecError(
+            f"enable_block_reuse with tokens_per_block {sizes}; allowed with it: one size for all executors"
+        )
     _check_transport(spec)
     executor_of = _check_participants(spec, configs)
     shape = spec.model.read()

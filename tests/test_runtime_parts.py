@@ -20,7 +20,7 @@ from disagg.runtime.clock import Clock, monotonic_ns
 from disagg.runtime.executor_answers import Answers, UnknownRequestError
 from disagg.runtime.executor_inbox import Inbox, Submitted
 from disagg.runtime.executor_kv import ExecutorTransfers
-from disagg.runtime.executor_spec import ModelSource, check_spec
+from disagg.runtime.executor_spec import ModelSource, SpecError, check_spec
 from disagg.runtime.executor_steps import Span, merged
 from disagg.runtime.executor_tokens import Sequences, TokenError, check_tokens
 from disagg.runtime.orchestrator_job import Job, decode_job, encode
@@ -127,6 +127,12 @@ def test_blocks_are_named_by_their_tokens_whatever_a_request_claims_unless_its_w
     assert check_spec(spec).named(request).block_hashes == token_hashes(tokens, BLOCK) != (1, 2)
     assert check_spec(replace(spec, workload_names_blocks=True)).named(request) == request
     assert check_spec(cluster(ModelSource(SHAPES["llama"]), [context(), generation()])).named(request) == request
+
+
+def test_executors_that_reuse_blocks_have_blocks_of_one_size() -> None:
+    spec = cluster(ModelSource(SHAPES["llama"]), [context(enable_block_reuse=True), generation(tokens_per_block=8)])
+    with pytest.raises(SpecError, match=r"enable_block_reuse with tokens_per_block \[4, 8\]"):
+        check_spec(spec)
 
 
 def test_what_was_generated_is_named_when_it_ends_without_the_last_token_as_a_longer_prompt_would_name_it() -> None:
