@@ -536,6 +536,8 @@ class ExecutorCore:
     def _plan(self, now: int) -> None:
         """The planning pass of an instant, between two plans, or behind one whose last steps still run."""
         scheduler = self.scheduler
+        if scheduler.is_idle and not self._pulls and not self._local:
+            return
         for visit in scheduler.doomed():
             self._fail(visit, visit.doom or "", now)
         self._fill_places(now)

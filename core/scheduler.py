@@ -84,6 +84,13 @@ class Scheduler:
         return self.blocks.num_free - needed
 
     @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to plan, nor an epoch to close."""
+        if self.num_waiting or self.prefilling or self.joining or self.ready or self.batch.members or self.tails:
+            return False
+        return self._epochs.open is None and not self.has_doomed
+
+    @property
     def step_time(self) -> int:
         """Picoseconds a step of the last epoch that is over."""
         return self._epochs.step_time

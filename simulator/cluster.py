@@ -210,10 +210,9 @@ class SimulatedCluster:
         before = (now, priority, serial)
         while late and late[0] < before:
             at, _, _, message = heappop(late)
-            if at < now:
-                self._obey(self.core.handle(message, at, bool(late) and late[0][0] == at), at)
-            else:
-                self._obey(self.core.handle(message, at, True), at)
+            commands = self.core.handle(message, at, at == now or (bool(late) and late[0][0] == at))
+            if commands:
+                self._obey(commands, at)
 
     def _hurry(self) -> None:
         """From now on nothing is late."""

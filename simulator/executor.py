@@ -110,8 +110,7 @@ class SimulatedExecutor:
         else:
             self._obey(self.core.handle(event, now), now)
             while self._may_commit:
-                self._commit(self._done)
-                self._obey(self.core.handle(None, now), now)
+                self._obey(self.core.handle(self._commit(self._done), now), now)
 
     def _take(self, event: Any) -> None:
         """Hand an event of the driver's own to the core, which plans later."""
@@ -141,8 +140,7 @@ class SimulatedExecutor:
             self._report_if_due(now, POLL)
         self._obey(self.core.handle(None, now), now)
         while self._may_commit:
-            self._commit(self._done)
-            self._obey(self.core.handle(None, now), now)
+            self._obey(self.core.handle(self._commit(self._done), now), now)
 
     def kill(self) -> None:
         """From now on it does nothing and answers nobody."""
@@ -383,14 +381,16 @@ class SimulatedExecutor:
     def _commit_at(self, reported: int) -> None:
         self._end_serial = 0
         if self.is_alive:
-            self._commit(reported)
-            self._settle()
+            self.give(self._commit(reported))
 
-    def _commit(self, reported: int) -> None:
-        """The open plan's steps are all launched; those up to `reported`, counted in its epoch, have been reported."""
+    def _commit(self, reported: int) -> StepsCommitted | None:
+        """The open plan's steps are all launched; those up to `reported`, counted in its epoch, have been reported.
+
+        What the core is to be told of it.
+        """
         run, size = self._run, self._launch.steps_per_grant
         if run is None:
-            return
+            return None
         first, last = run.first_step, self._end_step
         finished = (reported - first + 1) // size
         steps = [min(last, end) for end in range(first - 1 + (finished + 1) * size, last + size, size)]
@@ -400,7 +400,7 @@ class SimulatedExecutor:
         self._tails.append(_Tail(run, last, ends, late, hashes))
         if len(self._tails) == 1:
             self._await_grant()
-        self._take(StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped)))
+        return StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped))
 
     def _await_grant(self) -> None:
         """Grants are reported in order: one call at a time."""
@@ -423,7 +423,7 @@ class SimulatedExecutor:
         run = self._run
         has_room = run is not None and self._launch.may_commit(bool(run.chunks), self._num_grants_out())
         if has_room:
-            self._commit(self._done)
+            self._take(self._commit(self._done))
         elif not self._tails:
             self._schedule_end()
         if is_over or has_room:
