@@ -78,7 +78,9 @@ class Executor(Closing):
         self._session: LeaderSession | None = None
         if self._rank.is_leader:
             self._await_followers()
-            self._session = self._rank.open_session(SessionConfig(origin, sends_early=False), self._said, self._recorded)
+            self._session = self._rank.open_session(
+                SessionConfig(origin, sends_early=False), self._said, self._recorded
+            )
         else:
             self._rank.post.send(self._leader, Ready(self.executor_id))
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
