@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from disagg.core.config import SchedulerConfig
 from disagg.core.event_log import read_log, replay_frames
 from disagg.core.events import StepsDone
 from disagg.core.executor import ExecutorCore
@@ -34,12 +35,16 @@ def answer(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
     return tuple(oracle(folder, prompt, NUM_TOKENS)[0])
 
 
-def run(folder: Path, layouts: Sequence[Layout], texts: Sequence[Sequence[int]]) -> HardwareResult:
+def run(
+    folder: Path, layouts: Sequence[Layout], texts: Sequence[Sequence[int]], depth: int = 1, plan_ahead: bool = False
+) -> HardwareResult:
     """The prompts one after the other, then all of them again side by side."""
-    spec = cluster(ModelSource(folder=str(folder), dtype="float32"), layouts)
+    model = ModelSource(folder=str(folder), dtype="float32")
+    spec = cluster(model, layouts, pipeline_depth=depth, plan_ahead=plan_ahead)
     result = run_cluster(spec, named_twice(texts, NUM_TOKENS), timeout_s=120)
     assert isinstance(result, HardwareResult)
-    assert conform(Recording(result.logs, step_ends(result))) > 20
+    launch = {placement.executor: (1, depth, plan_ahead) for placement in spec.placements}
+    assert conform(Recording(result.logs, step_ends(result)), launch) > 20
     return result
 
 
@@ -83,11 +88,16 @@ def test_disaggregated_tokens_with_shared_prefixes_are_those_of_transformers(fol
 
 
 def test_an_aggregated_executor_of_two_ranks_finds_prompts_and_answers_again(folder: Path) -> None:
-    """A conversation: the second prompt holds the first one and its answer, whose last token's KV was never written."""
+    """A conversation: the second prompt holds the first one and its answer, whose last token's KV was never written.
+
+    Its 11 blocks are all there are: side by side, one of the two is preempted, or blocks are evicted.
+    """
     first, tail = prompts(SHAPE, [10, 5], seed=5)
     second = first + answer(folder, first) + tail
     texts = [first, second]
-    result = run(folder, [mixed(tp=2, enable_block_reuse=True)], texts)
+    tight = SchedulerConfig(max_batch_size=8, max_num_tokens=16, capacity="max_utilization")
+    layout = mixed(tp=2, enable_block_reuse=True, num_blocks=11, scheduler=tight)
+    result = run(folder, [layout], texts, depth=2, plan_ahead=True)
     assert [row.token_ids for row in result.sends] == [answer(folder, text) for text in texts] * 2
     assert cached_tokens(result)[:2] == [0, 20]  # of 10 + 13 that were written, five blocks were full
     named = [e for f in read_log(result.logs[1])[1] for e in f.events if isinstance(e, StepsDone) and e.block_hashes]
