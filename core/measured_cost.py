@@ -13,6 +13,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from .chunk_sums import chunk_sums
 from .cost import ENDLESS, UNIT_BITS, StepFeatures, affine_span_time
 from .step_sizes import chunk_graph, padded_rows
 
@@ -119,7 +120,7 @@ class MeasuredCost(Struct, frozen=True):
         n, kv, chunks = features
         if not chunks:
             return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
-        return self.time_of_sums(n, kv, len(chunks), *_sums(chunks))
+        return self.time_of_sums(n, kv, len(chunks), *chunk_sums(chunks))
 
     def time_of_sums(
         self, num_decodes: int, num_kv: int, num_chunks: int, num_tokens: int, pairs: int, cached: int, sampled: int
@@ -168,7 +169,7 @@ class MeasuredCost(Struct, frozen=True):
         most = self.measured
         if not chunks:
             return n <= most.decodes and kv <= most.kv_tokens
-        tokens, pairs, cached, _ = _sums(chunks)
+        tokens, pairs, cached, _ = chunk_sums(chunks)
         graph = self._chunk_graph(n, len(chunks), tokens, cached)
         return (
             (graph is not None or padded_rows(n + tokens, self.row_multiple) <= most.rows)
@@ -183,19 +184,3 @@ class MeasuredCost(Struct, frozen=True):
         sizes = self.graph_sizes
         i = bisect_left(sizes, num_decodes)
         return sizes[i] if i < len(sizes) else num_decodes
-
-
-def _sums(chunks: Sequence[tuple[int, int, bool]]) -> tuple[int, int, int, int]:
-    """Tokens of the chunks, their (query, key) pairs, tokens cached before them, tokens that they yield."""
-    tokens, pairs, cached, sampled = 0, 0, 0, 0
-    for before, length, yields in chunks:
-        tokens += length
-        pairs += chunk_pairs(before, length)
-        cached += before
-        sampled += yields
-    return tokens, pairs, cached, sampled
-
-
-def chunk_pairs(before: int, length: int) -> int:
-    """(query, key) pairs that causal attention computes for a chunk of `length` tokens behind `before` others."""
-    return length * before + length * (length + 1) // 2

@@ -28,8 +28,14 @@ class LaunchGaps(Struct, frozen=True):
 
     def of(self, before: str, has_chunks: bool, num_joined: int, num_left: int) -> int:
         """`before`: idle, decode or chunk."""
-        gap: int = getattr(self, f"{'chunk' if has_chunks else 'decode'}_after_{before}")
-        return gap if has_chunks else gap + self.joined * num_joined + self.left * num_left
+        if has_chunks:
+            if before == "decode":
+                return self.chunk_after_decode
+            return self.chunk_after_chunk if before == "chunk" else self.chunk_after_idle
+        gap = self.joined * num_joined + self.left * num_left
+        if before == "decode":
+            return gap + self.decode_after_decode
+        return gap + (self.decode_after_chunk if before == "chunk" else self.decode_after_idle)
 
 
 class MessageLatency(Struct, frozen=True):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Struct
 
+from ..core.chunk_sums import chunk_pairs
 from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, RunSteps, Send, ServeKv
 from ..core.event_log import Frame, read_log
 from ..core.events import Arrive, KvReceived, KvRequested, KvTaken
-from ..core.measured_cost import chunk_pairs
 
 if TYPE_CHECKING:
     from ..runtime.session_series import SessionResult

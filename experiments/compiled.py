@@ -25,8 +25,9 @@ PACKAGE: Final = Path(__file__).resolve().parent.parent
 FLOORS: Final = ("policies", "core", "simulator", "runtime", "reports", "experiments")
 MODULES: Final = {
     "core": (
-        "batch_view blocks decisions decode_batch epoch_times epochs executor fleet free_blocks grants held_tasks kv_source"
-        " life_cycle local_kv orchestrator prefix_cache prefix_index refusal roles scheduler tails task timers visit visit_rows"
+        "batch_view blocks chunk_sums decisions decode_batch epoch_times epochs executor fleet free_blocks grants held_tasks"
+        " kv_source life_cycle local_kv orchestrator prefix_cache prefix_index refusal roles scheduler step_sizes tails task"
+        " timers visit visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link timing",
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from disagg.core.measured_cost import chunk_pairs
+from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.step_sizes import chunk_graph, graph_sizes, padded_rows
 from disagg.experiments.calibrate import fit_link, fit_messages
 from disagg.experiments.calibration_fit import fit_engine, keep_near, knots_for, ramps
