@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_checkpoint(tmp_path_factory.mktemp("models") / SHAPE.name, SHAPE, seed=3)
 
 
-def answer(folder: Path, prompt: Sequence[int]) -> tuple[int, ...]:
+@functools.cache
+def answer(folder: Path, prompt: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(oracle(folder, prompt, NUM_TOKENS)[0])
 
 
