@@ -12,9 +12,10 @@ from msgspec.structs import replace as with_
 
 from disagg.core.commands import RunSteps, StopAfterStep
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
-from disagg.core.cost import ConstantCost, CostModel, StepFeatures, end_of_step
+from disagg.core.cost import UNIT_BITS, ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step
 from disagg.core.event_log import Frame, read_log
 from disagg.core.events import StepsCommitted, StepsDone
+from disagg.core.measured_cost import Curve, Measured, MeasuredCost
 from disagg.core.tables import StayRow, StepRow
 from disagg.policies.interfaces import RoutingPolicy
 from disagg.policies.registry import register
@@ -163,6 +164,43 @@ def make_early_case(rng: Random) -> Case:
     cancels = tuple((rng.randint(at, end), request.id) for at, request, _ in case.arrivals if rng.random() < 0.4)
     case = replace(case, config=with_(case.config, generation_binding=binding), cancels=cancels)
     return case.with_executors(layerwise=rng.random() < 0.7)
+
+
+def make_priced_case(rng: Random) -> Case:
+    """A random cluster in which each executor has costs of its own: rooflines and measured curves with bends."""
+    case = rng.choice((make_case, make_early_case))(rng)
+    prices = {executor: rng.choice((_roofline, _measured))(rng) for executor in case.costs}
+    return replace(case, costs=prices)
+
+
+def _units(rng: Random, most_ps: int) -> int:
+    """Up to so many picoseconds, and a fraction of one."""
+    return rng.randint(0, most_ps << UNIT_BITS)
+
+
+def _roofline(rng: Random) -> CostModel:
+    return RooflineCost(*(_units(rng, most) for most in (40, 40, 3, 3, 1, 1, 2)))
+
+
+def _curve(rng: Random, start_ps: int) -> Curve:
+    knots = [0, *sorted(rng.sample(range(1, 120), rng.randint(0, 4)))]
+    return Curve.of(_units(rng, start_ps), knots, [_units(rng, 2) for _ in knots])
+
+
+def _measured(rng: Random) -> CostModel:
+    return MeasuredCost(
+        rng.choice(((), (1, 2, 4, 8))),
+        rng.choice((1, 8)),
+        _curve(rng, 30),
+        _curve(rng, 5),
+        _units(rng, 2),
+        _curve(rng, 30),
+        *(_units(rng, most) for most in (1, 1, 5, 2)),
+        _curve(rng, 5),
+        _units(rng, 2),
+        Measured(),
+        launch_floor=_units(rng, 40),
+    )
 
 
 def make_ordered_case(rng: Random) -> Case:

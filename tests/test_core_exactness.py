@@ -29,6 +29,7 @@ from tests.core_cases import (
     make_case,
     make_early_case,
     make_ordered_case,
+    make_priced_case,
     make_reuse_case,
     simulate,
 )
@@ -37,6 +38,7 @@ from tests.core_reference import run_reference
 cases = st.randoms(use_true_random=False).map(make_case)
 early_cases = st.randoms(use_true_random=False).map(make_early_case)
 reuse_cases = st.randoms(use_true_random=False).map(make_reuse_case)
+priced_cases = st.randoms(use_true_random=False).map(make_priced_case)
 thorough = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -93,6 +95,12 @@ def test_two_hundred_seeded_cases_equal_the_reference_and_exercise_what_is_hard(
     assert seen["ties"] > 200, seen
     assert seen["cut spans"] > 500, seen
     assert seen["cut on a boundary"] > 20, seen
+
+
+@settings(thorough, max_examples=40)
+@given(priced_cases)
+def test_costs_with_bends_and_fractions_give_the_same_steps_to_the_picosecond(case: Case) -> None:
+    assert_equal_lives(simulate(case), run_reference(case))
 
 
 @thorough
