@@ -15,7 +15,7 @@ from ..core.cost import CostModel, roofline
 from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
 from ..core.tables import RequestRow
 from ..policies.interfaces import PolicyError
-from ..policies.vocabulary import PS_PER_S, FinishReason, Role
+from ..policies.vocabulary import PS_PER_S, FinishReason
 from ..simulator.calls import MESSAGE, call_at
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
@@ -115,9 +115,8 @@ def costs_of(config: Experiment) -> dict[int, CostModel]:
         else:
             entry = find_engine(profile, placement.role.value, tp, pp)
             cost = measured_cost(profile, entry, placement.keys.scheduler.max_batch_size)
-            # A step that tells of its layers runs kernel by kernel.
-            graphs = cost.chunk_graphs and not (_sends_layers(config) and placement.role is Role.CONTEXT)
-            costs[placement.id] = replace(cost, chunk_graphs=graphs)
+            # A step that tells of its layers runs kernel by kernel, whatever the executor's role.
+            costs[placement.id] = replace(cost, chunk_graphs=cost.chunk_graphs and not _sends_layers(config))
     return costs
 
 

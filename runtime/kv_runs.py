@@ -64,16 +64,19 @@ def _runs_of_blocks(
     first, into = source.first_token // tokens, destination.first_token // tokens
     steps, bases = (source.block_bytes, destination.block_bytes), (source.address, destination.address)
     found: tuple[list[int], list[int], list[int]] = ([], [], [])
-    ends = (-1, -1)
     for one, other in zip(source_blocks[first : first + num], destination_blocks[into : into + num], strict=True):
         at, to = bases[0] + one * steps[0], bases[1] + other * steps[1]
-        if (at, to) == ends:
-            found[2][-1] += size
-        else:
-            found[0].append(at)
-            found[1].append(to)
-            found[2].append(size)
-        ends = at + size, to + size
+        if found[2]:  # neighbours at both ends, in either direction: fresh blocks are given out last one first
+            start, goal, length = found[0][-1], found[1][-1], found[2][-1]
+            if (at, to) == (start + length, goal + length):
+                found[2][-1] += size
+                continue
+            if (at, to) == (start - size, goal - size):
+                found[0][-1], found[1][-1], found[2][-1] = at, to, length + size
+                continue
+        found[0].append(at)
+        found[1].append(to)
+        found[2].append(size)
     return found
 
 

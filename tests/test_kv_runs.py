@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from disagg.core.blocks import BlockManager
 from disagg.core.kv_layout import KvLayout
 from disagg.runtime.kv_pages import KvPages
 from disagg.runtime.kv_places import KvCopy, KvPool, packed_place
@@ -93,6 +94,20 @@ def test_blocks_that_follow_each_other_at_both_ends_are_one_run() -> None:
     assert list(sizes) == [2 * block, 2 * block]  # the fifth block holds none of the 14 tokens from token 2 on
     assert [at - source.pool.data_ptr() for at in starts] == [2 * block, 5 * block]
     assert [at - target.pool.data_ptr() for at in into] == [4 * block, 6 * block]
+
+
+def test_blocks_as_a_fresh_pool_gives_them_are_one_run() -> None:
+    manager = BlockManager(BLOCKS)
+    tables = [manager.allocate(owner, 5) for owner in (1, 2)]
+    source, target = pages(4), pages(4)
+    places = [KvPool.of(each).place((0, LAYERS), (0, HEADS), 0, 0) for each in (source, target)]
+    copy = KvCopy(places[0], places[1], LAYERS, HEADS, 20, DIM * 4)
+    _, _, sizes = runs_of(copy, *tables)
+    assert len(sizes) == 1
+    copy_in_host_memory(copy, *tables)
+    whole = ((0, LAYERS), (0, HEADS))
+    assert target.pack(tables[1], 20, *whole).equal(source.pack(tables[0], 20, *whole))
+    assert len(runs_of(copy, tables[0], tables[1][::-1])[2]) == 5  # not neighbours in one order
 
 
 def test_runs_are_short_where_heads_are_re_laid_out() -> None:
