@@ -315,7 +315,7 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
         mixed_kv=_mixed_kv(decode, chunks, entry.measured),
         mixed_decode=0 if chunks is None else _units(chunks.mixed_decode_ns),
         measured=entry.measured,
-        chunk_graphs=is_cuda and chunks is not None and chunks.graphs,
+        chunk_graphs=is_cuda and chunks is not None and chunks.graphs and entry.role != "generation",  # it records none
         launch_floor=0 if chunks is None else _units(chunks.launch_floor_ns),
     )
 
