@@ -118,7 +118,7 @@ def test_output_lengths_hidden_after_an_instant_change_no_command_before_it(seed
 def test_cores_do_and_log_the_same_whether_they_hear_late_or_in_time() -> None:
     """Of random clusters with kills and cancels: what nobody waits for may be given later, at its own instant."""
     saved = 0
-    for seed in range(60):
+    for seed in range(30):
         late, in_time = (random_world(seed, is_late=is_late).run() for is_late in (True, False))
         for core in late.logs:
             for one, other in zip(late.frames(core), in_time.frames(core)):
@@ -126,7 +126,7 @@ def test_cores_do_and_log_the_same_whether_they_hear_late_or_in_time() -> None:
         assert late.digest() == in_time.digest(), seed
         assert late.rows_in_order() == in_time.rows_in_order()
         saved += in_time.cluster.count_events() - late.cluster.count_events()
-    assert saved > 2000, saved  # else nothing was late
+    assert saved > 1000, saved  # else nothing was late
 
 
 def test_hidden_lengths_do_change_what_comes_after() -> None:
