@@ -80,7 +80,7 @@ class SimulatedCluster:
             tuple[int, int, int, Any]
         ] = []  # heap: (instant, priority, serial, what the orchestrator is told)
         self._reports_due: list[tuple[int, int]] = []  # heap: (instant, executor); stale ones are skipped there
-        self._wake_version = 0
+        self._wake_serial = 0  # of the call that will wake the orchestrator, 0 for none
         self._ended: dict[int, list[Callable[[Deliver], object]]] = {}
         self.is_drained = False
         sink = log_sink(ORCHESTRATOR) if log_sink is not None else None
@@ -206,7 +206,7 @@ class SimulatedCluster:
         """Give the orchestrator what it should have heard before this place in time."""
         due, late = self._reports_due, self._late
         while due and due[0][0] < now:
-            self.executors[heappop(due)[1]].report_if_due()
+            self.executors[heappop(due)[1]].report_if_due(now)
         before = (now, priority, serial)
         while late and late[0] < before:
             at, _, _, message = heappop(late)
@@ -256,10 +256,12 @@ class SimulatedCluster:
             elif kind is Deliver:
                 self._deliver(command)
             elif kind is WakeAt:
-                self._wake_version += 1
+                if self._wake_serial:
+                    self._calendar.take_back(self._wake_serial)
+                    self._wake_serial = 0
                 if command.at is not None:
                     at, place = self.timing.wake(ORCHESTRATOR, command.at, now)
-                    self._calendar.call_at(at, MESSAGE + place, self._wake, self._wake_version)
+                    self._wake_serial = self._calendar.call_at(at, MESSAGE + place, self._wake, None)
             elif kind is Drained:
                 self.is_drained = True
         if self._orchestrator.is_holding is not self._is_holding:
@@ -267,9 +269,9 @@ class SimulatedCluster:
             if self._is_holding:
                 self._hurry()
 
-    def _wake(self, version: int) -> None:
-        if version == self._wake_version:
-            self._give(_WAKE)
+    def _wake(self, _: None) -> None:
+        self._wake_serial = 0
+        self._give(_WAKE)
 
     def _deliver(self, deliver: Deliver) -> None:
         if self._delivered is not None:

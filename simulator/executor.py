@@ -146,6 +146,7 @@ class SimulatedExecutor:
         """From now on it does nothing and answers nobody."""
         self._report_if_due(self._calendar.now, 0)
         self.is_alive = False
+        self._report_at = None
 
     # ---- wake-ups ---------------------------------------------------------------------------------------------------
 
@@ -171,7 +172,7 @@ class SimulatedExecutor:
 
     def _wake(self, _: None) -> None:
         self._wake_serial = 0
-        self.report_if_due()
+        self.report_if_due(self._calendar.now)
         at, now = self._wake_at, self._calendar.now
         if at is None or self._wake_serial:
             return
@@ -181,10 +182,10 @@ class SimulatedExecutor:
         self._wake_at = None
         self.give(_WAKE)
 
-    def report_if_due(self) -> None:
-        """Give the wake-up for a report whose instant has passed, with that instant: nothing has happened here since."""
+    def report_if_due(self, now: int) -> None:
+        """Give the wake-up for a report due before `now`, with its own instant: nothing has happened here since."""
         if self.is_alive:
-            self._report_if_due(self._calendar.now, 0)
+            self._report_if_due(now, 0)
 
     def _report_if_due(self, now: int, priority: int) -> None:
         at = self._report_at
@@ -192,6 +193,9 @@ class SimulatedExecutor:
             return
         self._report_at = self._wake_at = None
         self._obey(self.core.handle(_WAKE, at, at == now), at)
+        if self._wake_at is None and self._wake_serial:  # no time limit matters any more
+            self._calendar.take_back(self._wake_serial)
+            self._wake_serial = 0
 
     def hurry(self) -> None:
         """Reports are waited for: the next one is made at its instant."""

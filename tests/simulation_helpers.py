@@ -136,6 +136,7 @@ def random_world(
         capacity=draw.choice(["guaranteed_no_evict", "max_utilization"]),
         report_interval=draw.choice([PS_PER_MS, PS_PER_MS // 20]),
         report_on_batch_change=draw.random() < 0.5,
+        lease=draw.choice([PS_PER_MS, 8 * PS_PER_MS, 10 * PS_PER_S]),
         seed=seed,
     )
     world = World(

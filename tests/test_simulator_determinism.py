@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.event_log import replay
-from tests.simulation_helpers import ROOT, World, random_world
+from disagg.policies.vocabulary import PS_PER_MS, PS_PER_S, PS_PER_US
+from tests.simulation_helpers import ROOT, World, executors, random_world
 
 NUM_SEEDS = 200
 
@@ -127,6 +128,28 @@ def test_cores_do_and_log_the_same_whether_they_hear_late_or_in_time() -> None:
         assert late.rows_in_order() == in_time.rows_in_order()
         saved += in_time.cluster.count_events() - late.cluster.count_events()
     assert saved > 1000, saved  # else nothing was late
+
+
+@pytest.mark.parametrize("lease", [PS_PER_MS, 8 * PS_PER_MS, 10 * PS_PER_S])
+def test_a_run_that_ends_and_goes_on_is_the_same_whether_cores_hear_late_or_in_time(lease: int) -> None:
+    """Leases that run out once nothing else happens, an executor told of another role: the last news are reports."""
+
+    def phases(is_late: bool) -> World:
+        world = World(executors("cgm", lease=lease), is_late=is_late)
+        for i in range(1, 4):
+            world.submit(i, i * PS_PER_US, 100, 5)
+        world.run()
+        world.cluster.run(until_s=100.0)
+        world.cluster.change_role(3, "generation")
+        world.run()
+        for i in range(4, 7):
+            world.submit(i, 200 * PS_PER_S + i * PS_PER_US, 100, 5)
+        return world.run()
+
+    late, in_time = phases(True), phases(False)
+    for core in late.logs:
+        assert late.frames(core) == in_time.frames(core), core
+    assert late.rows_in_order() == in_time.rows_in_order()
 
 
 def test_hidden_lengths_do_change_what_comes_after() -> None:
