@@ -546,7 +546,7 @@ class ExecutorCore:
             return
         while scheduler.preempt():
             self._fill_places(now)  # those that came free: a later plan, at a boundary of chance, would do it otherwise
-        plan, chunks = scheduler.choose(now)
+        plan, chunks = scheduler.choose(now, may_admit=self._local.first() is None)
         self._begin(chunks, now)
         self._pull(now)
         scheduler.run(plan, chunks, now)
@@ -590,8 +590,10 @@ class ExecutorCore:
             self._pending_kv -= visit.request.num_prompt_tokens
 
     def _pull(self, now: int) -> None:
-        """Reserve blocks for generation phases, in order, and ask for their KV."""
+        """Reserve blocks for generation phases, in order, and ask for their KV; none while one waits whose KV is here."""
         cache = self.scheduler.cache
+        if self._local and self._local.first() is not None:
+            return
         while self._pulls:
             is_promise, _, _, visit = self._pulls[0]
             if visit.state is not State.GENERATION_QUEUED or is_promise != visit.awaits_token:
@@ -632,7 +634,11 @@ class ExecutorCore:
                 self._limit_transfer(visit, now)
 
     def _take_over(self, now: int) -> None:
-        """Let generation phases whose KV is here have it, in order."""
+        """Let generation phases whose KV is here have it, in order.
+
+        Each keeps the blocks of its prompt while it waits for more. Where nothing else will give any back they would wait for
+        each other for ever; then the youngest is given up, until the first can run.
+        """
         while (visit := self._local.first()) is not None:
             source = self._local.source_of(visit)
             if source is None:
@@ -640,7 +646,11 @@ class ExecutorCore:
                 self._fail(visit, "its KV is not held here any more", now, recomputable=True)
                 continue
             if visit.num_blocks > max(self.scheduler.num_spare_blocks, 0):
-                return
+                if not self._stands_still():
+                    return
+                why = "the executor stood still: generation phases waited for blocks that others of them held"
+                self._fail(self._local.last(), why, now, recomputable=True)
+                continue
             self._order.on_served(visit.request, visit.order_key, now)
             self._local.take_over(visit, source)
             self._num_pulls -= 1
@@ -648,6 +658,13 @@ class ExecutorCore:
             visit.transfer_start_at = now
             self._dirty = True
             self._arrived(visit, now)
+
+    def _stands_still(self) -> bool:
+        """Whether nothing here will give blocks back by itself: nothing runs or can, and nothing is read or written."""
+        scheduler = self.scheduler
+        if scheduler.running is not None or scheduler.has_begun or self._in_flight or scheduler.early:
+            return False
+        return all(visit.pinned_by is None for visit in self.visits.values())
 
     def _look(self, visit: Visit, cache: PrefixCache) -> None:
         """What of the KV that it is about to receive is here already, and how many blocks it takes besides.

@@ -54,6 +54,10 @@ class LocalKv:
             heapq.heappop(self._queue)
         return self._queue[0][2] if self._queue else None
 
+    def last(self) -> Visit:
+        """The youngest of those that wait; there is a first."""
+        return max(entry for entry in self._queue if entry[2].state is State.GENERATION_QUEUED)[2]
+
     def take_over(self, visit: Visit, source: Visit) -> None:
         """`visit`, the first, now owns the blocks of `source`, whose stay is over, and what it needs beside them."""
         heapq.heappop(self._queue)

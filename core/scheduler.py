@@ -84,9 +84,14 @@ class Scheduler:
         return self.blocks.num_free - needed
 
     @property
+    def has_begun(self) -> bool:
+        """Whether anything runs, or can without further blocks."""
+        return bool(self.prefilling or self.joining or self.ready or self.batch.members or self.tails)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to plan, nor an epoch to close."""
-        if self.num_waiting or self.prefilling or self.joining or self.ready or self.batch.members or self.tails:
+        if self.num_waiting or self.has_begun:
             return False
         return self._epochs.open is None and not self.has_doomed
 
@@ -337,12 +342,12 @@ class Scheduler:
             preempted = True
         return preempted
 
-    def choose(self, now: int) -> tuple[BatchPlan, tuple[Chunk, ...]]:
-        """Ask the batch policy, check its answer, and admit the prompts that it begins."""
-        if not self.num_waiting and not self.prefilling:
+    def choose(self, now: int, may_admit: bool = True) -> tuple[BatchPlan, tuple[Chunk, ...]]:
+        """Ask the batch policy, check its answer, and admit the prompts that it begins; `may_admit`: there may be any."""
+        if not (self.num_waiting and may_admit) and not self.prefilling:
             return _NO_BATCH, ()
-        waiting = WaitingPrompts(self._waiting)
-        if self.cache is not None:
+        waiting = WaitingPrompts(self._waiting if may_admit else [])
+        if self.cache is not None and may_admit:
             waiting = MatchedPrompts(self._waiting, self.cache, self.blocks_to_admit)
         plan = self._ask_policy(waiting, now)
         chunks = self._begin(plan, waiting, now)

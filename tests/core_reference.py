@@ -612,17 +612,33 @@ class NaiveExecutor:
                 return holder
         return None
 
+    def local(self) -> list[Visitor]:
+        """Those that wait and whose KV is here, in order."""
+        here = [v for v in self.at(PULLING) if v.params.executor == self.id]
+        return sorted(here, key=lambda v: (v.key, v.number))
+
+    def stands_still(self) -> bool:
+        """Nothing here will give blocks back by itself: nothing runs or is about to, and nothing is read or written."""
+        if self.steps or self.decodes or self.prefill or self.joining or self.ready:
+            return False
+        return not any(v.place in (IN_FLIGHT, EARLY, LEAVING) or v.reader is not None for v in self.visitors)
+
     def take_over(self) -> None:
-        """Generation phases whose KV is here need no transfer: they get its blocks, and what they lack beside them."""
-        for v in sorted(self.at(PULLING), key=lambda v: (v.key, v.number)):
-            if v.params.executor != self.id:
-                continue
+        """Generation phases whose KV is here need no transfer: they get its blocks, and what they lack beside them.
+
+        Where they would wait for each other for ever the youngest is given up, and what it holds with it.
+        """
+        while waiting := self.local():
+            v = waiting[0]
             holder = self.holder_for(v)
             if holder is None:
                 self.fail(v, ERROR, recomputable=True)
                 continue
             if self.to_admit(v) - holder.blocks > max(self.free - self.wanted_by_decodes(), 0):
-                return
+                if not self.stands_still():
+                    return
+                self.fail(waiting[-1], ERROR, recomputable=True)
+                continue
             v.shared, holder.shared = holder.shared, []
             self.forget(holder)
             self.order.on_served(v.request, v.key, self.cluster.now)
@@ -673,6 +689,8 @@ class NaiveExecutor:
         blocks = self.free - self.wanted_by_decodes()
         admitted = []
         for v in sorted(self.at(WAITING), key=lambda v: (not v.was_preempted, v.key, v.number)):
+            if self.local():
+                break  # what comes free is theirs
             found = self.found(v)
             kv = len(found) * self.config.tokens_per_block
             left = v.to_compute - kv
@@ -701,8 +719,8 @@ class NaiveExecutor:
     def pull(self) -> None:
         now = self.cluster.now
         for v in sorted(self.at(PULLING), key=lambda v: (v.awaits, v.key, v.number)):
-            if v.params.executor == self.id:
-                continue
+            if self.local():
+                return
             reserve = self.config.pull_reserve_blocks if self.free < self.config.num_blocks else 0
             found = [] if v.awaits else self.found(v)
             if self.price(v, found) > self.free - self.wanted_by_decodes() - reserve:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as with_
 
 from disagg.core.commands import Record, RunSteps
 from disagg.core.config import PolicySpec
@@ -16,7 +18,15 @@ from disagg.core.event_log import read_log, replay
 from disagg.core.events import Arrive, Cancel, Enqueue, PeerDown, Report, Response, RoleChanged
 from disagg.core.tables import DecisionRow
 from disagg.policies.interfaces import PolicyError, RolePolicy
-from disagg.policies.vocabulary import ChangeRole, ContextPhaseParams, FinishReason, Request, RequestType, Role
+from disagg.policies.vocabulary import (
+    PS_PER_MS,
+    ChangeRole,
+    ContextPhaseParams,
+    FinishReason,
+    Request,
+    RequestType,
+    Role,
+)
 from tests.core_cases import Case, core_of, make_switching_case, simulate
 from tests.core_desk import ExecutorDesk, OrchestratorDesk, context, generation
 from tests.core_reference import run_reference
@@ -45,6 +55,8 @@ def assert_nothing_is_lost(case: Case) -> Counter[str]:
             for event in frame.events:
                 params = event.request.context_phase_params if isinstance(event, Enqueue) else None
                 seen["to where its KV is"] += params is not None and params.executor == executor_id
+    errors = [event.error or "" for _, event in trace.heard if isinstance(event, Response)]
+    seen["stood still"] += sum("stood still" in error for error in errors)
     return seen
 
 
@@ -52,6 +64,29 @@ def assert_nothing_is_lost(case: Case) -> Counter[str]:
 @given(cases)
 def test_whatever_an_operator_switches_nothing_is_lost(case: Case) -> None:
     assert_nothing_is_lost(case)
+
+
+def test_switchings_that_lock_pools_just_large_enough_equal_the_reference() -> None:
+    seen: Counter[str] = Counter()
+    for seed in (3, 9, 26, 31, 39):  # of forty, those in which it happens
+        rng = Random(seed)
+        case = make_switching_case(rng)
+        size = case.config.executors[0].tokens_per_block
+        largest = max(-(-request.total_kv_tokens // size) for _, request, _ in case.arrivals)
+        pools = [
+            with_(
+                executor,
+                num_blocks=largest + rng.randint(0, 3),
+                scheduler=with_(executor.scheduler, capacity="guaranteed_no_evict"),
+                pull_reserve_blocks=0,
+            )
+            for executor in case.config.executors
+        ]
+        switches = tuple((at, who, "mixed" if rng.random() < 0.5 else role) for at, who, role in case.switches)
+        arrivals = tuple((at // 8, request, length) for at, request, length in case.arrivals)
+        config = with_(case.config, executors=tuple(pools))
+        seen += assert_nothing_is_lost(replace(case, config=config, arrivals=arrivals, switches=switches))
+    assert seen["stood still"] > 5, seen
 
 
 def test_seeded_switchings_equal_the_reference_and_exercise_what_is_hard() -> None:
@@ -274,6 +309,33 @@ def test_one_that_waits_for_blocks_keeps_its_kv_and_gives_it_up_when_it_is_cance
     assert (desk.free, sorted(desk.core.visits)) == (2, [2])
 
 
+def test_phases_that_hold_what_the_others_wait_for_do_not_wait_for_ever() -> None:
+    """Two prompts fill the pool, and to go on each needs a block of the other: the younger is given up at once."""
+    desk = ExecutorDesk(num_blocks=4, max_batch_size=4)
+    desk.until_context_done(1, prompt=8)
+    desk.until_context_done(2, prompt=8)
+    desk.give(*(generation(4 + i, prompt=8, max_tokens=5, source=2, source_id=i) for i in (1, 2)))
+    assert (desk.response.request_id, desk.response.recomputable) == (6, True)
+    (run,) = desk.of(RunSteps)
+    assert [each.request_id for each in run.joined] == [5]
+    assert (desk.free, sorted(desk.core.visits)) == (1, [5])
+
+
+def test_while_a_phase_whose_kv_is_here_waits_no_prompt_takes_a_block() -> None:
+    """Of 6 blocks 2 are held for 5, which needs two more, and 3 are those of prompt 3; prompt 4 could have the last one."""
+    desk = ExecutorDesk(num_blocks=6, max_batch_size=4, max_num_tokens=8)
+    desk.until_context_done(1, prompt=8)
+    desk.give(context(3, prompt=10))  # in two chunks
+    desk.give(generation(5, prompt=8, max_tokens=9, source=2, source_id=1), context(4, prompt=4))
+    desk.end_steps()
+    assert desk.run is not None
+    assert [chunk.request_id for chunk in desk.run.chunks] == [3]
+    desk.give(Cancel(3))
+    desk.end_steps()
+    assert [each.request_id for each in desk.run.joined] == [5]
+    assert [chunk.request_id for chunk in desk.run.chunks] == [4]
+
+
 def test_a_batch_policy_sees_the_new_role() -> None:
     desk = ExecutorDesk(Role.CONTEXT)
     desk.give(RoleChanged(2, "mixed"))
@@ -281,6 +343,31 @@ def test_a_batch_policy_sees_the_new_role() -> None:
 
 
 # ---- both together -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fleet", "orders"),
+    [
+        ("cg", [(1, "mixed"), (2, "parked")]),
+        ("cg", [(2, "mixed"), (1, "generation"), (2, "context")]),
+        ("ccg", [(1, "generation"), (3, "context")]),
+    ],
+)
+def test_a_switch_in_a_burst_that_fills_every_pool_locks_nobody_out(fleet: str, orders: list[tuple[int, str]]) -> None:
+    """24 prompts of 10 blocks, pools of 40, and 4 more blocks for each answer: nobody waits until a pull times out."""
+    made = World(executors(fleet, num_blocks=40), generation_router=PolicySpec("least_kv"))
+    for i in range(1, 25):
+        made.submit(i, i, 160, 40)
+
+    def operator() -> Any:
+        yield made.cluster.sleep(0.00006)
+        for executor, role in orders:
+            made.cluster.change_role(executor, role)
+
+    made.cluster.env.process(operator())
+    made.run()
+    assert {row.finish_reason for row in made.table("Request")} == {"stop"}
+    assert max(row.end_ps for row in made.table("Request")) < 2 * PS_PER_MS
 
 
 def test_a_switch_under_load_in_simulation_loses_nothing_and_serves_with_the_new_role() -> None:
