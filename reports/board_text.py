@@ -77,22 +77,30 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def places_table(board: Board) -> list[str]:
+    """Every policy's place in every scenario, by mean place (0 first, 1 last); the oracle's value instead."""
+    tables = {s.name: {each.policy: each for each in standings(board, s.name)} for s in board.scenarios}
+    ranks = {each.policy: each for each in overall(board)}
+    rows = []
+    for label in [*ranks, *(policy.label for policy in board.policies if policy.label not in ranks)]:
+        cells = [label, f"{ranks[label].mean_place:.2f}" if label in ranks else "–"]
+        for table in tables.values():
+            standing = table.get(label)
+            if standing is None:
+                cells.append("")
+            elif standing.first is None:
+                cells.append(shown(board.metric, standing.estimate.value))
+            else:
+                cells.append(f"**{standing.place}**" if standing.is_among_best else standing.place)
+        rows.append(cells)
+    return _table(["policy", "mean place", *(name.replace("_", " ") for name in tables)], rows)
+
+
 def as_markdown(board: Board) -> str:
     """Every table of the page."""
     lines = ["# Leaderboard", "", f"Ranked by {label_of(board.metric)}. Made by `disagg leaderboard`.", ""]
-    lines += _table(
-        ["policy", "mean place (0 first, 1 last)", "scenarios", "among the best in", "worst in"],
-        [
-            [
-                each.policy,
-                f"{each.mean_place:.2f}",
-                str(each.num_scenarios),
-                str(each.num_among_best),
-                each.worst_scenario,
-            ]
-            for each in overall(board)
-        ],
-    )
+    lines += ["A place is a range where the order may be chance; bold: the best, or not distinguishable from it.", ""]
+    lines += places_table(board)
     for scenario in board.scenarios:
         lines += [f"## {scenario.name}", "", scenario.text, ""]
         points = {point.policy: point for point in pareto(board, scenario.name)}

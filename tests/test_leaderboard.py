@@ -269,6 +269,14 @@ def test_every_routing_policy_of_the_catalogue_has_a_place_in_a_shipped_scenario
     assert set(FULL.stale_scenarios) <= {each.name for each in scenarios}
 
 
+def test_the_example_that_sees_reports_only_can_be_put_on_the_board() -> None:
+    file = Path(__file__).resolve().parent.parent / "examples" / "reported_only.py"
+    entries = entries_of([f"{file}:ReportedLeast", f"{file}:ReportedTwo", "least_requests"])
+    assert [(entry.label, entry.is_own) for entry in entries] == [
+        ("least_requests", False), ("ReportedLeast", True), ("ReportedTwo", True),
+    ]  # fmt: skip
+
+
 def test_a_rule_for_one_stage_gets_a_partner_at_the_other() -> None:
     (scenario_,) = scenarios_of(["heavy_tails"])[0]
     prefix, decode, whole = entries_of(["cache_aware", "least_kv", "{name: power_of_two, d: 3}"])
