@@ -58,8 +58,9 @@ class Size:
     report_intervals_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
     stale_seeds: int = 2
     stale_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes")
-    regret_requests: int = 4  # whose decisions are looked at again
-    regret_run: int = 150  # requests of the run in which they are
+    regret_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes", "conditional")
+    regret_requests: int = 3  # whose decisions are looked at again
+    regret_run: int = 120  # requests of the run in which they are
 
 
 FULL: Final = Size()
@@ -71,6 +72,7 @@ QUICK: Final = Size(
     report_intervals_ms=(1000.0,),
     stale_seeds=1,
     stale_scenarios=("heavy_tails",),
+    regret_scenarios=("heavy_tails", "conditional"),
     regret_requests=2,
     regret_run=80,
 )
@@ -105,11 +107,11 @@ def compute(
                 left_out[entry.label] = why
                 continue
             config = scenario.with_entry(entry)
-            runs += _runs(scenario, entry, config, size, _is_stale(scenario, scenarios, size))
-            short = _cut(config, size.regret_run)
-            regrets.append(
-                (scenario.name, entry.label, task_text(short, entry.digest, num_requests=size.regret_requests))
-            )
+            runs += _runs(scenario, entry, config, size, _is_chosen(scenario, scenarios, size.stale_scenarios))
+            if _is_chosen(scenario, scenarios, size.regret_scenarios):
+                short = _cut(config, size.regret_run)
+                text = task_text(short, entry.digest, num_requests=size.regret_requests)
+                regrets.append((scenario.name, entry.label, text))
         board[number] = replace(board[number], left_out=left_out)
     texts = [task_text(run.experiment, run.digest) for run in runs]
     book = begin()
@@ -128,9 +130,9 @@ def compute(
     return Board(metric, quick, git_commit(), tuple(board), tuple(policies), tuple(samples), tuple(found))
 
 
-def _is_stale(scenario: Scenario, scenarios: Sequence[Scenario], size: Size) -> bool:
-    """Whether reports are made older here: in the scenarios chosen for it, or the first one if none of them runs."""
-    chosen = [each.name for each in scenarios if each.name in size.stale_scenarios] or [scenarios[0].name]
+def _is_chosen(scenario: Scenario, scenarios: Sequence[Scenario], names: Sequence[str]) -> bool:
+    """Whether a costly study is made here: in the scenarios named for it, or in the first one if none of them runs."""
+    chosen = [each.name for each in scenarios if each.name in names] or [scenarios[0].name]
     return scenario.name in chosen
 
 

@@ -275,7 +275,10 @@ def _mean(values: dict[int, float]) -> float | None:
 
 
 class Ageing(Struct, frozen=True):
-    """What older reports cost a policy: mean TTFT in seconds by report interval in ms, and each minus that with fresh ones."""
+    """What older reports cost a policy: mean TTFT in seconds by report interval in ms, and each minus that with fresh ones.
+
+    All on the same seeds, those that every interval has.
+    """
 
     policy: str
     ttft_s: dict[float, Estimate]
@@ -287,18 +290,19 @@ def ageing(board: Board, scenario: str) -> list[Ageing]:
     intervals = board.report_intervals(scenario)
     found: list[Ageing] = []
     for policy in board.ran_in(scenario) if len(intervals) > 1 else ():
-        values = {
+        by_seed = {
             interval: board.values(scenario, policy.label, "mean_ttft_s", report_interval_ms=interval)
             for interval in intervals
         }
-        fresh = values[FRESH]
-        added: dict[float, Estimate] = {}
-        for interval in intervals[1:]:
-            shared = [seed for seed in values[interval] if seed in fresh]
-            added[interval] = paired_over_repeats(
-                [values[interval][seed] for seed in shared], [fresh[seed] for seed in shared]
+        seeds = [seed for seed in by_seed[FRESH] if all(seed in values for values in by_seed.values())]
+        values = {interval: [by_seed[interval][seed] for seed in seeds] for interval in intervals}
+        found.append(
+            Ageing(
+                policy.label,
+                {interval: t_interval(column) for interval, column in values.items()},
+                {interval: paired_over_repeats(values[interval], values[FRESH]) for interval in intervals[1:]},
             )
-        found.append(Ageing(policy.label, {i: t_interval(list(v.values())) for i, v in values.items()}, added))
+        )
     return found
 
 

@@ -83,7 +83,9 @@ def places_table(board: Board) -> list[str]:
     ranks = {each.policy: each for each in overall(board)}
     rows = []
     for label in [*ranks, *(policy.label for policy in board.policies if policy.label not in ranks)]:
-        cells = [label, f"{ranks[label].mean_place:.2f}" if label in ranks else "–"]
+        rank = ranks.get(label)
+        part = f" (of {rank.num_scenarios})" if rank is not None and rank.num_scenarios < len(tables) else ""
+        cells = [label, "–" if rank is None else f"{rank.mean_place:.2f}{part}"]
         for table in tables.values():
             standing = table.get(label)
             if standing is None:
