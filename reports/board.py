@@ -307,16 +307,18 @@ def ageing(board: Board, scenario: str) -> list[Ageing]:
 
 
 def goodput_curve(board: Board, scenario: BoardScenario, policy: str) -> list[tuple[float, Estimate]]:
-    """(requests/s sent, requests/s of them that met all objectives) at each load, with the interval over seeds.
+    """(requests/s sent, requests/s of them that met all objectives) at each load, on the seeds that all loads have.
 
     That is attainment times the rate of arrivals: the drain of a short run, in which nobody arrives, does not count.
     """
+    if scenario.rate is None:
+        return []
+    by_load = {load: board.values(scenario.name, policy, "slo_attainment", load) for load in board.loads(scenario.name)}
+    seeds = set.intersection(*(set(values) for values in by_load.values()))
     found = []
-    for load in board.loads(scenario.name):
-        if scenario.rate is None:
-            continue
+    for load, values in by_load.items():
         rate = scenario.rate * load
-        e = t_interval([rate * value for value in board.values(scenario.name, policy, "slo_attainment", load).values()])
+        e = t_interval([rate * value for seed, value in values.items() if seed in seeds])
         if e.value is not None:
             found.append((rate, e))
     return found

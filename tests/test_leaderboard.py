@@ -265,6 +265,7 @@ def test_every_routing_policy_of_the_catalogue_has_a_place_in_a_shipped_scenario
         assert len(each.text) > 80
         assert each.experiment.repeats >= 3
         assert each.with_entry(entries[0]).slo is not None
+        assert load_experiment(each.file).warnings == ()
     assert {*FULL.stale_scenarios, *FULL.regret_scenarios} <= {each.name for each in scenarios}
 
 
