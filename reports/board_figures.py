@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_COLOURED: Final = 7
+MOST_COLOURED: Final = 7  # colours of the palette: more would look alike
 _ALWAYS: Final = ("oracle", "round_robin")
 _FAINT: Final = "#c8ccd0"
 
@@ -24,7 +24,7 @@ def coloured(board: Board, scenario: str, more: Sequence[str] = ()) -> list[str]
     """The policies drawn in colour: a user's own, `more`, the best, round robin and the oracle; in order of rank."""
     ranked = [standing.policy for standing in standings(board, scenario)]
     first = [label for label in (*own_policies(board), *more, *_ALWAYS) if label in ranked]
-    chosen = list(dict.fromkeys([*first, *ranked]))[: max(MOST_COLOURED, len(set(first)))]
+    chosen = list(dict.fromkeys([*first, *ranked]))[:MOST_COLOURED]
     return [label for label in ranked if label in chosen]
 
 
