@@ -605,6 +605,9 @@ class ExecutorCore:
                 self._look(visit, cache)
             if visit.num_blocks > self.scheduler.num_spare_blocks - reserve:
                 return
+            if cache is not None and visit.num_kv_tokens:
+                if not cache.confirm(visit, self.scheduler.blocks_to_admit(visit)):
+                    continue
             heapq.heappop(self._pulls)
             self._num_pulls -= 1
             self._order.on_served(visit.request, visit.order_key, now)

@@ -7,7 +7,7 @@ is `cached`: still there to be matched, and the first to go when an empty block 
 Two rules keep chains whole. The registered blocks of a table are its leading ones: where two requests have computed the
 same block, the later one takes over the other's and gives its own back. And a table is released last block first. So whoever
 refers to a block refers to all before it, a block is never evicted before those behind it, and depths can be searched by
-halving.
+halving. Names come from outside, and may be no chains: what was found is looked at block by block before it is shared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from .batch_view import WaitingPrompts
 from .blocks import BlockManager
@@ -79,6 +81,19 @@ class PrefixCache(BlockManager):
         depth = self._depth(hashes, min(len(hashes), (visit.num_to_compute - 1) // self._tokens_per_block))
         visit.num_kv_tokens = depth * self._tokens_per_block
         visit.num_blocks = num_blocks - self._depth(hashes, depth, in_use=True)
+
+    def confirm(self, visit: Visit, num_blocks: int) -> bool:
+        """Whether what `look` has found by halving is there block by block. If not its names are no prefix chain: they
+        are forgotten, and nothing is found.
+        """
+        names = visit.request.block_hashes[: visit.num_kv_tokens // self._tokens_per_block]
+        blocks = list(map(self._block_of.get, names))
+        num_cached = sum(map(self._cached.__contains__, blocks))
+        if None not in blocks and len(blocks) - num_cached == num_blocks - visit.num_blocks:
+            return True
+        visit.request = replace(visit.request, block_hashes=())
+        visit.num_kv_tokens, visit.num_blocks = 0, num_blocks
+        return False
 
     def _depth(self, hashes: Sequence[int], most: int, in_use: bool = False) -> int:
         """How many of the first `most` blocks are here (`in_use`: and referred to)."""

@@ -350,6 +350,8 @@ class Scheduler:
         if self.cache is not None and may_admit:
             waiting = MatchedPrompts(self._waiting, self.cache, self.blocks_to_admit)
         plan = self._ask_policy(waiting, now)
+        while self.cache is not None and not self._confirm(plan, waiting, self.cache):
+            plan = self._ask_policy(waiting, now)  # which sees that nothing is found of some
         chunks = self._begin(plan, waiting, now)
         waiting.put_back()
         return plan, chunks
@@ -415,6 +417,15 @@ class Scheduler:
             table = self.blocks.blocks_of(visit.id)
             chunks.append(Chunk(visit.id, visit.num_kv_tokens, chosen.num_tokens, is_last, table))
         return tuple(chunks)
+
+    def _confirm(self, plan: BatchPlan, waiting: WaitingPrompts, cache: PrefixCache) -> bool:
+        """Whether the names of all prompts that begin are the prefix chains they were taken for; others lose theirs."""
+        are_chains = True
+        for chosen in plan.chunks:
+            visit = waiting.find(chosen.request_id)
+            if visit is not None and visit.state is State.QUEUED and visit.num_kv_tokens:
+                are_chains &= cache.confirm(visit, self.blocks_to_admit(visit))
+        return are_chains
 
     def _share(self, plan: BatchPlan, waiting: WaitingPrompts) -> None:
         """Give prompts that begin the blocks that are here already."""

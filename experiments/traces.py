@@ -153,6 +153,7 @@ def _picoseconds(text: str) -> int | None:
 
 def _mooncake_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
     decoder = msgspec.json.Decoder(_MooncakeLine)
+    preceding: dict[int, int | None] = {}  # of each hash id, the one that it follows: it names the prefix up to its end
     for number, text in _lines(path):
         if not text.strip():
             continue
@@ -170,6 +171,15 @@ def _mooncake_rows(path: Path) -> Iterator[tuple[int, TraceRow]]:
             )
         if any(not 0 <= each < 1 << 63 for each in line.hash_ids):
             raise ConfigError(f"{path}:{number}: a hash id is not between 0 and 2^63 - 1")
+        last = None
+        for each in line.hash_ids:
+            if preceding.setdefault(each, last) != last:
+                raise ConfigError(
+                    f"{path}:{number}: hash id {each} follows {'none' if last is None else last} here and"
+                    f" {'none' if preceding[each] is None else preceding[each]} before; allowed: ids of whole prefixes,"
+                    " each of which follows the same one everywhere"
+                )
+            last = each
         at = (
             int(line.timestamp) * PS_PER_MS
             if line.timestamp == int(line.timestamp)

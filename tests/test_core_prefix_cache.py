@@ -305,6 +305,26 @@ def test_what_is_looked_for_is_the_longest_prefix_that_is_here() -> None:
     assert (visit.num_kv_tokens, visit.num_blocks) == (12, 5)  # nobody's: to take them is to take three
 
 
+def test_names_that_are_no_prefix_chain_are_a_miss() -> None:
+    """72 and 73 are here behind 71, which is what 72 stands for; behind 99 nothing of them is found."""
+    desk = desk_of()
+    desk.give(named(both(1, prompt=16, max_tokens=1), 71, 72, 73, 74))
+    desk.end_steps()
+    desk.give(named(both(2, prompt=16, max_tokens=1), 99, 72, 73, 74), named(both(3, prompt=16, max_tokens=1), 71, 72))
+    assert desk.run is not None
+    assert [(chunk.request_id, chunk.start) for chunk in desk.run.chunks] == [(2, 0), (3, 8)]
+    desk.end_steps()
+    assert desk.free == 100
+
+
+def test_kv_by_names_that_are_no_prefix_chain_is_received_whole() -> None:
+    desk = desk_of(Role.GENERATION)
+    desk.give(named(generation(1, prompt=16, max_tokens=2), 71, 72, 73, 74))
+    desk.give(KvReceived(1, True))
+    desk.give(named(generation(2, prompt=16, max_tokens=2), 99, 72, 73, 74))
+    assert (desk.pull.num_tokens, len(desk.pull.blocks)) == (16, 4)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False).map(make_reuse_case))
 def test_no_block_is_lost_in_clusters_that_share_prefixes_and_none_is_anybodys_when_all_is_over(case: Case) -> None:

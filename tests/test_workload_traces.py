@@ -85,6 +85,10 @@ def test_a_malformed_azure_line_is_named_by_number_and_cause(tmp_path: Path, lin
         ('{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2, 3]}', "3 hash_ids for 600"),
         ('{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [-1, 2]}', "a hash id is not"),
         ("[1, 2]", "array"),
+        (
+            '{"timestamp": 0, "input_length": 1024, "output_length": 5, "hash_ids": [9, 0]}',
+            "hash id 0 follows 9 here and none before",
+        ),
     ],
 )
 def test_a_malformed_mooncake_line_is_named_by_number_and_cause(tmp_path: Path, line: str, told: str) -> None:
