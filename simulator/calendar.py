@@ -26,7 +26,9 @@ class Calendar:
         self._taken_back: set[int] = set()
 
     def call_at(self, at: int, priority: int, function: Callable[[Any], object], argument: Any) -> int:
-        """Call `function(argument)` at the instant `at` (picoseconds, not in the past); the serial of the call."""
+        """Call `function(argument)` at the instant `at` (picoseconds); the serial of the call. ValueError in the past."""
+        if at < self.now:
+            raise ValueError(f"a call at {at} ps, before now, {self.now} ps")
         serial = self._last_serial + 1
         self._last_serial = serial
         heappush(self._heap, (at, priority, serial, function, argument))
@@ -36,6 +38,8 @@ class Calendar:
         self, at: int, priority: int, serial: int, function: Callable[[Any], object], argument: Any
     ) -> None:
         """As `call_at`, with a serial from `next_serial`."""
+        if at < self.now:
+            raise ValueError(f"a call at {at} ps, before now, {self.now} ps")
         heappush(self._heap, (at, priority, serial, function, argument))
 
     def take_back(self, serial: int) -> None:
@@ -49,7 +53,9 @@ class Calendar:
 
     def peek(self) -> int:
         """The instant of the next call, or END."""
-        heap = self._heap
+        heap, taken_back = self._heap, self._taken_back
+        while taken_back and heap and heap[0][2] in taken_back:
+            taken_back.remove(heappop(heap)[2])
         return heap[0][0] if heap else END
 
     def step(self) -> bool:

@@ -71,6 +71,7 @@ class SimulatedCluster:
         self._hidden: dict[int, int] = {}  # user's request id: true output length
         self._lengths: dict[int, int] = {}  # executor-level id: true output length
         self._hidden_hashes: dict[int, tuple[int, ...]] = {}  # as those two, of the blocks of what is generated
+        self._refused: int | None = None  # an id in use, until the core has refused another request of that id
         # executor-level id: max_tokens, and hashes of the blocks of what is generated
         self._output_hashes: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._polling = False
@@ -82,6 +83,8 @@ class SimulatedCluster:
         self._reports_due: list[tuple[int, int]] = []  # heap: (instant, executor); stale ones are skipped there
         self._wake_serial = 0  # of the call that will wake the orchestrator, 0 for none
         self._ended: dict[int, list[Callable[[Deliver], object]]] = {}
+        self._ended_now: dict[int, Deliver] = {}  # of the instant of the latest end
+        self._ended_at = -1
         self.is_drained = False
         sink = log_sink(ORCHESTRATOR) if log_sink is not None else None
         core: Any = OrchestratorCore(config)
@@ -113,11 +116,16 @@ class SimulatedCluster:
         """A user sends `request` now. The world will end it after `num_output_tokens`; no core is told.
 
         `output_hashes` go on where `request.block_hashes` end: of the blocks that hold what is generated, for later
-        requests whose prompt has the answer in it.
+        requests whose prompt has the answer in it. A request whose id is in use is refused.
         """
-        self._hidden[request.id] = num_output_tokens
-        if output_hashes:
-            self._hidden_hashes[request.id] = output_hashes
+        if request.id in self._hidden:
+            self._hear_due()  # of its end, perhaps
+        if request.id in self._hidden:
+            self._refused = request.id
+        else:
+            self._hidden[request.id] = num_output_tokens
+            if output_hashes:
+                self._hidden_hashes[request.id] = output_hashes
         self._give(Arrive(request))
 
     def submit_at(self, at: int, request: Request, num_output_tokens: int, output_hashes: tuple[int, ...] = ()) -> None:
@@ -125,9 +133,18 @@ class SimulatedCluster:
         call_at(self.env, at, MESSAGE, lambda item: self.submit(*item), (request, num_output_tokens, output_hashes))
 
     def finished(self, request_id: int) -> simpy.Event:
-        """An event that fires when the request has ended; its value is the Deliver. For use in SimPy processes."""
-        self._hurry()  # its end may be on its way already
+        """An event that fires when the request ends; its value is the Deliver. For use in SimPy processes.
+
+        To be asked for once it is submitted, and no later than in the instant of its end: else ValueError.
+        """
+        self._hear_due()
         event = self.env.event()
+        if request_id not in self._hidden:
+            if self._ended_at != self.env.now or request_id not in self._ended_now:
+                raise ValueError(f"request {request_id} is not under way: it has ended, or was not submitted yet")
+            event.succeed(self._ended_now[request_id])
+            return event
+        self._hurry()  # its end may be on its way already
         self._ended.setdefault(request_id, []).append(lambda deliver: event.succeed(deliver))
         return event
 
@@ -214,6 +231,10 @@ class SimulatedCluster:
             if commands:
                 self._obey(commands, at)
 
+    def _hear_due(self) -> None:
+        """Give the orchestrator what it should have heard by now."""
+        self._hear_late(self._calendar.now, self._calendar.priority, self._calendar.serial)
+
     def _hurry(self) -> None:
         """From now on nothing is late."""
         late, calendar = self._late, self._calendar
@@ -254,7 +275,7 @@ class SimulatedCluster:
                     hashes = self._hidden_hashes[command.request_id]
                     self._output_hashes[executor_request] = (command.executor_request.max_tokens, hashes)
             elif kind is Deliver:
-                self._deliver(command)
+                self._deliver(command, now)
             elif kind is WakeAt:
                 if self._wake_serial:
                     self._calendar.take_back(self._wake_serial)
@@ -273,10 +294,17 @@ class SimulatedCluster:
         self._wake_serial = 0
         self._give(_WAKE)
 
-    def _deliver(self, deliver: Deliver) -> None:
+    def _deliver(self, deliver: Deliver, now: int) -> None:
         if self._delivered is not None:
             self._delivered(deliver)
         if deliver.finish_reason is not None:
+            if deliver.request_id == self._refused:  # the first of that id is served still
+                self._refused = None
+                return
+            if self._ended_at != now:
+                self._ended_at = now
+                self._ended_now.clear()
+            self._ended_now[deliver.request_id] = deliver
             if self._ended:
                 for call in self._ended.pop(deliver.request_id, ()):
                     call(deliver)

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disagg.core.config import RetryConfig
+from disagg.core.config import PolicySpec, RetryConfig
 from disagg.policies import FinishReason, FleetView, Request, Route, RoutingPolicy
 from disagg.policies.vocabulary import PS_PER_MS, PS_PER_US
 from disagg.simulator import FloatDelayError
+from disagg.simulator.calendar import Calendar
 from tests.simulation_helpers import World, executors, named
 
 
@@ -50,6 +51,67 @@ def test_a_client_that_sends_in_the_instant_of_an_end_is_served_in_that_instant(
     assert len(ends) == 6
     for row in world.table("Decision"):
         assert row.at_ps == ends.get(row.request_id - 1, 0)
+
+
+@pytest.mark.parametrize("is_late", [True, False])
+def test_whoever_asks_late_for_an_end_never_sees_time_run_backwards(is_late: bool) -> None:
+    world = World("cg", is_late=is_late)
+    cluster = world.cluster
+    for i, length in ((1, 5), (2, 60)):
+        world.submit(i, 0, 100, length)
+    seen: list[tuple[str, int]] = []
+
+    def asker() -> Any:
+        yield cluster.sleep(300e-6)  # request 1 ended at 255 us, which nobody had to hear
+        seen.append(("asked", cluster.env.now))
+        with pytest.raises(ValueError, match="request 1 is not under way"):
+            cluster.finished(1)
+        yield cluster.finished(2)
+        seen.append(("ended", cluster.env.now))
+
+    cluster.env.process(asker())
+    world.run()
+    ends = {row.request_id: row.end_ps for row in world.table("Request")}
+    assert ends[1] < 300 * PS_PER_US < ends[2]
+    assert seen == [("asked", 300 * PS_PER_US), ("ended", ends[2])]
+    assert cluster.env.now >= ends[2]
+
+
+def test_a_request_id_in_use_is_refused_and_the_first_of_that_id_is_served() -> None:
+    world = World("cg")
+    cluster = world.cluster
+    world.submit(1, 0, 100, 5)
+    world.submit(1, PS_PER_US, 100, 7)  # while it is in use
+    seen: list[tuple[int, FinishReason | None]] = []
+
+    def client() -> Any:
+        yield cluster.env.timeout(1)
+        deliver = yield cluster.finished(1)
+        seen.append((deliver.num_output_tokens, deliver.finish_reason))
+
+    cluster.env.process(client())
+    world.submit(1, 5000 * PS_PER_US, 100, 9)  # it has ended, and may be used again
+    world.run()
+    assert seen == [(5, FinishReason.STOP)]
+    ends = [(d.finish_reason, d.num_output_tokens) for d in world.delivered if d.finish_reason is not None]
+    assert ends == [(FinishReason.ERROR, 0), (FinishReason.STOP, 5), (FinishReason.STOP, 9)]
+    assert not cluster._hidden
+
+
+def test_the_end_of_a_request_that_is_turned_away_at_once_can_be_waited_for() -> None:
+    cluster = World("cg", admission=PolicySpec("reject_at_limit", {"max_active": 1})).cluster
+    seen: list[tuple[int, FinishReason | None]] = []
+
+    def client() -> Any:
+        yield cluster.sleep(1e-3)
+        for i in (1, 2):  # one more than is admitted
+            cluster.submit(Request(i, 100, 64, arrival=cluster.env.now), 5)
+        deliver = yield cluster.finished(2)
+        seen.append((cluster.env.now, deliver.finish_reason))
+
+    cluster.env.process(client())
+    cluster.run()
+    assert seen == [(PS_PER_MS, FinishReason.REJECTED)]
 
 
 def test_a_fault_kills_an_executor_and_its_requests_run_again_elsewhere() -> None:
@@ -141,6 +203,22 @@ def test_a_delay_that_is_no_whole_number_of_picoseconds_is_refused_where_it_is_m
 def test_no_one_sleeps_for_a_time_that_is_not_one(seconds: float) -> None:
     with pytest.raises(ValueError, match="cannot sleep for"):
         World("m").cluster.sleep(seconds)
+
+
+def test_nothing_is_called_in_the_past_and_what_was_taken_back_is_not_the_next_call() -> None:
+    calendar = Calendar()
+    called: list[str] = []
+    dropped = calendar.call_at(5, 0, called.append, "taken back")
+    calendar.call_at(1000, 0, called.append, "made")
+    calendar.take_back(dropped)
+    assert calendar.peek() == 1000
+    assert calendar.step()
+    assert (calendar.now, called) == (1000, ["made"])
+    with pytest.raises(ValueError, match="999 ps, before now, 1000 ps"):
+        calendar.call_at(999, 0, called.append, "late")
+    with pytest.raises(ValueError, match="999 ps, before now, 1000 ps"):
+        calendar.call_in_place(999, 0, calendar.next_serial(), called.append, "late")
+    assert not calendar.step()
 
 
 def test_sleep_takes_seconds_and_rounds_to_picoseconds() -> None:
