@@ -368,7 +368,7 @@ class OrchestratorCore:
         elif what == "renew":
             self._renew(now)
         elif what == ROLES:
-            self._roles.woken()
+            self._roles.woken(subject)
 
     def _abandon(self, task: Task, error: str, now: int) -> None:
         """Fail a task at once, without waiting for the answers of executors that work on it."""

@@ -7,7 +7,7 @@ fleet's view counts that as draining. Knows the fleet and how much of what each 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -71,10 +71,11 @@ class Roles:
         if self.policy is not None:
             self.policy.on_ended(request, num_tokens, self._fleet.at(now))
 
-    def woken(self) -> None:
-        """The instant that `next_at` named has come."""
-        self._armed_for = None
-        self._due = True
+    def woken(self, at: int) -> None:
+        """A timer's instant has come; it counts if it is the one that `next_at` named last."""
+        if at == self._armed_for:
+            self._armed_for = None
+            self._due = True
 
     def ask(self, now: int, is_busy: bool) -> bool:
         """Ask the policy, if it is time; whether a role has changed. `is_busy`: there are requests, to ask for again."""
@@ -82,11 +83,12 @@ class Roles:
             return False
         self._due = False
         changes = self.policy.change_roles(self._fleet.at(now))
-        for change in changes:
-            self._obey(change, now)
+        if not isinstance(changes, Sequence):
+            raise PolicyError(f"{type(self.policy).__name__} answered {changes!r}; allowed: a sequence of ChangeRole")
+        have_changed = [self._obey(change, now) for change in changes]
         if is_busy:
             self._arm(now)
-        return bool(changes)
+        return any(have_changed)
 
     def _arm(self, now: int) -> None:
         """One timer for the next instant that the policy names; it stops with the last request, for a run to end."""
@@ -97,40 +99,47 @@ class Roles:
             self._due = True
         else:
             self._armed_for = at
-            self._timers.set(at, TIMER)
+            self._timers.set(at, TIMER, at)
 
     # ---- changes ----------------------------------------------------------------------------------------------------
 
-    def _obey(self, change: ChangeRole, now: int) -> None:
+    def _obey(self, change: ChangeRole, now: int) -> bool:
+        """Do what the policy wants. PolicyError for what can never be; what cannot be now is recorded as refused."""
         who = type(self.policy).__name__
         if not isinstance(change, ChangeRole):
             raise PolicyError(f"{who} answered {change!r}; allowed: a sequence of ChangeRole")
         executor = int(change.executor)
-        why_not = self.why_not(executor, change.role)
-        if why_not is not None:
-            raise PolicyError(f"{who} answered {change!r}, but {why_not}")
-        self._change(executor, Role(change.role), who, now)
+        never = self._why_never(executor, change.role)
+        if never is not None:
+            raise PolicyError(f"{who} answered {change!r}, but {never}")
+        return self._order(executor, change.role, who, now)
 
     def order(self, event: RoleChanged, now: int) -> bool:
-        """What an operator wants: done, or recorded as refused; whether a role has changed."""
-        why_not = self.why_not(event.executor, event.role)
+        """What an operator wants: done, or recorded as refused; whether that changed anything."""
+        return self._order(event.executor, event.role, OPERATOR, now)
+
+    def _order(self, executor: int, role: str, who: str, now: int) -> bool:
+        why_not = self._why_never(executor, role) or self._why_not_now(executor, Role(role))
         if why_not is not None:
-            self._emit(Record(role_row(event.executor, "refused", f"{OPERATOR}: {event.role}: {why_not}", now)))
+            self._emit(Record(role_row(executor, "refused", f"{who}: {role}: {why_not}", now)))
             return False
-        self._change(event.executor, Role(event.role), OPERATOR, now)
+        self._change(executor, Role(role), who, now)
         return True
 
-    def why_not(self, executor: int, role: str) -> str | None:
-        """Why this executor cannot have this role now, or None."""
+    def _why_never(self, executor: int, role: str) -> str | None:
+        """Why this executor can never have this role, whatever becomes of the others, or None."""
         if executor not in self._fleet.roles:
             return f"there is no executor {executor}; there are {list(self._fleet.roles)}"
         if role not in list(Role):
             return f"{role!r} is no role; allowed: {', '.join(Role)}"
-        if self._fleet.is_gone(executor):
-            return f"executor {executor} is gone"
         if role in (Role.CONTEXT, Role.GENERATION) and not all(stage in self._routed for stage, _ in _NEEDED):
             return "context and generation phases have no routers of their own"
-        after = {**self._fleet.roles, executor: Role(role)}
+        return None
+
+    def _why_not_now(self, executor: int, role: Role) -> str | None:
+        if self._fleet.is_gone(executor):
+            return f"executor {executor} is gone"
+        after = {**self._fleet.roles, executor: role}
         for stage, what in _NEEDED:
             serving = [e for e, r in after.items() if r.serves(stage)]
             if not any(map(self._fleet.is_healthy, serving)):

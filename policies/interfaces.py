@@ -237,7 +237,8 @@ class RolePolicy:
     With an `interval_ps` it is asked each time that this has passed while there are requests, with 0 whenever a report was
     received; and at the instant that `next_at` names. What it answers is done at once: new phases are routed by the new
     roles, and an executor finishes what it has of an earlier one (`fleet.draining` counts that). At least one healthy
-    executor must be left for context phases and one for generation phases. `fleet.home` holds the roles of the start.
+    executor must be left for context phases and one for generation phases: a change that would leave none, or is of an
+    executor that is gone, is recorded as refused. `fleet.home` holds the roles of the start.
     """
 
     interval_ps: int = 0

@@ -17,8 +17,9 @@ from .vocabulary import PS_PER_S, ChangeRole, Role
 class Scheduled(RolePolicy):
     """What an operator would order, by the clock: `changes` are (at_s, executor, role), of the run's start.
 
-    They are done with the first report, or the first arrival, at or after their time. The switch itself is SGLang's: new
-    phases are routed by the new role at once, what the executor has it finishes, weights and KV pool stay as they are.
+    Each is done at its time, or, where no request is there then, with the next arrival; one that cannot be done then, of an
+    executor that is gone, is recorded as refused. The switch itself is SGLang's: new phases are routed by the new role at
+    once, what the executor has it finishes, weights and KV pool stay as they are.
     """
 
     def __init__(self, *, rng: Random, changes: Sequence[Mapping[str, Any]] = ()) -> None:

@@ -240,7 +240,6 @@ def test_a_policy_with_an_interval_is_asked_while_there_are_requests(monkeypatch
 @pytest.mark.parametrize(
     ("answer", "why"),
     [
-        (ChangeRole(3, Role.CONTEXT), "no healthy executor would be left to generate"),
         (ChangeRole(7, Role.MIXED), "there is no executor 7"),
         ((1, "mixed"), "allowed: a sequence of ChangeRole"),
     ],
@@ -249,6 +248,36 @@ def test_a_policy_that_breaks_the_rules_is_told_so(answer: Any, why: str, monkey
     desk = asking(monkeypatch, answer)
     with pytest.raises(PolicyError, match=why):
         desk.give(Report(1))
+
+
+def test_a_policy_that_answers_nothing_is_told_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = asking(monkeypatch)
+    Once.answer = None  # type: ignore[assignment]
+    with pytest.raises(PolicyError, match="Once answered None; allowed: a sequence of ChangeRole"):
+        desk.give(Report(1))
+
+
+def test_a_change_that_is_not_possible_any_more_is_recorded_as_refused_for_a_policy_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = asking(monkeypatch, ChangeRole(3, Role.CONTEXT))  # the last that generates
+    assert role_rows(desk.give(Report(1))) == [(3, "refused")]
+    changes = [{"at_s": 1e-9, "executor": 2, "role": "generation"}]
+    desk = OrchestratorDesk("CCG", roles=PolicySpec("scheduled", {"changes": changes}))
+    desk.give(arrive(1), PeerDown(2), at=5)
+    assert role_rows(desk.wake()) == [(2, "refused")]
+
+
+def test_a_policy_that_names_an_earlier_instant_is_not_asked_at_the_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 100 from when it was asked last; once, with the second arrival, 50 before that."""
+    desk = asking(monkeypatch, interval_ps=100)
+    next_at = [100, 50]
+    monkeypatch.setattr(Once, "next_at", lambda self, now: next_at.pop(0) if next_at else now + 100)
+    desk.give(arrive(1), at=0)
+    desk.give(arrive(2), at=10)
+    while len(Once.asked) < 4:
+        desk.wake()
+    assert Once.asked == [50, 150, 250, 350]
 
 
 def test_a_scheduled_switch_is_done_at_its_time() -> None:
