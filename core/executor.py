@@ -327,7 +327,7 @@ class ExecutorCore:
     def _arrived(self, visit: Visit, now: int) -> None:
         visit.num_kv_tokens = visit.request.num_prompt_tokens
         cache = self.scheduler.cache
-        if cache is not None and params_of(visit.request).executor != ORCHESTRATOR:  # canned KV is nobody else's
+        if cache is not None and not _is_canned(visit.request):
             cache.arrived(visit.id)
             self.scheduler.note_written(visit)
             self._blocks_came_free()  # or whoever waits finds more here, and needs fewer
@@ -491,7 +491,7 @@ class ExecutorCore:
         """A visit's last token is out; it is out of the batch, and its blocks are quiet unless an early reader is there."""
         self._dirty = True
         visit.advance(Cause.FINISH)
-        if visit.output_hashes:
+        if visit.output_hashes and not _is_canned(visit.request):
             self.scheduler.note_generated(visit)
         self._source.turn_away(visit, f"request {visit.id} ended with its first token")
         if visit.pinned_by is not None:
@@ -691,7 +691,7 @@ class ExecutorCore:
     # ---- what the orchestrator is told ------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """What is told next; the news of cached blocks in it are not told again."""
+        """What would be told now; nothing is changed by asking."""
         free, reserved, used, held, quarantined, cached = self.scheduler.block_counts()
         cache = self.scheduler.cache
         limit = self.config.quarantine_max_blocks
@@ -712,7 +712,7 @@ class ExecutorCore:
             self.scheduler.shown_steps,
             self.scheduler.step_time,
             limit is None or quarantined <= limit,
-            () if cache is None else cache.take_events(),
+            () if cache is None else cache.news(),
             cached,
         )
 
@@ -728,8 +728,8 @@ class ExecutorCore:
             *first, last = self._responses
             for response in first:
                 self._out.append(Send(ORCHESTRATOR, response))
-            self._reported(now)
             self._out.append(Send(ORCHESTRATOR, replace(last, report=self.report())))
+            self._reported(now)
             self._responses.clear()
         elif self.scheduler.has_changed and self.config.report_on_batch_change:
             self._send_report(now)
@@ -749,10 +749,12 @@ class ExecutorCore:
             self._out.append(wake_up)
 
     def _send_report(self, now: int) -> None:
-        self._reported(now)
         self._out.append(Send(ORCHESTRATOR, self.report()))
+        self._reported(now)
 
     def _reported(self, now: int) -> None:
+        if self.scheduler.cache is not None:
+            self.scheduler.cache.forget_news()
         self._reported_at = now
         self._dirty = self.scheduler.has_changed = False
 
@@ -779,6 +781,12 @@ class ExecutorCore:
             )
             if sum(places) != 1:
                 raise RuntimeError(f"executor {self.id}: request {visit.id} ({visit.state.value}) is in {places}")
+
+
+def _is_canned(request: Request) -> bool:
+    """Whether its context phase was skipped: it goes on from KV of nothing, which must not become anybody else's."""
+    params = request.context_phase_params
+    return params is not None and params.executor == ORCHESTRATOR
 
 
 def params_of(request: Request) -> ContextPhaseParams:

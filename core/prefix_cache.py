@@ -49,7 +49,7 @@ class PrefixCache(BlockManager):
         self._cached: OrderedDict[int, None] = OrderedDict()  # registered blocks without references, first to go first
         self._num_registered: dict[int, int] = {}  # leading blocks of an owner's table
         self._num_arriving: dict[int, int] = {}  # of those, whose owner waits for the KV of its other blocks
-        self._stored: dict[int, None] = {}  # hashes, since the last take_events
+        self._stored: dict[int, None] = {}  # hashes, since the last forget_news
         self._removed: dict[int, None] = {}
         self.num_in_use = 0  # registered blocks that an assigned owner refers to
         self.num_written_references = 0  # references of assigned owners, but for those that wait for KV
@@ -280,14 +280,16 @@ class PrefixCache(BlockManager):
         else:
             self._removed[name] = None
 
-    def take_events(self) -> tuple[int, ...]:
-        """The hashes that came and went since the last call, as `Report.cache_events` has them."""
+    def news(self) -> tuple[int, ...]:
+        """The hashes that came and went since `forget_news`, as `Report.cache_events` has them."""
         if not self._stored and not self._removed:
             return ()
-        events = (len(self._removed), *self._removed, *self._stored)
+        return (len(self._removed), *self._removed, *self._stored)
+
+    def forget_news(self) -> None:
+        """They were told."""
         self._removed.clear()
         self._stored.clear()
-        return events
 
     def check(self) -> None:
         """BlockError unless each block is in exactly one place, the counts agree, and chains are whole."""

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_
 
-from disagg.core.commands import PrepareReceive, ReceiveKv
+from disagg.core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv
 from disagg.core.errors import BlockError
 from disagg.core.events import Cancel, Enqueue, KvReceived, KvRequested, KvTaken, Report, StepsDone, Stopped
 from disagg.core.life_cycle import State
@@ -153,8 +153,31 @@ def test_what_came_and_went_between_two_reports_is_not_told() -> None:
         cache.allocate(owner, len(hashes))
         cache.register(owner, hashes, len(hashes), True)
         cache.free(owner)
-    assert cache.take_events() == (0, 81, 71, 72)  # 82 and 83 came and went
-    assert cache.take_events() == ()
+    assert cache.news() == cache.news() == (0, 81, 71, 72)  # 82 and 83 came and went
+    cache.forget_news()
+    assert cache.news() == ()
+
+
+def test_a_report_that_is_looked_at_takes_no_news() -> None:
+    desk = desk_of()
+    desk.give(named(both(1, prompt=8, max_tokens=1), 71, 72))
+    assert desk.run is not None
+    done = StepsDone(desk.run.plan, desk.run.epoch, 1)
+    desk.core.handle(done, 5, True)
+    assert desk.report.cache_events == desk.report.cache_events == (0, 71, 72)
+    desk.give(at=5)
+    assert told(desk) == [(0, 71, 72)]
+    assert desk.report.cache_events == ()
+
+
+def test_what_was_generated_behind_canned_kv_is_not_found() -> None:
+    """Its context phase was skipped: the KV of its prompt is of nothing, and what was generated goes on from it."""
+    desk = desk_of(Role.GENERATION)
+    desk.give(named(generation(1, prompt=8, max_tokens=20, source=ORCHESTRATOR), 71, 72))
+    assert desk.run is not None
+    run, desk.run = desk.run, None
+    desk.give(StepsDone(run.plan, run.epoch, 6, (Stopped(1, 6),), block_hashes=((1, (73,)),)), at=20)
+    assert blocks(desk) == (100, 0, 0, 0, 0, 0)
 
 
 def test_a_span_evicts_nothing_for_steps_that_it_may_not_run() -> None:
