@@ -6,13 +6,14 @@ Errors between simulation and hardware exist only between runs of equal `configu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from msgspec import Struct
 
+from .case_labels import flat_keys, in_order, plain, policy_labels, short_keys
 from .metrics import BY_KEY, STAGES, Metric, measured, meets_objectives, summary_of
 from .runs import Run
 from .statistics import (
@@ -84,7 +85,7 @@ class Case:
         self.run = run
         self.policy = policy
         self.condition_values = condition
-        self.condition = ", ".join(f"{key}={_plain(value)}" for key, value in condition.items())
+        self.condition = ", ".join(f"{key}={plain(value)}" for key, value in condition.items())
 
     @cached_property
     def rows(self) -> pd.DataFrame:
@@ -104,11 +105,12 @@ class Case:
 class Section:
     """The runs of one experiment, told apart by policy, condition, backend and repeat."""
 
-    def __init__(self, name: str, cases: Sequence[Case]) -> None:
+    def __init__(self, name: str, cases: Sequence[Case], full_names: Mapping[str, str] | None = None) -> None:
         self.name = name
         self.cases = list(cases)
+        self.full_names = dict(full_names or {})  # of policies whose names had to be shortened
         self.policies = list(dict.fromkeys(case.policy for case in self.cases))
-        self.conditions = list(dict.fromkeys(case.condition for case in self.cases))
+        self.conditions = _conditions_in_order(self.cases)
         self.backends = [name for name in BACKENDS if any(case.run.backend == name for case in self.cases)]
         self.backends += sorted({case.run.backend for case in self.cases} - set(BACKENDS))
 
@@ -138,62 +140,7 @@ class Section:
         return key, sorted(float(value) for value in values if value is not None)
 
 
-# ---- labels ---------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def flat_keys(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves as (dotted key, value); list elements go by their `name` or index."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from flat_keys(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for i, item in enumerate(value):
-            name = item.get("name", i) if isinstance(item, dict) else i
-            yield from flat_keys(item, f"{prefix}.{name}")
-    else:
-        yield prefix, json.dumps(value, sort_keys=True) if isinstance(value, list | dict) else value
-
-
-def _short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """The shortest tail of each key that no other key shares."""
-    parts = {key: key.split(".") for key in keys}
-    short: dict[str, str] = {}
-    for key, path in parts.items():
-        for length in range(1, len(path) + 1):
-            tail = path[-length:]
-            if sum(other[-length:] == tail for other in parts.values()) == 1 or length == len(path):
-                short[key] = ".".join(tail)
-                break
-    return short
-
-
-def _router_name(name: str) -> str:
-    """A policy's own name: `my_policy.py:Shortest` is `Shortest`."""
-    return name.rpartition(":")[2] if ".py:" in name else name
-
-
-def _policy_label(policy: dict[str, Any], varying: set[str]) -> str:
-    """Routers that vary, else all routers, without doubles; varying parameters follow in parentheses."""
-    routers = {
-        key: _router_name(str(value["name"]))
-        for key, value in policy.items()
-        if isinstance(value, dict) and value.get("name")
-    }
-    chosen = [key for key in routers if f"policy.{key}.name" in varying]
-    if not chosen:
-        chosen = [key for key in routers if key.endswith("router")] or list(routers)
-    names = list(dict.fromkeys(routers[key] for key in chosen))
-    flat = dict(flat_keys(policy, "policy"))
-    params = {key: flat[key] for key in sorted(varying) if key in flat and not key.endswith(".name")}
-    short = _short_keys(params)
-    extra = ", ".join(f"{short[key]}={_plain(value)}" for key, value in params.items() if value is not None)
-    return " + ".join(names or ["default"]) + (f" ({extra})" if extra else "")
+# ---- sections -------------------------------------------------------------------------------------------------------
 
 
 def sections_of(runs: Sequence[Run]) -> list[Section]:
@@ -210,16 +157,30 @@ def _section(name: str, runs: Sequence[Run]) -> Section:
     varying = [key for key in keys if len({json.dumps(flat.get(key)) for flat in flats}) > 1]
     policy_keys = {key for key in varying if key.startswith("policy.")}
     conditions = [key for key in varying if key not in policy_keys]
-    short = _short_keys(conditions)
+    short = short_keys(conditions)
+    labels, full_names = policy_labels([run.config.get("policy") or {} for run in runs], policy_keys)
     cases = [
-        Case(
-            run,
-            _policy_label(run.config.get("policy") or {}, policy_keys),
-            {short[key]: flat.get(key) for key in conditions},
-        )
-        for run, flat in zip(runs, flats)
+        Case(run, label, {short[key]: flat.get(key) for key in conditions})
+        for run, flat, label in zip(runs, flats, labels)
     ]
-    return Section(name, cases)
+    return Section(name, cases, full_names)
+
+
+def _conditions_in_order(cases: Sequence[Case]) -> list[str]:
+    """By the values of the first key that varies, then of the next: numbers by size, others as they first came."""
+    keys = list(dict.fromkeys(key for case in cases for key in case.condition_values))
+    places = {
+        key: {
+            json.dumps(value, sort_keys=True): place
+            for place, value in enumerate(in_order(case.condition_values.get(key) for case in cases))
+        }
+        for key in keys
+    }
+
+    def place(case: Case) -> list[int]:
+        return [places[key][json.dumps(case.condition_values.get(key), sort_keys=True)] for key in keys]
+
+    return list(dict.fromkeys(case.condition for case in sorted(cases, key=place)))
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------

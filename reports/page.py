@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from .case_labels import in_order
 from .comparison import (
     ERRORS,
     Case,
@@ -420,6 +421,7 @@ def _facts(section: Section) -> list[tuple[str, str]]:
         ),
         ("Cluster", _cluster(run)),
         ("Policies", _policies(section)),
+        *((f"“{label}”", text) for label, text in section.full_names.items()),
         ("Dataset", _inline(_dict(workload.get("dataset"))) + f"; max_tokens {_inline(workload.get('max_tokens'))}"),
         ("Load", "; ".join(_phase(_dict(phase)) for phase in workload.get("phases") or [])),
         ("Objectives", _objectives(run)),
@@ -501,10 +503,8 @@ def _objectives(run: Run) -> str:
 
 
 def _varied(section: Section) -> str:
-    values: dict[str, list[str]] = {}
+    values: dict[str, list[Any]] = {}
     for case in section.cases:
         for key, value in case.condition_values.items():
-            texts = values.setdefault(key, [])
-            if (text := _inline(value)) not in texts:
-                texts.append(text)
-    return "; ".join(f"{key}: {', '.join(texts)}" for key, texts in values.items())
+            values.setdefault(key, []).append(value)
+    return "; ".join(f"{key}: {', '.join(map(_inline, in_order(found)))}" for key, found in values.items())

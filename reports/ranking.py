@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
+from .case_labels import plain
 from .comparison import split_key
 from .metrics import BY_KEY, summary_of
 from .run_errors import check_comparable
@@ -197,7 +198,8 @@ def _by_condition(trees: Sequence[Sequence[Run]], key: str) -> dict[str, dict[st
         for run in sorted(runs, key=lambda run: run.repeat):
             swept: dict[str, Any] = run.manifest.get("values") or {}
             condition = ", ".join(f"{name}={_plain(v)}" for name, v in swept.items() if not name.startswith("policy."))
-            policy = ", ".join(dict.fromkeys(_plain(v) for name, v in swept.items() if name.startswith("policy.")))
+            names = [_plain(v) for name, v in swept.items() if name.startswith("policy.")]
+            policy = names[0] if names and set(names) == {names[0]} else ", ".join(names)
             value = summary_of(run).get(key)
             if not policy or value is None:
                 continue
@@ -212,7 +214,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         others = ", ".join(f"{key}={_plain(item)}" for key, item in value.items() if key != "name")
         return _plain(value.get("name", "")) + (f" ({others})" if others else "")
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = value if isinstance(value, str) else plain(value)
     return text.rpartition(":")[2] if ".py:" in text else text
 
 

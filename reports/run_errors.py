@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from msgspec import Struct
 
-from .comparison import Agreement, Case, Pair, agreement, estimate, flat_keys
+from .case_labels import flat_keys
+from .comparison import Agreement, Case, Pair, agreement, estimate
 from .metrics import STAGES
 from .runs import ReportError, Run, find_runs
 from .statistics import kendall_tau, min_observations

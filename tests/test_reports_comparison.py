@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from disagg.reports.case_labels import LONGEST, policy_labels
 from disagg.reports.comparison import (
     agreement,
     compare_policies,
@@ -49,6 +51,52 @@ def test_varying_parameters_and_files_of_users_show_in_the_label(tmp_path: Path)
         runs.append(Run(write_run(tmp_path / str(i), config, requests=[request()])))
     (section,) = sections_of(runs)
     assert section.policies == ["Shortest (d=2)", "Shortest (d=3)", "random"]
+
+
+ROLE_CHANGES = [{"at_s": at, "executor": 3, "role": "context"} for at in (2.0, 4.0)]
+SECTIONS: list[dict[str, Any]] = [
+    {"router": {"name": router}, "roles": roles}
+    for router in ("mixed_pool", "least_tokens")
+    for roles in (
+        None,
+        {"name": "mixed_pool"},
+        {"name": "mixed_pool", "max_kv": 0.5},
+        {"name": "scheduled", "changes": ROLE_CHANGES},
+        {"name": "scheduled", "changes": ROLE_CHANGES[:1]},
+        {"name": "scheduled", "changes": [ROLE_CHANGES[0] | {"at_s": 3.0}]},
+    )
+]
+
+
+def test_different_policies_never_share_a_label_and_no_label_is_long(tmp_path: Path) -> None:
+    runs = [
+        Run(write_run(tmp_path / str(i), config_of() | {"policy": section}, requests=[request()]))
+        for i, section in enumerate([*SECTIONS, *SECTIONS])
+    ]
+    (section,) = sections_of(runs)
+    labels = [case.policy for case in section.cases]
+    assert labels[: len(SECTIONS)] == labels[len(SECTIONS) :] == section.policies
+    assert len(set(labels)) == len(SECTIONS)
+    assert labels[:2] == ["mixed_pool + roles none", "mixed_pool + roles mixed_pool"]
+    assert all(len(label) <= LONGEST + 2 for label in labels)
+    assert "at_s=4" in section.full_names[labels[3]]
+
+
+def test_routers_that_swap_places_or_share_a_name_are_told_apart() -> None:
+    def labels(*routers: tuple[str, str, str]) -> list[str]:
+        kinds = ("context_router", "generation_router", "mixed_router")
+        policies = [dict(zip(kinds, ({"name": name} for name in names))) for names in routers]
+        return policy_labels(policies, [f"policy.{kind}.name" for kind in kinds])[0]
+
+    assert labels(("a", "a", "a"), ("b", "b", "b")) == ["a", "b"]
+    assert labels(("a", "b", "b"), ("b", "a", "a")) == ["a + b", "b + a"]
+    assert labels(("a", "a", "b"), ("a", "b", "b"), ("a", "a", "b")) == ["a + b A", "a + b B", "a + b A"]
+
+
+def test_conditions_go_by_the_size_of_their_numbers(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / str(rate), "random", rate=rate, num_requests=8) for rate in (10.0, 2.5, 5.0)]
+    (section,) = sections_of(runs)
+    assert section.conditions == ["rate=2.5", "rate=5", "rate=10"]
 
 
 def test_experiments_get_a_section_each(tmp_path: Path) -> None:
