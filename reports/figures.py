@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -37,6 +38,9 @@ MAX_POINTS: Final = 4000
 TIME_BINS: Final = 150
 MAX_ERROR_PERCENT: Final = 200.0
 _CURVE_POINTS: Final = 400
+_CHARACTERS_AN_INCH: Final = 15  # of a legend
+_LEGEND_ROW_INCHES: Final = 0.2
+_TICK_CHARACTERS: Final = 24
 
 
 class Style(Struct, frozen=True):
@@ -116,9 +120,17 @@ def draw(
 
 
 def _legend(figure: MatplotlibFigure, axes: Axes, columns: int = 4) -> None:
+    """Below the panels, as many columns as its words leave room for; its further rows make the figure higher."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)))
+        room = int(_CHARACTERS_AN_INCH * figure.get_figwidth()) // (max(map(len, labels)) + 4)
+        columns = max(1, min(columns, room, len(handles)))
+        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_INCHES * ((len(handles) - 1) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _tick_labels(policies: Sequence[str]) -> list[str]:
+    return [fill(policy, _TICK_CHARACTERS) for policy in policies]
 
 
 def scale_of(values: Sequence[float | None], unit: str) -> tuple[float, str]:
@@ -261,7 +273,7 @@ def service_levels(
                 capsize=3,
                 lw=1.2,
             )
-            axes.set_yticks(range(len(policies)), policies)
+            axes.set_yticks(range(len(policies)), _tick_labels(policies))
             axes.grid(axis="y", visible=False)
             _level_axis(axes, key, cases, horizontal=True)
         panels[0].invert_yaxis()
@@ -324,7 +336,7 @@ def stage_breakdown(name: str, groups: dict[str, list[Case]], title: str) -> Dra
         for y, total in enumerate(totals.values()):
             axes.text(total * factor, y, f" {total * factor:.3g} {unit}", va="center", fontsize=9)
         axes.set_xlim(0.0, max([*left, 1e-12]) * 1.12)
-        axes.set_yticks(range(len(means)), list(means))
+        axes.set_yticks(range(len(means)), _tick_labels(list(means)))
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"mean time of a completed request ({unit})")

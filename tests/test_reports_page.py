@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from disagg.reports.figures import styles_of
+from disagg.reports.figures import _legend, styles_of
 from disagg.reports.page import write_report
 from disagg.reports.runs import ReportError
 from disagg.reports.tables import number, signed_percent, to_csv
@@ -163,6 +165,20 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_policy_keeps_its_colour_whatever_the_order() -> None:
     assert styles_of(["b", "a", "c"]) == styles_of(["c", "b", "a", "a"])
     assert len({style.colour for style in styles_of(list("abcdefg")).values()}) == 7
+
+
+def test_a_legend_of_long_names_stays_inside_its_figure() -> None:
+    figure = Figure(figsize=(9.0, 3.9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i in range(12):
+        axes.plot([0, 1], [i, i], label=f"{i:02d} " + "wide name " * 4 + "x")
+    _legend(figure, axes)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    words = legend.get_window_extent()
+    assert words.width < figure.bbox.width
+    assert axes.bbox.height > figure.dpi * 2.5
 
 
 def test_numbers_carry_three_digits() -> None:
