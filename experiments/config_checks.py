@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, Final, Literal, NamedTuple
 
@@ -30,6 +31,7 @@ from .config import (
     TracePhase,
 )
 from .errors import ConfigError, ResourceError, did_you_mean
+from .role_checks import check_roles
 from .workload import declared_max_tokens, phase_counts
 
 NOT_ENABLED = "Disaggregated serving is not enabled, please check the configuration"
@@ -290,7 +292,8 @@ def _policies(config: Experiment) -> Iterator[Problem]:
         if choice is not None:
             yield from _policy(choice, "routing", ("policy", name), config)
     if config.policy.roles is not None:
-        yield from _policy(config.policy.roles, "roles", ("policy", "roles"), config)
+        wrong = list(_policy(config.policy.roles, "roles", ("policy", "roles"), config))
+        yield from wrong or (Problem(*found) for found in check_roles(config))
     yield from _policy(config.policy.admission, "admission", ("policy", "admission"), config)
     yield from _policy(config.policy.queue_order, "queue_order", ("policy", "queue_order"), config)
     seen: set[tuple[str | int, ...]] = set()
@@ -327,7 +330,10 @@ def _policy(choice: PolicyChoice, kind: str, path: tuple[str | int, ...], config
         try:
             create(choice.name, kind, choice.params, seed="check", root=str(config.root))
         except (Exception, SystemExit) as error:  # a user's class may raise anything
-            yield Problem(path, f"'{choice.name}' refuses its parameters: {type(error).__name__}: {error}")
+            told = re.findall(r"\w+", str(error))
+            named = [name for name in choice.params if name in told]  # its own words say which one it refuses
+            where = (*path, min(named, key=told.index)) if named else path
+            yield Problem(where, f"'{choice.name}' refuses its parameters: {type(error).__name__}: {error}")
 
 
 def _parameters(policy: Any) -> dict[str, inspect.Parameter]:

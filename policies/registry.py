@@ -109,10 +109,23 @@ def load(name: str, kind: str, root: str = ".") -> type:
             return info.policy
     names = [info.name for info in available() if info.kind == kind]
     guess = difflib.get_close_matches(name, names, 1)
-    hint = f", did you mean {guess[0]!r}?" if guess else ""
+    hint = f", did you mean {guess[0]!r}?" if guess else "."
     raise PolicyError(
-        f"there is no {kind} policy {name!r}{hint} Available: {', '.join(names)}, or path/to/file.py:Class"
+        f"there is no {_said(kind)} policy {name!r}{hint}{_elsewhere(name, kind)}"
+        f" Available: {', '.join(names)}, or path/to/file.py:Class"
     )
+
+
+def _said(kind: str) -> str:
+    return {"roles": "role", "queue_order": "queue order"}.get(kind, kind)
+
+
+def _elsewhere(name: str, kind: str) -> str:
+    """What a name that is unknown here may have been meant as."""
+    if name.endswith(".py"):
+        return f" A file's class is part of its name: {name}:MyPolicy."
+    others = [info.kind for info in available() if info.name == name and info.kind != kind]
+    return f" {name!r} is of another kind: {', '.join(map(_said, others))}." if others else ""
 
 
 def create(name: str, kind: str, params: dict[str, Any], *, seed: str, root: str = ".") -> Any:
@@ -123,7 +136,7 @@ def create(name: str, kind: str, params: dict[str, Any], *, seed: str, root: str
     except TypeError as error:
         allowed = [p for p in inspect.signature(policy).parameters if p != "rng"]
         raise PolicyError(
-            f"{kind} policy {name!r}: {error}. It takes: {', '.join(allowed) or 'no parameters'}"
+            f"{_said(kind)} policy {name!r}: {error}. It takes: {', '.join(allowed) or 'no parameters'}"
         ) from None
     return policy(rng=Random(seed), **params)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from random import Random
 from typing import Any
 
@@ -11,6 +12,8 @@ from .parameters import number, one_of, whole
 from .registry import register
 from .views import FleetView
 from .vocabulary import PS_PER_S, ChangeRole, Role
+
+_KEYS = ("at_s", "executor", "role")
 
 
 @register("scheduled", kind="roles", source="SGLang, live role switch by an operator (POST /pd_role_switch)")
@@ -39,9 +42,11 @@ class Scheduled(RolePolicy):
 
 
 def _scheduled(change: Mapping[str, Any]) -> tuple[int, ChangeRole]:
-    unknown = [key for key in change if key not in ("at_s", "executor", "role")]
+    unknown = [key for key in change if key not in _KEYS]
     if unknown:
-        raise PolicyError(f"scheduled: a change has no {unknown[0]!r}; allowed: at_s, executor, role")
-    at = round(number("scheduled", "at_s", change.get("at_s", 0)) * PS_PER_S)
-    role = one_of("scheduled", "role", change.get("role"), tuple(Role))
-    return at, ChangeRole(whole("scheduled", "executor", change.get("executor")), Role(role))
+        guess = get_close_matches(unknown[0], _KEYS, 1)
+        hint = f", did you mean {guess[0]!r}?" if guess else ";"
+        raise PolicyError(f"scheduled: changes have no {unknown[0]!r}{hint} allowed: {', '.join(_KEYS)}")
+    at = round(number("scheduled", "changes: at_s", change.get("at_s", 0)) * PS_PER_S)
+    role = one_of("scheduled", "changes: role", change.get("role"), tuple(Role))
+    return at, ChangeRole(whole("scheduled", "changes: executor", change.get("executor")), Role(role))

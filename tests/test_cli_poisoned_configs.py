@@ -48,12 +48,33 @@ POISON = {
     "an unknown role policy": (
         "  generation_router:",
         "  roles: schedule\n  generation_router:",
-        ["{f}:16:3: policy.roles.name", "there is no roles policy 'schedule', did you mean 'scheduled'"],
+        ["{f}:16:3: policy.roles.name", "there is no role policy 'schedule', did you mean 'scheduled'"],
     ),
     "a role that there is not": (
         "  generation_router:",
         "  roles: {name: scheduled, changes: [{at_s: 1, executor: 1, role: prefill}]}\n  generation_router:",
-        ["{f}:16:3: policy.roles", "role must be one of context, generation, mixed, parked, got 'prefill'"],
+        ["{f}:16:28: policy.roles.changes", "role must be one of context, generation, mixed, parked, got 'prefill'"],
+    ),
+    "a change of roles with a key misspelt": (
+        "  generation_router:",
+        "  roles: {name: scheduled, changes: [{at: 1, executor: 1, role: mixed}]}\n  generation_router:",
+        ["{f}:16:28: policy.roles.changes", "'at', did you mean 'at_s'?"],
+    ),
+    "a change of an executor that there is not": (
+        "  generation_router:",
+        "  roles:\n    name: scheduled\n    changes:\n    - {at_s: 1, executor: 9, role: mixed}\n  generation_router:",
+        ["{f}:19:17: policy.roles.changes.0.executor", "there is no executor 9; allowed: 1, 2, 3, 4"],
+    ),
+    "changes of roles that leave nobody to generate, listed in another order": (
+        "  generation_router:",
+        "  roles:\n    name: scheduled\n    changes:\n    - {at_s: 2, executor: 3, role: context}\n"
+        "    - {at_s: 1, executor: 4, role: parked}\n  generation_router:",
+        ["{f}:19:30: policy.roles.changes.0.role", "from 2 s on, no executor is left to generate"],
+    ),
+    "a role policy's parameter out of range": (
+        "  generation_router:",
+        "  roles: {name: mixed_pool, max_kv: 7}\n  generation_router:",
+        ["{f}:16:29: policy.roles.max_kv", "at most 1, got 7"],
     ),
     "roles without a router for what may come": (
         "  generation_router: {name: power_of_two, d: 2}",

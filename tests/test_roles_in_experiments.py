@@ -86,3 +86,15 @@ def test_mixed_servers_alone_need_a_transceiver_once_roles_change(
     assert disagg(monkeypatch, "validate", str(tmp_path / "mixed.yaml")) == 2
     said = capsys.readouterr()
     assert "no cache transceiver backend is given" in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [("scheduled", "no changes are given"), ("mixed_pool", "meant with router: mixed_pool")],
+)
+def test_role_policies_that_can_do_little_are_warned_of(
+    roles: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "roles.yaml").write_text(GOOD.replace("policy:\n", f"policy:\n  roles: {roles}\n"))
+    assert disagg(monkeypatch, "validate", str(tmp_path / "roles.yaml")) == 0
+    assert says in capsys.readouterr().err
