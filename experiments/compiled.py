@@ -47,6 +47,7 @@ mypy_path = .
 
 
 SOURCES: Final = "sources.blake2b"  # in the output: what it was made from
+BEGUN: Final = "sources.unfinished"  # in an output whose compiler has not ended, or failed
 
 
 def digest_of_sources() -> str:
@@ -59,11 +60,21 @@ def digest_of_sources() -> str:
 
 
 def build(output: Path) -> None:
-    """Copy the package to `output`/disagg and compile the hot modules there. CalledProcessError if that fails."""
+    """Copy the package to `output`/disagg and compile the hot modules there. CalledProcessError if that fails.
+
+    What is there is removed. FileExistsError if that is anything but an empty folder or an earlier copy.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} is no folder")
+    if output.is_dir() and any(output.iterdir()) and not any((output / name).is_file() for name in (SOURCES, BEGUN)):
+        raise FileExistsError(
+            f"{output} holds files, and no compiled copy; allowed: a new or empty folder, or a copy's"
+        )
     digest = digest_of_sources()
     package = output / "disagg"
     shutil.rmtree(output, ignore_errors=True)
     package.mkdir(parents=True)
+    (output / BEGUN).touch()
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for floor in FLOORS:
         shutil.copytree(PACKAGE / floor, package / floor, ignore=ignored)
@@ -78,14 +89,23 @@ def build(output: Path) -> None:
     subprocess.run(command, cwd=output, check=True, env=environment)
     shutil.rmtree(output / "build", ignore_errors=True)
     (output / SOURCES).write_text(digest)
+    (output / BEGUN).unlink()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build/compiled"), help="a folder that is made anew")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/compiled"),
+        help="a new or empty folder, or that of an earlier copy, which is made anew",
+    )
     options = parser.parse_args()
     try:
         build(options.output.resolve())
+    except FileExistsError as error:
+        print(f"error: --output: {error}", file=sys.stderr)
+        return 2
     except subprocess.CalledProcessError as error:
         print(f"the compiler failed with {error.returncode}: mypy and a C compiler are needed", file=sys.stderr)
         return 1

@@ -30,6 +30,30 @@ def test_random_worlds_leave_the_same_logs_compiled_and_not() -> None:
     assert done.stdout.split("\n")[:-1] == [f"{seed} {random_world(seed).run().digest()}" for seed in range(40)]
 
 
+def test_a_folder_that_holds_anything_but_a_copy_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "thesis" / "chapter.tex"
+    kept.parent.mkdir()
+    kept.write_text("words")
+    monkeypatch.setattr(sys, "argv", ["compiled", "--output", str(kept.parent)])
+    assert compiled.main() == 2
+    assert f"{kept.parent} holds files, and no compiled copy" in capsys.readouterr().err
+    assert kept.read_text() == "words"
+
+
+@pytest.mark.parametrize("left", [None, compiled.SOURCES, compiled.BEGUN])
+def test_an_empty_folder_and_an_earlier_copy_are_made_anew(
+    left: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if left is not None:
+        (tmp_path / left).touch()
+        (tmp_path / "old").touch()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)  # the compiler
+    compiled.build(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disagg", "mypy.ini", "setup.py", compiled.SOURCES]
+
+
 _PROGRAM = """
 import disagg.core.executor as executor
 if executor.__file__.endswith(".py"):
