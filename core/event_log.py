@@ -19,7 +19,7 @@ from .events import Event
 from .executor import ExecutorCore
 from .orchestrator import OrchestratorCore
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 _PREFIX: Final = 4
 _MAX_FRAME: Final = 1 << 30
 
@@ -29,6 +29,12 @@ class LogHeader(Struct, frozen=True):
     executor: ExecutorConfig | None = None
     orchestrator: OrchestratorConfig | None = None
     policy_root: str = "."
+
+
+class _AnyHeader(Struct, frozen=True):
+    """What the headers of all formats have."""
+
+    format: int
 
 
 class Frame(Struct, frozen=True, array_like=True):
@@ -59,6 +65,7 @@ class Core(Protocol):
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _header_decoder: Final = msgspec.msgpack.Decoder(LogHeader)
+_format_decoder: Final = msgspec.msgpack.Decoder(_AnyHeader)
 _frame_decoder: Final = msgspec.msgpack.Decoder(Frame)
 
 
@@ -92,11 +99,13 @@ def read_log(data: bytes) -> tuple[LogHeader, Iterator[Frame]]:
     """The header and the frames of a log; EventLogError if it is none."""
     bodies = _bodies(data)
     try:
-        header = _header_decoder.decode(next(bodies))
+        first = next(bodies)
+        found = _format_decoder.decode(first).format
+        if found != FORMAT:
+            raise EventLogError(f"event log of format {found}, this version reads {FORMAT}")
+        header = _header_decoder.decode(first)
     except (StopIteration, msgspec.DecodeError) as error:
         raise EventLogError(f"not an event log: {error}") from None
-    if header.format != FORMAT:
-        raise EventLogError(f"event log of format {header.format}, this version reads {FORMAT}")
     return header, _frames(bodies)
 
 

@@ -59,6 +59,10 @@ class KvSource:
         reader = visit.pinned_by or visit.reader
         if reader is not None:
             return f"{subject} is being read by executor {reader[0]}"
+        present = event.num_present
+        most = visit.num_kv_tokens - 1 if visit.state is State.CONTEXT_DONE else 0  # early, all of it is asked for
+        if not 0 <= present <= most or present % self._tokens_per_block:
+            return f"{subject}: its reader says it has {present} tokens; allowed: whole blocks of at most {most} tokens"
         return f"executor {event.reader} is gone" if event.reader in self._gone else None
 
     def begun(self, visit: Visit, now: int) -> None:

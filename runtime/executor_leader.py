@@ -25,7 +25,7 @@ from ..core.commands import (
     StopAfterStep,
     WakeAt,
 )
-from ..core.event_log import LoggedCore, LogHeader
+from ..core.event_log import FORMAT, LoggedCore, LogHeader
 from ..core.events import (
     Cancel,
     Enqueue,
@@ -120,7 +120,9 @@ class LeaderSession:
         config, root = roster.configs[executor], roster.spec.orchestrator.policy_root
         self._core: Any = ExecutorCore(config, root)
         if log:
-            self._core = LoggedCore(self._core, LogHeader(1, executor=config, policy_root=root), self.record.log.append)
+            self._core = LoggedCore(
+                self._core, LogHeader(FORMAT, executor=config, policy_root=root), self.record.log.append
+            )
         names_blocks = config.enable_block_reuse and not roster.spec.workload_names_blocks
         self._sequences = Sequences(config.tokens_per_block if names_blocks else None)
         self._transfers = ExecutorTransfers(roster, executor, self._order)

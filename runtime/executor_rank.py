@@ -25,7 +25,7 @@ from .executor_spec import Roster
 from .kernel_profile import KernelProfile
 from .model_place import Place
 from .mpi_world import MpiWorld
-from .rank_record import DRAINED, ExecutorBrokenError, RankInfo, RankRecord, SessionConfig
+from .rank_record import DRAINED, ExecutorBrokenError, RankInfo, RankRecord, SessionConfig, session_of
 from .stepper import Stepper
 from .transport import KvTransport, make_transport
 from .transport_world import throttle_of
@@ -235,7 +235,7 @@ class ExecutorRank:
         if isinstance(body, PlanGrant):
             self._engine_thread.grant(body)
         elif isinstance(body, Hello):
-            config = msgspec.msgpack.decode(body.config, type=SessionConfig)
+            config = session_of(body)
             self.new_engine(sends_early=config.sends_early)
         elif self._transfers is not None:
             obey_kv_order(self._transfers, body)
@@ -281,8 +281,8 @@ class ExecutorRank:
             for item in items:
                 body = item.body if isinstance(item, Arrived) else None
                 if isinstance(body, Hello):
-                    config = msgspec.msgpack.decode(body.config, type=SessionConfig)
                     try:
+                        config = session_of(body)
                         session, shipped = self.open_session(config, self._to_orchestrator), False
                     except (Exception, SystemExit) as error:
                         self._fault(error)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from ..core.commands import ORCHESTRATOR, Deliver, Dispatched, Drained, Record, Send, WakeAt
-from ..core.event_log import LoggedCore, LogHeader
+from ..core.event_log import FORMAT, LoggedCore, LogHeader
 from ..core.events import (
     Arrive,
     Cancel,
@@ -166,7 +166,7 @@ class OrchestratorDriver:
         self._log, self._record, self._chunks = [], SessionRecord(), {}
         self._core = OrchestratorCore(orchestrator)
         if record:
-            self._core = LoggedCore(self._core, LogHeader(1, orchestrator=orchestrator), self._log.append)
+            self._core = LoggedCore(self._core, LogHeader(FORMAT, orchestrator=orchestrator), self._log.append)
         self._events, self._wake_at = [], None
         self._owner, self._attempt, self._output_lengths, self._direct, self._held = {}, {}, {}, {}, {}
         self.roles = {executor: config.role for executor, config in self.roster.configs.items()}

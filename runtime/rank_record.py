@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
+import msgspec
 from msgspec import Struct
 
 from .clock import monotonic_ns
 from .executor_kv import ChecksumRow
+from .wire import PROTOCOL_VERSION, Hello
 
 DRAINED: Final = "drained"
 
@@ -30,6 +32,16 @@ class SessionConfig(Struct, frozen=True):
     record: bool = True
     sends_early: bool = True
     seed: int | None = None
+
+
+def session_of(hello: Hello) -> SessionConfig:
+    """What `hello` carries. ExecutorBrokenError if its sender speaks another version of the messages than this rank."""
+    if hello.version != PROTOCOL_VERSION:
+        raise ExecutorBrokenError(
+            f"a rank of executor {hello.executor} speaks version {PROTOCOL_VERSION} of the messages between ranks, and was"
+            f" greeted in version {hello.version}: all ranks must run the same version of disagg"
+        )
+    return msgspec.msgpack.decode(hello.config, type=SessionConfig)
 
 
 class RankInfo(Struct, frozen=True):

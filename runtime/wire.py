@@ -21,7 +21,7 @@ from ..core.events import (
 )
 
 MAX_FRAME_BYTES: Final = 64 << 20
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 _MAX_ITEMS: Final = 1 << 22  # of any list: block ids, token ids, request ids
 _MAX_TEXT: Final = 1 << 16
 _MAX_COUNT: Final = 1 << 40
@@ -50,7 +50,7 @@ class WireError(ValueError):
 
 
 class Hello(Struct, frozen=True, tag="hello", array_like=True):
-    """Rank 0 to a rank: what it is to be. `config` is JSON that the runtime's own decoder checks."""
+    """Rank 0 to a rank: what it is to be. `config` is msgpack that the runtime's own decoder checks."""
 
     version: Count
     executor: Rank
@@ -328,6 +328,8 @@ def _check_bounds(value: Any, name: str) -> None:
     elif isinstance(value, tuple):
         if len(value) > _MAX_ITEMS:
             raise WireError(f"{name} has {len(value)} items; allowed: at most {_MAX_ITEMS}")
+        if name == "cache_events" and value and not 0 <= value[0] < len(value):
+            raise WireError(f"{name} begins with {value[0]}; allowed: a count of the {len(value) - 1} hashes behind it")
         if value and type(value[0]) is int and name != "appended":  # long lists of ids: the extremes tell
             if all(type(item) is int for item in value):
                 _check_bounds(min(value), name)

@@ -15,7 +15,7 @@ import simpy
 
 from ..core.commands import ORCHESTRATOR, AbortKv, Deliver, Dispatched, Drained, Record, Send, ServeKv, WakeAt
 from ..core.config import OrchestratorConfig
-from ..core.event_log import LoggedCore, LogHeader
+from ..core.event_log import FORMAT, LoggedCore, LogHeader
 from ..core.events import Arrive, Cancel, KvReceived, KvTaken, PeerDown, Report, RoleChanged, Wake
 from ..core.executor import ExecutorCore
 from ..core.grants import Launch
@@ -90,13 +90,13 @@ class SimulatedCluster:
         core: Any = OrchestratorCore(config)
         self._is_holding = core.is_holding
         self._orchestrator: OrchestratorCore = core  # to ask it, past the log, what can wait
-        self.core = core if sink is None else LoggedCore(core, LogHeader(1, orchestrator=config), sink)
+        self.core = core if sink is None else LoggedCore(core, LogHeader(FORMAT, orchestrator=config), sink)
         self.executors: dict[int, SimulatedExecutor] = {}
         for executor in config.executors:
             sink = log_sink(executor.id) if log_sink is not None else None
             core = ExecutorCore(executor, config.policy_root)
             if sink is not None:
-                core = LoggedCore(core, LogHeader(1, executor=executor, policy_root=config.policy_root), sink)
+                core = LoggedCore(core, LogHeader(FORMAT, executor=executor, policy_root=config.policy_root), sink)
             ahead = Launch(*(launch or {}).get(executor.id, ()))
             self.executors[executor.id] = SimulatedExecutor(executor, core, self, ahead)
 

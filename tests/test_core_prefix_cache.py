@@ -158,6 +158,19 @@ def test_what_came_and_went_between_two_reports_is_not_told() -> None:
     assert cache.news() == ()
 
 
+@pytest.mark.parametrize("present", [-4, 6, 8, 400])
+def test_a_reader_that_has_what_cannot_be_is_refused(present: int) -> None:
+    """The prompt has 8 tokens in blocks of 4: a reader has 0 or 4 of them, and none when it asks early."""
+    desk = desk_of(Role.CONTEXT)
+    desk.until_context_done(1, prompt=8)
+    desk.give(with_(asks(1), num_present=present))
+    assert not desk.served.ok
+    assert f"its reader says it has {present} tokens" in str(desk.served.error)
+    desk.give(context(2, prompt=8))
+    desk.give(with_(asks(2), num_present=4))
+    assert "at most 0 tokens" in str(desk.served.error)
+
+
 def test_a_report_that_is_looked_at_takes_no_news() -> None:
     desk = desk_of()
     desk.give(named(both(1, prompt=8, max_tokens=1), 71, 72))

@@ -15,6 +15,7 @@ from disagg.core.commands import RunSteps
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
 from disagg.core.cost import ConstantCost
 from disagg.core.event_log import (
+    FORMAT,
     EventLogError,
     Frame,
     LogHeader,
@@ -217,7 +218,7 @@ def test_a_difference_tells_where_and_what(logs: dict[int, bytes]) -> None:
 # ---- logs that are none --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [1, 3, 7, 100])
+@pytest.mark.parametrize("cut", [1, 3, 7, 15])  # less than the last frame has
 def test_a_log_that_is_cut_short_is_refused(logs: dict[int, bytes], cut: int) -> None:
     with pytest.raises(EventLogError, match="cut short"):
         replay(logs[1][:-cut])
@@ -230,12 +231,12 @@ def test_what_is_no_log_is_refused() -> None:
 
 
 def test_a_log_of_another_format_is_refused() -> None:
-    body = msgspec.msgpack.encode(LogHeader(2))
-    with pytest.raises(EventLogError, match="format 2"):
+    body = msgspec.msgpack.encode({"format": 1, "executor": "as it was written then"})
+    with pytest.raises(EventLogError, match="format 1, this version reads 2"):
         read_log(len(body).to_bytes(4, "big") + body)
 
 
 def test_a_log_of_no_core_is_refused() -> None:
-    body = msgspec.msgpack.encode(LogHeader(1))
+    body = msgspec.msgpack.encode(LogHeader(FORMAT))
     with pytest.raises(EventLogError, match="names no core"):
         replay(len(body).to_bytes(4, "big") + body)

@@ -96,6 +96,8 @@ def test_every_control_message_is_tried_above() -> None:
         (KvWithdrawn(1, 1 << 21, 3), "reader"),
         (ContextStarted(-1), "request_id"),
         (FirstTokenOut(-1), "request_id"),
+        (Report(1, cache_events=(-1, 5)), "cache_events begins with -1"),
+        (Report(1, cache_events=(2, 5)), "cache_events begins with 2; allowed: a count of the 1 hashes"),
         (Response(1, 1 << 21, None, 0), "executor"),
         (wire.KvWrittenOrder(-1), "body"),
         (wire.PlanGrant(1, 1, 1, 1, RunSteps(1, 1, 1, -1)), "last_step"),

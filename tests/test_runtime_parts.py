@@ -6,6 +6,7 @@ import itertools
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,8 @@ from disagg.runtime.executor_steps import Span, merged
 from disagg.runtime.executor_tokens import Sequences, TokenError, check_tokens
 from disagg.runtime.orchestrator_job import Job, decode_job, encode
 from disagg.runtime.orchestrator_load import LoadDriver, LoadPhase, PlannedSubmission
-from disagg.runtime.wire import AbortKvOrder, KvPart, ReceiveKvOrder, ServeKvOrder
+from disagg.runtime.rank_record import ExecutorBrokenError, SessionConfig, session_of
+from disagg.runtime.wire import PROTOCOL_VERSION, AbortKvOrder, Hello, KvPart, ReceiveKvOrder, ServeKvOrder
 from tests.runtime_programs.clusters import BLOCK, cluster, context, generation
 from tests.tiny_models import SHAPES
 
@@ -53,6 +55,13 @@ def test_an_inbox_gives_all_there_is_and_wakes_whoever_waits() -> None:
     inbox.put(3)
     waiter.join(10)
     assert taken == [3]
+
+
+def test_a_rank_is_not_greeted_in_another_version_of_the_messages() -> None:
+    config = msgspec.msgpack.encode(SessionConfig(5, seed=7))
+    assert session_of(Hello(PROTOCOL_VERSION, 1, config)) == SessionConfig(5, seed=7)
+    with pytest.raises(ExecutorBrokenError, match=f"greeted in version {PROTOCOL_VERSION - 1}"):
+        session_of(Hello(PROTOCOL_VERSION - 1, 1, config))
 
 
 # ---- spans -----------------------------------------------------------------------------------------------------------
