@@ -49,14 +49,17 @@ _VERSION: Final = 1  # of what a task means: answers to another one are not take
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. `seeds` None: as many as the scenario's `repeats`; `requests` cuts each phase."""
+    """How much is computed. `seeds` None: as many as the scenario's `repeats`; `requests` cuts each phase.
+
+    Of `load_seeds` and `stale_seeds` no more are taken than of `seeds`.
+    """
 
     seeds: int | None = None
     requests: int | None = None
     loads: tuple[float, ...] = (0.6, 0.8, 1.2)  # times the scenario's own
-    load_seeds: int = 1
+    load_seeds: int = 5
     report_intervals_ms: tuple[float, ...] = (10.0, 100.0, 1000.0)
-    stale_seeds: int = 2
+    stale_seeds: int = 5
     stale_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes")
     regret_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes", "conditional")
     regret_requests: int = 3  # whose decisions are looked at again
@@ -65,12 +68,12 @@ class Size:
 
 FULL: Final = Size()
 QUICK: Final = Size(
-    seeds=2,
-    requests=150,
+    seeds=5,
+    requests=60,
     loads=(0.8, 1.2),
-    load_seeds=1,
+    load_seeds=5,
     report_intervals_ms=(1000.0,),
-    stale_seeds=1,
+    stale_seeds=5,
     stale_scenarios=("heavy_tails",),
     regret_scenarios=("heavy_tails", "conditional"),
     regret_requests=2,

@@ -295,6 +295,8 @@ def ageing(board: Board, scenario: str) -> list[Ageing]:
             for interval in intervals
         }
         seeds = [seed for seed in by_seed[FRESH] if all(seed in values for values in by_seed.values())]
+        if not seeds:
+            continue
         values = {interval: [by_seed[interval][seed] for seed in seeds] for interval in intervals}
         found.append(
             Ageing(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from .board import FRESH, Board, BoardScenario, ageing, goodput_curve, own_policies, pareto, standings
+from .board_text import seeds_text
 from .figures import GREY, Drawing, draw, plain_log_ticks, scale_of, styles_of
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ def goodput(board: Board, scenario: BoardScenario) -> Drawing | None:
 
     return draw(
         f"{scenario.name}-goodput",
-        "Goodput over load; dotted: all of them",
+        "Goodput over load; dotted: every request meets them; "
+        + seeds_text(e.n for curve in curves.values() for _, e in curve),
         f"Goodput over load of {', '.join(curves)}",
         (5.4, 4.4),
         paint,
@@ -178,7 +180,7 @@ def older_reports(board: Board, scenario: BoardScenario) -> Drawing | None:
 
     return draw(
         f"{scenario.name}-reports",
-        "Older reports",
+        "Mean TTFT with older reports; " + seeds_text(each.ttft_s[FRESH].n for each in aged),
         f"Mean TTFT over the report interval of {', '.join(e.policy for e in aged)}",
         (5.4, 4.4),
         paint,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from .board import Board, Standing, ageing, overall, pareto, standings
+from .board import FRESH, Board, Standing, ageing, overall, pareto, standings
 from .comparison import label_of, split_key
 from .figures import scale_of
 from .statistics import Estimate
@@ -44,6 +44,14 @@ def behind_text(key: str, standing: Standing) -> str:
     if standing.is_tied:
         return "not distinguishable"
     return f"{shown(key, standing.behind.value)} behind" if standing.behind.has_interval else "one seed"
+
+
+def seeds_text(numbers: Iterable[int]) -> str:
+    """On how many seeds each curve of a figure is, in words."""
+    few, many = min(found := set(numbers)), max(found)
+    if few == many:
+        return f"the same {many} seeds at each point" if many > 1 else "one seed"
+    return f"of each policy the same {few} to {many} seeds at each point"
 
 
 def as_text(board: Board) -> str:
@@ -129,7 +137,8 @@ def as_markdown(board: Board) -> str:
         aged = ageing(board, scenario.name)
         if aged:
             intervals = sorted({interval for each in aged for interval in each.ttft_s})
-            lines += ["Mean TTFT by report interval (0: at every change of a batch):", ""]
+            seeds = seeds_text(each.ttft_s[FRESH].n for each in aged)
+            lines += [f"Mean TTFT by report interval (0: at every change of a batch), {seeds}:", ""]
             lines += _table(
                 ["policy", *(f"{interval:g} ms" for interval in intervals)],
                 [[each.policy, *(shown("mean_ttft_s", each.ttft_s[i].value) for i in intervals)] for each in aged],

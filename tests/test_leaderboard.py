@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from msgspec.structs import replace
 
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
@@ -28,6 +29,8 @@ from disagg.reports.board import (
     pareto,
     standings,
 )
+from disagg.reports.board_figures import goodput, older_reports
+from disagg.reports.board_text import as_markdown
 from tests.every_policy import names
 
 OWN = """
@@ -95,7 +98,7 @@ def test_every_policy_runs_in_every_scenario_with_the_same_seeds(made: tuple[Pat
     assert [s.text for s in board.scenarios] == ["A small one, of two lines."] * 2
     for name in ("apart", "together"):
         for policy in board.policies:
-            assert list(board.values(name, policy.label, "slo_attainment")) == [5, 6]
+            assert list(board.values(name, policy.label, "slo_attainment")) == [5, 6, 7, 8, 9]
         assert board.loads(name) == sorted([1.0, *QUICK.loads])
     looked_at = [(each.scenario, each.policy) for each in board.regrets if each.rows]
     assert looked_at == [("apart", policy.label) for policy in board.policies]  # where none is chosen for it: the first
@@ -371,6 +374,32 @@ def test_what_older_reports_cost_is_paired_by_seed() -> None:
     (found,) = ageing(board({"a": {0.0: [1.0, 5.0, 60.0], 100.0: [1.5, 5.5]}}), "s")
     assert (found.ttft_s[0.0].value, found.ttft_s[100.0].value) == (3.0, 3.5)  # on the seeds that both have
     assert (found.added_s[100.0].value, found.added_s[100.0].low, found.added_s[100.0].high) == (0.5, 0.5, 0.5)
+
+
+def test_curves_are_over_the_same_seeds_at_each_point_and_say_how_many() -> None:
+    """One seed at the other load and two with old reports, of three: the third, far off, is in neither curve."""
+    table = board({"a": {0.0: [0.5, 0.7, 0.0], 1000.0: [0.5, 0.7]}}, "slo_attainment", a={"mean_ttft_s": 1.0})
+    runs = [*table.runs, BoardRun("s", "a", 0.5, 0.0, 0, 0, {"slo_attainment": 1.0})]
+    table = replace(table, runs=tuple(runs))
+    curve = goodput_curve(table, table.scenarios[0], "a")
+    assert [(rate, e.value, e.n) for rate, e in curve] == [(5.0, 5.0, 1), (10.0, 5.0, 1)]
+    drawings = goodput(table, table.scenarios[0]), older_reports(table, table.scenarios[0])
+    assert [drawing and drawing.title for drawing in drawings] == [
+        "Goodput over load; dotted: every request meets them; one seed",
+        "Mean TTFT with older reports; the same 2 seeds at each point",
+    ]
+    assert "(0: at every change of a batch), the same 2 seeds at each point:" in as_markdown(table)
+
+
+def test_a_policy_without_a_common_seed_has_no_curve_over_age() -> None:
+    table = board({"a": {0.0: [1.0], 100.0: [1.5]}, "b": {0.0: [1.0]}})
+    assert [each.policy for each in ageing(table, "s")] == ["a"]
+
+
+def test_every_curve_of_the_default_board_is_over_all_seeds_of_its_scenario() -> None:
+    seeds = {each.experiment.repeats for each in scenarios_of(list(FULL.stale_scenarios))[0]}
+    assert seeds == {FULL.stale_seeds} == {FULL.load_seeds}
+    assert QUICK.seeds == QUICK.load_seeds == QUICK.stale_seeds == 5
 
 
 def test_goodput_is_attainment_times_the_rate_of_arrivals() -> None:
