@@ -108,6 +108,7 @@ class ExecutorCore:
         self._seen_tokens = 0
         self._timers = Timers(self._timer_matters)
         self._dirty = False  # changed since the last report
+        self._must_plan = False  # something has happened since the last planning pass
         self._reported_at = -config.report_interval
         self._heartbeat_armed = False
         self._responses: list[Response] = []
@@ -119,12 +120,18 @@ class ExecutorCore:
     def handle(self, event: ExecutorEvent | None, now: int, more: bool = False) -> list[ExecutorCommand]:
         """Take `event` (None: only the planning pass is due) at instant `now`; the commands are in order."""
         if event is not None:
-            self._take(event, now)
+            if type(event) is Wake:
+                self._woken(now)
+            else:
+                self._must_plan = True
+                self._take(event, now)
         if not more:
-            if self.scheduler.running is None:
-                self._plan(now)
-            elif self._num_pulls and self._pulls_at_once:
-                self._pull(now)
+            if self._must_plan:
+                self._must_plan = False
+                if self.scheduler.running is None:
+                    self._plan(now)
+                elif self._num_pulls and self._pulls_at_once:
+                    self._pull(now)
             self._flush(now)
         out = self._out
         self._out = []
@@ -147,10 +154,6 @@ class ExecutorCore:
                 self._kv_received(event, now)
             case KvTaken():
                 self._kv_taken(event, now)
-            case Wake():
-                self._timers.woken()
-                for what, subject in self._timers.due(now):
-                    self._fire(what, subject, now)
             case LeaseRenewed():
                 for request_id in event.request_ids:
                     visit = self.visits.get(request_id)
@@ -173,6 +176,12 @@ class ExecutorCore:
                 if not event.drain:
                     for visit in list(self.visits.values()):
                         self._give_up(visit, "the executor was shut down", now)
+
+    def _woken(self, now: int) -> None:
+        """Timers fire. Unless one of them has an effect nothing is planned: a wake-up for a report asks no policy."""
+        self._timers.woken()
+        for what, subject in self._timers.due(now):
+            self._fire(what, subject, now)
 
     def _enqueue(self, event: Enqueue, now: int) -> None:
         request = event.request
@@ -404,6 +413,7 @@ class ExecutorCore:
         elif what == "heartbeat":
             self._heartbeat(now)
         elif what == "batch":
+            self._must_plan = True
             self.scheduler.ask_to_stop()
 
     def _heartbeat(self, now: int) -> None:
@@ -428,7 +438,7 @@ class ExecutorCore:
         """Cancel or fail a visit in any state: at once where nothing touches its blocks, else marked until then."""
         if visit is None or visit.doom is not None or visit.state in FINAL:
             return
-        self._dirty = True
+        self._dirty = self._must_plan = True
         match visit.state:
             case State.CONTEXT_DONE:  # answered already
                 visit.advance(Cause.CANCEL if why is CANCELLED else Cause.FAIL)

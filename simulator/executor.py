@@ -25,6 +25,7 @@ from ..core.config import ExecutorConfig
 from ..core.events import (
     Enqueue,
     KvRequested,
+    Report,
     Response,
     StepsCommitted,
     StepsDone,
@@ -192,7 +193,12 @@ class SimulatedExecutor:
         if at is None or at > now or (at == now and MESSAGE + self.id > priority):
             return
         self._report_at = self._wake_at = None
-        self._obey(self.core.handle(_WAKE, at, at == now), at)
+        commands = self.core.handle(_WAKE, at, at == now)
+        for command in commands:
+            is_report = type(command) is Send and type(command.message) is Report
+            if not is_report and type(command) is not WakeAt:
+                raise RuntimeError(f"executor {self.id} was woken for a report due at {at} ps, and did {command}")
+        self._obey(commands, at)
         if self._wake_at is None and self._wake_serial:  # no time limit matters any more
             self._calendar.take_back(self._wake_serial)
             self._wake_serial = 0

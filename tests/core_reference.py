@@ -292,6 +292,7 @@ class NaiveExecutor:
 
     def lease_ends(self, v: Visitor) -> None:
         if v.place == HELD and v.doom is None and v.lease_until <= self.cluster.now:
+            self.cluster.touch(self)
             self.give_up(v, ERROR)
 
     def beat(self, _: Any) -> None:
@@ -386,10 +387,12 @@ class NaiveExecutor:
 
     def waits_too_long(self, v: Visitor) -> None:
         if v.place == PULLING:
+            self.cluster.touch(self)
             self.fail(v, ERROR, recomputable=True)
 
     def pull_takes_too_long(self, v: Visitor) -> None:
         if v.place == IN_FLIGHT and v.doom is None:
+            self.cluster.touch(self)
             v.doom = ERROR
             self.answer_failure(v, ERROR, recomputable=True)
 
@@ -966,6 +969,7 @@ class NaiveCluster:
         self.calendar.append((at, kind, rank, self.number, call, argument))
 
     def touch(self, executor: NaiveExecutor) -> None:
+        """Something has happened to it, so that it plans at the end of this instant. A timer by itself is nothing."""
         if executor not in self.touched:
             self.touched.append(executor)
 
@@ -1040,9 +1044,6 @@ class NaiveCluster:
                 break
             self.calendar.remove(entry)
             self.now = entry[0]
-            owner = getattr(entry[4], "__self__", None)
-            if isinstance(owner, NaiveExecutor):
-                self.touch(owner)
             entry[4](entry[5])
         return self.trace
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from disagg.core.commands import ReceiveKv, RunSteps
+from disagg.core.commands import ReceiveKv, RunSteps, Send
 from disagg.core.config import PolicySpec
-from disagg.core.events import Enqueue, KvTaken, StepsDone
+from disagg.core.events import Enqueue, KvTaken, StepsDone, Wake
 from disagg.core.executor import ExecutorCore
 from disagg.policies.batching import ChunkedPrefill, ContextFcfs, PrefillFirst
 from disagg.policies.interfaces import BatchPolicy, BatchView, PolicyError, QueueOrder
@@ -233,7 +233,28 @@ def test_a_policy_that_waits_is_asked_again_when_it_said(monkeypatch: pytest.Mon
     commands = give(core, 10, 20)
     assert not [c for c in commands if isinstance(c, RunSteps)]
     assert [c.at for c in commands if type(c).__name__ == "WakeAt"] == [100]
-    (run,) = [c for c in core.handle(None, 100) if isinstance(c, RunSteps)]
+    (run,) = [c for c in core.handle(Wake(), 100) if isinstance(c, RunSteps)]
+    assert [chunk.request_id for chunk in run.chunks] == [1, 2]
+
+
+def test_a_wake_up_for_a_report_asks_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Batcher(BatchPolicy):
+        """Says that it is to be asked at 100, and would begin prompts from 50 on."""
+
+        def plan(self, batch: BatchView) -> BatchPlan:
+            if batch.now < 50:
+                return BatchPlan(ask_again_at=100)
+            return BatchPlan(tuple(ChunkPlan(p.request_id, p.num_tokens_left) for p in batch.waiting))
+
+    batching = named(monkeypatch, Batcher, "batching")
+    (config,) = executors("c", batching=batching, report_interval=60, report_on_batch_change=False)
+    core = ExecutorCore(config)
+    give(core, 10)
+    core.handle(Enqueue(Request(2, 20, 9, RequestType.CONTEXT_ONLY)), 2)
+    told = core.handle(Wake(), 60)
+    assert [type(c.message).__name__ for c in told if isinstance(c, Send)] == ["Report"]
+    assert not [c for c in told if isinstance(c, RunSteps)]
+    (run,) = [c for c in core.handle(Wake(), 100) if isinstance(c, RunSteps)]
     assert [chunk.request_id for chunk in run.chunks] == [1, 2]
 
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.event_log import replay
+from disagg.policies import BatchPlan, BatchView
+from disagg.policies.batching import ChunkedPrefill
 from disagg.policies.vocabulary import PS_PER_MS, PS_PER_S, PS_PER_US
-from tests.simulation_helpers import ROOT, World, executors, random_world
+from tests.simulation_helpers import ROOT, World, executors, named, random_world
 
 NUM_SEEDS = 200
 
@@ -150,6 +152,27 @@ def test_a_run_that_ends_and_goes_on_is_the_same_whether_cores_hear_late_or_in_t
     for core in late.logs:
         assert late.frames(core) == in_time.frames(core), core
     assert late.rows_in_order() == in_time.rows_in_order()
+
+
+def test_a_policy_that_goes_by_the_time_is_asked_at_the_same_instants_whether_reports_are_late_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class AfterAWhile(ChunkedPrefill):
+        """Is to be asked at 5 ms, and would begin prompts from 2 ms on."""
+
+        def plan(self, batch: BatchView) -> BatchPlan:
+            return super().plan(batch) if batch.now >= 2 * PS_PER_MS else BatchPlan(ask_again_at=5 * PS_PER_MS)
+
+    def steps(is_late: bool) -> list[tuple[int, int, int]]:
+        batching = named(monkeypatch, AfterAWhile, "batching")
+        world = World(executors("cg", report_interval=5 * PS_PER_MS // 2, batching=batching), is_late=is_late)
+        world.submit(1, 0, 100, 5)
+        world.submit(2, 60 * PS_PER_US, 100, 5)
+        world.run()
+        return [(row.executor, row.start_ps, row.end_ps) for row in world.table("Step")]
+
+    assert steps(True) == steps(False)
+    assert steps(True)[0][1] == 5 * PS_PER_MS
 
 
 def test_hidden_lengths_do_change_what_comes_after() -> None:
