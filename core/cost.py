@@ -47,21 +47,6 @@ def affine_span_time(first: int, slope: int, num_steps: int) -> int:
     return num_steps * first + slope * (num_steps * (num_steps - 1) // 2)
 
 
-def steps_by(model: CostModel, features: StepFeatures, elapsed: int, at_most: int, factor: int = 1 << UNIT_BITS) -> int:
-    """The least k >= 1 whose end is at or after `elapsed` picoseconds from the epoch's start, or `at_most`.
-
-    Found on the same integer function that says when steps end, never by a float inverse.
-    """
-    low, high = 1, at_most
-    while low < high:
-        middle = (low + high) // 2
-        if end_of_step(model, features, middle, factor) >= elapsed:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
 def end_of_step(model: CostModel, features: StepFeatures, k: int, factor: int = 1 << UNIT_BITS) -> int:
     """Picoseconds from the epoch's start to the end of its step k; `factor` is a noise factor in 2^-20. At least k."""
     units = model.span_time(features, k)

@@ -71,10 +71,6 @@ class DecodeBatch:
             total += residues[i]  # below 0 from the end: residues go round
         return total
 
-    def needs_block(self, visit: Visit) -> bool:
-        """Whether the member's next token starts a new block."""
-        return (visit.num_kv_tokens + self.step - visit.joined_step) % self._tokens_per_block == 0
-
     def steps_until_max_tokens(self) -> int:
         """Steps until the first member has generated `max_tokens`; at least 1. The batch must not be empty."""
         ends = self._ends

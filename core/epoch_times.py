@@ -1,4 +1,4 @@
-"""When the steps of one epoch end: `cost.end_of_step` and `cost.steps_by`, at a few operations a question.
+"""When the steps of one epoch end: `cost.end_of_step` and its inverse, at a few operations a question.
 
 As long as every step takes as much longer than the one before, T(k) is a polynomial in integers. A cost model that has a
 `line` says how far that goes; beyond, and for models without one, its `span_time` is asked.

@@ -230,8 +230,6 @@ class Arrive(Struct, frozen=True, gc=False, tag="arrive", array_like=True):
     request: Request
 
 
-MessageToExecutor = Enqueue | Cancel | LeaseRenewed | FirstTokens | KvWithdrawn | Shutdown | RoleChanged
-MessageToOrchestrator = Response | Report | ContextStarted | FirstTokenOut
 Message = (
     Enqueue
     | Cancel

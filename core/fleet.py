@@ -56,9 +56,6 @@ class Fleet:
         view.context_executor = None
         return view
 
-    def row(self, executor: int) -> ExecutorRow | None:
-        return self._rows.get(executor)
-
     def is_healthy(self, executor: int) -> bool:
         return bool(self._rows[executor].healthy)
 
@@ -101,7 +98,7 @@ class Fleet:
         cells["kv_blocks_reserved"][i] = report.blocks_reserved
         cells["kv_blocks_held"][i] = report.blocks_held
         cells["step_time_ps"][i] = report.step_time
-        if report.cache_events:
+        if report.cache_events and executor not in self._gone:  # what was on its way when it died is of no use
             self.prefixes.heard(executor, report.cache_events)
         cells["received_at"][i] = now
         cells["num_reports"][i] += 1

@@ -79,7 +79,7 @@ class Scheduler:
 
     @property
     def num_spare_blocks(self) -> int:
-        """Free, and not needed by the decode batch's next step. For use between plans."""
+        """Free, and not needed by the decode batch's next step. While a plan runs, for use where nothing evicts only."""
         needed = self.batch.blocks_for(1) if self.evicts and self.batch.members else 0
         return self.blocks.num_free - needed
 

@@ -1,6 +1,7 @@
 """Routing by prefixes: where the KV of a prompt's beginning is believed to lie, weighed against load.
 
-Matches come from the orchestrator's own dispatches (`ExecutorPool.prefix_match`), as in the approximate mode of each source.
+Matches (`ExecutorPool.prefix_match`) come from what executors that reuse blocks report of them, and for all others from the
+orchestrator's own dispatches, as in the approximate mode of each source.
 """
 
 from __future__ import annotations

@@ -65,9 +65,6 @@ class Driver:
         self._first, self._failed = ctypes.c_size_t(0), ctypes.c_size_t()
         self._fixed = tuple(ctypes.addressof(each) for each in (self._attributes, self._first, self._failed))
 
-    def has(self, function: str) -> bool:
-        return hasattr(self._lib, function)
-
     def call(self, function: str, *args: Any) -> None:
         self._check(function, getattr(self._lib, function)(*args))
 

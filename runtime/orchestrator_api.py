@@ -88,6 +88,8 @@ class DisaggExecutorOrchestrator(Closing):
             raise SpecError(f"there is no executor {executor}; allowed: {list(self._roster.configs)}")
         if self._roster.spec.transport is None:
             raise SpecError("roles cannot change where no KV can travel; allowed: a transport")
+        if role not in list(Role):
+            raise SpecError(f"{role!r} is no role; allowed: {', '.join(Role)}")
         self._driver.change_role(executor, Role(role))
 
     def can_enqueue(self) -> bool:

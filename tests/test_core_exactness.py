@@ -14,7 +14,7 @@ from msgspec.structs import replace as with_
 
 from disagg.core.commands import Send, ServeKv
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
-from disagg.core.cost import ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step, roofline, steps_by
+from disagg.core.cost import ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step, roofline
 from disagg.core.devices import DEVICES
 from disagg.core.epoch_times import EpochTimes
 from disagg.core.event_log import Frame, read_log
@@ -33,7 +33,7 @@ from tests.core_cases import (
     make_reuse_case,
     simulate,
 )
-from tests.core_reference import run_reference
+from tests.core_reference import run_reference, steps_by
 
 cases = st.randoms(use_true_random=False).map(make_case)
 early_cases = st.randoms(use_true_random=False).map(make_early_case)

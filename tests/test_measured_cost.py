@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.chunk_sums import chunk_pairs
-from disagg.core.cost import StepFeatures, end_of_step, steps_by
+from disagg.core.cost import StepFeatures, end_of_step
 from disagg.core.epoch_times import EpochTimes
 from disagg.core.measured_cost import Curve, Measured, MeasuredCost
 from disagg.core.step_sizes import graph_sizes, padded_rows
+from tests.core_reference import steps_by
 
 SMALL = st.integers(0, 1 << 40)
 

@@ -188,6 +188,17 @@ def test_executors_that_report_their_blocks_hold_what_they_say_and_nothing_that_
     assert pool.uncached_tokens(other)[0] == 5
 
 
+def test_a_report_that_comes_after_its_executor_has_died_brings_no_blocks_back() -> None:
+    fleet = fleet_of("cc")
+    fleet = Fleet([replace(config, enable_block_reuse=True) for config in fleet.configs.values()], 0)
+    pool, request = fleet.at(0).context, prompt((1, 2, 3))
+    report(fleet, 1, cache_events=(0, 1, 2, 3))
+    fleet.lost(1)
+    report(fleet, 1, cache_events=(0, 1, 2, 3))
+    assert list(pool.prefix_match(request)) == [0, 0]
+    assert fleet.prefixes.num_blocks(1) == 0
+
+
 def test_a_request_without_hashes_matches_nothing() -> None:
     fleet = fleet_of("cc")
     fleet.at(0).context.prefix_match(prompt())

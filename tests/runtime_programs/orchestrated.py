@@ -189,6 +189,7 @@ def roles_change(cluster: DisaggExecutorOrchestrator) -> None:
     (response,) = cluster.await_generation_responses(here, timeout=30)
     check(result(response).output_token_ids == expected(PROMPTS[1], 9), "in place")
     refused(SpecError, lambda: cluster.change_role(9, Role.MIXED), "there is no executor 9")
+    refused(SpecError, lambda: cluster.change_role(MIXED, "prefill"), "'prefill' is no role; allowed: context,")  # type: ignore[arg-type]
 
 
 def leases(cluster: DisaggExecutorOrchestrator) -> None:
