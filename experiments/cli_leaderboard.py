@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +11,16 @@ from typing import Final
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
-from ..reports.board import Board, as_plain
+from ..reports.board import FORMAT_VERSION, Board, as_plain
 from ..reports.comparison import split_key
 from ..reports.ranking import metric_key
 from ..reports.runs import ReportError
 from .answer_book import AnswerBook
 from .cli_run import check_workers
+from .config_loader import read_document
 from .errors import EXIT_OK, EXIT_RUN_FAILED, ConfigError
 from .leaderboard import FULL, MEASURES, QUICK, Size, compute
-from .leaderboard_entries import entries_of, scenarios_of, shipped
+from .leaderboard_entries import entries_of, scenarios_of, shipped, text_of
 from .run_directory import write_atomically
 from .sweep_workers import Pool, num_cores, open_pool
 
@@ -27,12 +28,16 @@ BOARD: Final = "leaderboard.json"
 PAGE: Final = "leaderboard.html"
 TABLE: Final = "leaderboard.md"
 ANSWERS: Final = "answers"
+_BEGUN: Final = {"format_version": None}  # what leaderboard.json holds until the board is whole
+_OWN_NAMES: Final = re.compile(  # with what a killed process left half written
+    rf"(?P<partial>\.)?({re.escape(BOARD)}|{re.escape(PAGE)}|{re.escape(TABLE)}|[0-9a-f]{{32}}\.json)(?(partial)\.partial-\d+)"
+)
 
 
 def list_scenarios() -> None:
-    """Print the shipped scenarios."""
-    for scenario in scenarios_of(list(shipped()))[0]:
-        print(f"{scenario.name}: {scenario.text}")
+    """Print the shipped scenarios, those too whose trace is not there."""
+    for path in shipped().values():
+        print(f"{read_document(path).data['name']}: {text_of(path)}")
 
 
 def leaderboard(
@@ -74,6 +79,8 @@ def leaderboard(
 
         print(as_text(board))
         print(f"\nwrote {target / PAGE}, {BOARD}, {TABLE}")
+    for line in board.notes():
+        print(f"note: {line}", file=sys.stderr)
     failures = board.failures()
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
@@ -98,10 +105,10 @@ def _computed(
     def begin() -> AnswerBook:
         """Only once everything is known to be good is anything made or removed."""
         if overwrite and target.exists():
-            shutil.rmtree(target)
+            _remove_board(target)
         (target / ANSWERS).mkdir(parents=True, exist_ok=True)
         if not (target / BOARD).is_file():
-            write_atomically(target / BOARD, json.dumps({"format_version": None}) + "\n")
+            write_atomically(target / BOARD, json.dumps(_BEGUN) + "\n")
         return AnswerBook(pool, target / ANSWERS)
 
     return compute(found, entries, size, begin, key, quick)
@@ -141,3 +148,21 @@ def _check(target: Path, *, overwrite: bool, resume: bool) -> None:
         raise ConfigError(f"--output {target}: is not empty; allowed: --resume, --overwrite, or another folder")
     if not (target / BOARD).is_file():
         raise ConfigError(f"--output {target}: holds files and no leaderboard of disagg; it is left alone")
+    try:
+        data = json.loads((target / BOARD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        data = None
+    is_whole = isinstance(data, dict) and data.get("format_version") == FORMAT_VERSION and "standings" in data
+    if data != _BEGUN and not is_whole:
+        raise ConfigError(
+            f"{target / BOARD}: is no leaderboard of format {FORMAT_VERSION}, the one known here; it is left alone"
+        )
+
+
+def _remove_board(target: Path) -> None:
+    """Only what a leaderboard leaves behind; whatever else lies there stays. The file that says what it is goes last."""
+    answers = target / ANSWERS
+    paths = [path for folder in (answers, target) if folder.is_dir() for path in folder.iterdir()]
+    paths = [path for path in paths if path.is_file() and _OWN_NAMES.fullmatch(path.name)]
+    for path in sorted(paths, key=lambda path: path.name == BOARD):
+        path.unlink()

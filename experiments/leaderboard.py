@@ -111,11 +111,14 @@ def compute(
                 continue
             config = scenario.with_entry(entry)
             runs += _runs(scenario, entry, config, size, _is_chosen(scenario, scenarios, size.stale_scenarios))
+            if scenario.experiment.policy.roles is not None:
+                continue
             if _is_chosen(scenario, scenarios, size.regret_scenarios):
                 short = _cut(config, size.regret_run)
                 text = task_text(short, entry.digest, num_requests=size.regret_requests)
                 regrets.append((scenario.name, entry.label, text))
-        board[number] = replace(board[number], left_out=left_out)
+        no_regret = "" if scenario.experiment.policy.roles is None else "no regret: executors change roles"
+        board[number] = replace(board[number], left_out=left_out, no_regret=no_regret)
     texts = [task_text(run.experiment, run.digest) for run in runs]
     book = begin()
     answers = book.look_up(run_task, texts, "simulations", _failed, "runs")

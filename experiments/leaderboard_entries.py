@@ -7,7 +7,6 @@ user's own, decide at every stage.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -16,10 +15,11 @@ from typing import Any, Final
 
 from ..policies.interfaces import PolicyError
 from ..policies.registry import available, load
-from .config import Experiment, SyntheticDataset, validate_mapping
+from .config import Experiment, TraceDataset, validate_mapping
 from .config_loader import parse_document, read_document
 from .errors import ConfigError, did_you_mean
 from .experiment_file import load_experiment
+from .traces import trace_path
 
 SCENARIOS: Final = Path(__file__).resolve().parent / "scenarios"
 CONTEXT_RULES: Final = frozenset(
@@ -81,7 +81,8 @@ class Entry:
         if self.is_own:
             return ""
         roles = roles_of(config)
-        if self.name in USES_MIXED and "mixed" not in roles:
+        lends = self.name == "mixed_pool" and config.policy.roles is not None  # executors may become mixed
+        if self.name in USES_MIXED and "mixed" not in roles and not lends:
             return "there are no mixed executors"
         idle = roles == {"context", "generation", "mixed"}
         if idle and self.name not in USES_MIXED and self.name != _BASELINE:
@@ -216,8 +217,9 @@ def scenarios_of(asked: Sequence[str]) -> tuple[list[Scenario], list[str]]:
                 f"--scenario {name}: there is no such scenario{did_you_mean(name, known)}"
                 f" (allowed: {', '.join(known)}, or an experiment file, .yaml)"
             )
-        if not asked and _needs_trace(path) and not os.environ.get("DISAGG_TRACES"):
-            left_out.append(f"{name}: needs a public trace in the folder that DISAGG_TRACES names")
+        missing = "" if asked else _missing_trace(path)
+        if missing:
+            left_out.append(f"{name}: {missing}")
             continue
         found.append(_scenario(path))
     doubles = [s.name for s in found if sum(s.name == other.name for other in found) > 1]
@@ -226,9 +228,25 @@ def scenarios_of(asked: Sequence[str]) -> tuple[list[Scenario], list[str]]:
     return found, left_out
 
 
-def _needs_trace(path: Path) -> bool:
+def _missing_trace(path: Path) -> str:
+    """What there is to say of a trace that is not there; empty where none is needed or it is found."""
     dataset = validate_mapping(read_document(path).data, {}).workload.dataset
-    return not isinstance(dataset, SyntheticDataset)
+    if isinstance(dataset, TraceDataset):
+        try:
+            trace_path(dataset, path.parent)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def text_of(path: Path) -> str:
+    """The comment at the top of an experiment file, as one line."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("# ").rstrip())
+    return " ".join(lines)
 
 
 def _scenario(path: Path) -> Scenario:
@@ -242,9 +260,4 @@ def _scenario(path: Path) -> Scenario:
     slo = experiment.slo
     if slo is None or (slo.ttft_ms is None and slo.tpot_ms is None and slo.e2e_ms is None):
         raise ConfigError(f"{path}: slo: a scenario needs objectives; allowed: ttft_ms, tpot_ms, e2e_ms or a preset")
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("# ").rstrip())
-    return Scenario(experiment.name, " ".join(lines), path, experiment, document.data)
+    return Scenario(experiment.name, text_of(path), path, experiment, document.data)

@@ -27,7 +27,10 @@ DEFAULT_METRIC: Final = "slo_attainment"
 
 
 class BoardScenario(Struct, frozen=True):
-    """`rate` in requests/s, None in a closed loop; `left_out` says why by policy."""
+    """`rate` in requests/s, None in a closed loop; `left_out` says why by policy.
+
+    `no_regret` says why no decision was looked at again; empty where that was only not asked for.
+    """
 
     name: str
     text: str
@@ -36,6 +39,7 @@ class BoardScenario(Struct, frozen=True):
     rate: float | None
     objectives: dict[str, float]
     left_out: dict[str, str]
+    no_regret: str = ""
 
 
 class BoardPolicy(Struct, frozen=True):
@@ -121,6 +125,17 @@ class Board(Struct, frozen=True, dict=True):
 
     def report_intervals(self, scenario: str) -> list[float]:
         return sorted({interval for name, _, interval in self._by_case if name == scenario})
+
+    def notes(self) -> list[str]:
+        """One line for each reason why policies or studies have no place in a scenario."""
+        lines = []
+        for scenario in self.scenarios:
+            by_reason: dict[str, list[str]] = {}
+            for label, why in scenario.left_out.items():
+                by_reason.setdefault(why, []).append(label)
+            lines += [f"{scenario.name}: left out: {', '.join(who)} ({why})" for why, who in by_reason.items()]
+            lines += [f"{scenario.name}: {scenario.no_regret}"] if scenario.no_regret else []
+        return lines
 
     def failures(self) -> list[str]:
         """One line for each policy that failed in a scenario."""

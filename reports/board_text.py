@@ -143,6 +143,8 @@ def as_markdown(board: Board) -> str:
                 ["policy", *(f"{interval:g} ms" for interval in intervals)],
                 [[each.policy, *(shown("mean_ttft_s", each.ttft_s[i].value) for i in intervals)] for each in aged],
             )
+        if scenario.no_regret:
+            lines += [f"{scenario.no_regret.capitalize()}.", ""]
         if scenario.left_out:
             lines += ["Left out: " + "; ".join(f"{name} ({why})" for name, why in scenario.left_out.items()) + ".", ""]
     failures = board.failures()

@@ -231,6 +231,60 @@ def test_a_scenario_without_objectives_is_refused_and_foreign_files_are_left_alo
     assert (tmp_path / "out" / "letter.txt").read_text() == "dear"
 
 
+def test_overwriting_removes_the_boards_own_files_and_nothing_else(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "answers").mkdir(parents=True)
+    theirs = [out / "letter.txt", out / "answers" / "letter.json"]
+    ours = [out / "leaderboard.html", out / "answers" / f"{'0f' * 16}.json", out / ".leaderboard.json.partial-12"]
+    options = ("--scenario", scenario(tmp_path, "apart", SPLIT), "--policy", "random", "--quick", "--workers", "1")
+    for path in (*theirs, *ours):
+        path.write_text("dear")
+    for foreign in ("[1, 2]", "{", '{"format_version": 99, "standings": {}}', '{"format_version": 1, "players": []}'):
+        (out / "leaderboard.json").write_text(foreign)
+        for option in ("--overwrite", "--resume"):
+            assert disagg("leaderboard", *options, "--output", out, option) == 2
+            assert "leaderboard.json: is no leaderboard of format 1" in capsys.readouterr().err
+    assert {path.read_text() for path in (*theirs, *ours)} == {"dear"}
+    (out / "leaderboard.json").write_text('{"format_version": null}')
+    assert disagg("leaderboard", *options, "--output", out, "--overwrite") == 0
+    assert [path.read_text() for path in theirs] == ["dear", "dear"]
+    assert [path.exists() and path.read_text() == "dear" for path in ours] == [False] * 3
+    assert board_in(out).runs
+
+
+def test_scenarios_are_listed_without_their_traces_and_one_whose_trace_is_missing_is_left_out(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISAGG_TRACES", str(tmp_path))  # set, but the trace is not there
+    assert disagg("leaderboard", "--list") == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == list(shipped())
+    found, left_out = scenarios_of([])
+    assert len(found) == len(shipped()) - 1
+    assert [line.partition(":")[0] for line in left_out] == ["mooncake_conversation"]
+    assert str(tmp_path / "mooncake_conversation_trace.jsonl") in left_out[0]
+
+
+def test_an_experiment_with_changing_roles_has_no_regret_and_what_is_left_out_is_told(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    roles = {"router": "mixed_pool", "roles": {"name": "mixed_pool", "max_prompt_tokens": 512}}
+    files = [scenario(tmp_path, "lending", SPLIT, policy=roles), scenario(tmp_path, "apart", SPLIT)]
+    options = [x for file in files for x in ("--scenario", file)]
+    names = [x for name in ("mixed_pool", "random") for x in ("--policy", name)]
+    assert disagg("leaderboard", *options, *names, "--quick", "--workers", "1", "--output", tmp_path / "out") == 0
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "note: lending: no regret: executors change roles",
+        "note: apart: left out: mixed_pool (there are no mixed executors)",
+    ]
+    found = board_in(tmp_path / "out")
+    assert {s.policy for s in standings(found, "lending")} == {"mixed_pool", "random"}
+    assert {s.policy for s in standings(found, "apart")} == {"random"}
+    assert "No regret: executors change roles." in (tmp_path / "out" / "leaderboard.html").read_text()
+
+
 def test_a_policy_that_fails_is_told_and_the_others_are_ranked(
     tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
