@@ -295,7 +295,7 @@ def test_a_scheduled_switch_is_done_at_its_time() -> None:
         ("soon", "must list mappings"),
         ([{"at_s": -1, "executor": 1, "role": "mixed"}], "at_s must be a number of at least 0"),
         ([{"executor": 1, "role": "prefill"}], "role must be one of context, generation, mixed, parked"),
-        ([{"executor": 1, "role": "mixed", "when": 3}], "has no 'when'"),
+        ([{"executor": 1, "role": "mixed", "when": 3}], "have no 'when'"),
     ],
 )
 def test_a_schedule_that_is_none_is_refused(changes: Any, why: str) -> None:
