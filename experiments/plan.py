@@ -1,6 +1,7 @@
 """The search for a cluster: which candidates are simulated how closely, in rounds that do not depend on who computes them.
 
-1. Rate matching leaves out the shapes whose bound per GPU is under half of the best one of their role.
+1. Rate matching leaves out the disaggregated shapes whose matched rate per GPU is under half of the best one's. Mixed ones
+   stay: that figure asks TPOT of each of their steps, and the objective asks it of a request's mean.
 2. Every other shape, with the first choice of routers: one seed, a coarse grid, a short horizon.
 3. The shapes near the best one, with the other routers, likewise.
 4. The finalists: all seeds, the fine grid, the whole horizon. Only these are ranked against each other.
@@ -28,7 +29,7 @@ from .streams import repeat_seed
 from .sweep_workers import Pool
 
 FEW: Final = 8  # candidates that all become finalists
-LEAST_SHARE: Final = 0.5  # of the best bound per GPU of the role
+LEAST_SHARE: Final = 0.5  # of the best matched rate per GPU
 NEAR: Final = 0.25  # below the best shape's goodput per GPU
 MOST_SHAPES: Final = 12
 FINAL: Final = 0.12
@@ -36,7 +37,7 @@ MOST_FINALISTS: Final = 8
 _COARSE: Final = 0.05  # tolerance of a screening
 _SCREENING_HORIZON: Final = 0.4  # of the whole
 _LATENCIES: Final = 5.0  # the longest latency allowed, in the default horizon
-_START_AT: Final = 0.7  # of the rate-matching bound: queues take the rest
+_START_AT: Final = 0.7  # of the matched rate: queues take the rest
 
 
 @dataclass
@@ -191,16 +192,15 @@ def _with_seed(config: Experiment, seed: int) -> Experiment:
 
 def _start(entry: Entry, tolerance: float) -> int:
     rate = entry.screened.rate if entry.screened is not None else 0.0
-    rate = rate or _START_AT * entry.arithmetic.bound or float(entry.num_gpus)
+    rate = rate or _START_AT * entry.arithmetic.matched_rate or float(entry.num_gpus)
     return grid_place(rate, tolerance)
 
 
 def _leave_out_hopeless(entries: Sequence[Entry]) -> None:
-    best: dict[str, float] = {}
-    for entry in entries:
-        best[entry.role] = max(best.get(entry.role, 0.0), entry.arithmetic.bound_per_gpu)
-    for entry in entries:
-        if entry.arithmetic.bound_per_gpu < LEAST_SHARE * best[entry.role]:
+    apart = [entry for entry in entries if entry.role == "disaggregated"]
+    best = max((entry.arithmetic.matched_rate_per_gpu for entry in apart), default=0.0)
+    for entry in apart:
+        if entry.arithmetic.matched_rate_per_gpu < LEAST_SHARE * best:
             entry.left_out = "rate matching"
 
 

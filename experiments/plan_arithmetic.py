@@ -3,7 +3,8 @@
 TensorRT-LLM matches rates so: one generation executor needs (generation rate / context rate) context executors, hence
 throughput per GPU = output tok/s / (context GPUs x generation rate / context rate + generation GPUs), where both rates are
 requests/s of one executor and the GPUs are those of one. It knows no queues, no lengths that vary and no transfers: it
-says where a cluster's limit is, not whether it meets its objectives there.
+says what a cluster matched to its mean load does. It is no bound: it asks the TPOT objective of every step, where the
+objective is one on a request's mean, and mean lengths in every batch, where a batch of shorter ones is faster.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Rates in requests/s, of one executor. `bound` is that of the cluster; `limited_by` says which side sets it.
+    """Rates in requests/s, of one executor. `matched_rate` is that of the cluster; `limited_by` says which side sets it.
 
     `matched_ratio`: context executors for one generation executor; `matched_throughput_per_gpu`: output tok/s then.
     """
@@ -44,8 +45,8 @@ class Arithmetic:
     mixed_rate: float | None
     matched_ratio: float | None
     matched_throughput_per_gpu: float | None
-    bound: float
-    bound_per_gpu: float
+    matched_rate: float
+    matched_rate_per_gpu: float
     limited_by: str
 
     def plain(self) -> dict[str, Any]:
@@ -75,24 +76,24 @@ def arithmetic(config: Experiment, costs: dict[int, CostModel], lengths: Lengths
     mixed = executors.get(Role.MIXED)
     if mixed:
         rate = mixed_rate(mixed[0], costs[mixed[0].id], lengths, tpot)
-        bound = rate * len(mixed)
-        return Arithmetic(None, None, rate, None, None, bound, bound / num_gpus, "mixed")
+        matched = rate * len(mixed)
+        return Arithmetic(None, None, rate, None, None, matched, matched / num_gpus, "mixed")
     contexts, generations = executors[Role.CONTEXT], executors[Role.GENERATION]
     context = context_rate(contexts[0], costs[contexts[0].id], lengths, ttft)
     generation = generation_rate(generations[0], costs[generations[0].id], lengths, tpot)
-    bounds = {"context": context * len(contexts), "generation": generation * len(generations)}
+    sides = {"context": context * len(contexts), "generation": generation * len(generations)}
     ratio = generation / context if context else 0.0
     matched_gpus = _gpus(contexts[0]) * ratio + _gpus(generations[0])
-    limited_by = min(bounds, key=lambda side: bounds[side])
-    bound = bounds[limited_by]
+    limited_by = min(sides, key=lambda side: sides[side])
+    matched = sides[limited_by]
     return Arithmetic(
         context,
         generation,
         None,
         ratio,
         lengths.output * generation / matched_gpus,
-        bound,
-        bound / num_gpus,
+        matched,
+        matched / num_gpus,
         limited_by,
     )
 

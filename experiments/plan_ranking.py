@@ -48,7 +48,7 @@ def _measure(entry: Entry) -> Rank:
         least_rate=min(rates),
         attainment=min(attained) if attained else None,
         limits=limits_of(entry.finals),
-        per_gpu=t_interval([rate / entry.num_gpus for rate in rates]),
+        per_gpu=t_interval([rate / entry.num_gpus for rate in rates]).from_zero(),
     )
 
 
@@ -76,7 +76,7 @@ def plain_search(search: Search, ranks: list[Rank]) -> dict[str, Any]:
     slo = search.base.slo
     ranked = {id(each.entry) for each in ranks}
     return {
-        "format_version": 1,
+        "format_version": 2,
         "experiment": search.base.name,
         "objectives": None
         if slo is None

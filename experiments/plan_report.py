@@ -59,7 +59,9 @@ def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | N
         )
     lines += _table(rows)
     lines += ["", "rate matching: requests/s of one executor that never waits, and what follows for the cluster"]
-    rows = [("", "cluster", "context", "generation", "mixed", "bound", "per GPU", "of bound", "limit", "matched")]
+    rows = [
+        ("", "cluster", "context", "generation", "mixed", "matched rate", "per GPU", "reached", "limit", "ideal ratio")
+    ]
     for number, each in enumerate(ranks[:_MOST_LINES], start=1):
         arithmetic = each.entry.arithmetic
         matched = "-"
@@ -72,14 +74,20 @@ def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | N
                 _number(arithmetic.context_rate),
                 _number(arithmetic.generation_rate),
                 _number(arithmetic.mixed_rate),
-                f"{arithmetic.bound:.3g}",
-                f"{arithmetic.bound_per_gpu:.3g}",
-                _percent(each.rate, arithmetic.bound),
+                f"{arithmetic.matched_rate:.3g}",
+                f"{arithmetic.matched_rate_per_gpu:.3g}",
+                _percent(each.rate, arithmetic.matched_rate),
                 arithmetic.limited_by,
                 matched,
             )
         )
     lines += _table(rows)
+    above = sum(each.rate > each.entry.arithmetic.matched_rate for each in ranks)
+    if above:
+        lines.append(
+            f"{above} of {len(ranks)} do more than rate matching says, which is no bound: it asks TPOT of every step, not of"
+            " a request's mean, and takes every request for one of mean length"
+        )
     lines += ["", *_why(search, ranks), *_others(search)]
     if winner is not None:
         lines += ["", f"winner: {winner['candidate']}, every seed met the objectives at {winner['rate']:g} requests/s",
@@ -101,11 +109,11 @@ def _why(search: Search, ranks: Sequence[Rank]) -> list[str]:
                 missed[key] = missed.get(key, 0) + count
         held = [f"{count} missed {key}" for key, count in sorted(missed.items(), key=lambda item: -item[1])]
         held += ["the backlog grows"] if "backlog grows" in first.limits else []
-        bound = first.entry.arithmetic
-        without_queues = f" of {bound.bound_per_gpu:.3g} without queues" if bound.bound_per_gpu else ""
+        matched = first.entry.arithmetic.matched_rate_per_gpu
+        beside = f", rate matching {matched:.3g}" if matched else ""
         lines.append(
             f"best {role}: {first.entry.candidate.shape.label}, {first.per_gpu.value or 0:.3g} requests/s/GPU"
-            f"{without_queues}; at the next rate, over {len(above)} seeds: {', '.join(held) or '-'}"
+            f"{beside}; at the next rate, over {len(above)} seeds: {', '.join(held) or '-'}"
         )
         why = _mixed_why(search, first.entry) if role == "mixed" else _apart_why(first.entry)
         lines += [f"  {line}" for line in why]
@@ -123,8 +131,8 @@ def _apart_why(entry: Entry) -> list[str]:
     }
     idle = max(sides, key=lambda side: sides[side])
     return [
-        "phases apart: no decode waits for a prompt, but whole executors seldom match; at its bound the"
-        f" {idle} side idles {_percent(sides[idle] - found.bound, sides[idle])} of the time"
+        "phases apart: no decode waits for a prompt, but whole executors seldom match; at the matched rate the"
+        f" {idle} side idles {_percent(sides[idle] - found.matched_rate, sides[idle])} of the time"
     ]
 
 

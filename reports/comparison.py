@@ -210,7 +210,7 @@ def estimate(cases: Sequence[Case], key: str) -> Estimate:
     if not known:
         return Estimate(None)
     if len(cases) > 1:
-        result = t_interval(known)
+        result = t_interval(known).from_zero()  # no metric is negative
         return Estimate(result.value, result.low, result.high, len(known), result.method, len(known) < 2)
     case = cases[0]
     statistic, metric = split_key(key)
@@ -224,7 +224,7 @@ def estimate(cases: Sequence[Case], key: str) -> Estimate:
     if metric.key not in case.rows.columns or statistic is None:
         return Estimate(known[0], n=1, method="one run")
     column = case.rows[metric.key].to_numpy(np.float64)
-    return batch_means(column) if statistic == "mean" else percentile(column, float(statistic[1:]))
+    return batch_means(column).from_zero() if statistic == "mean" else percentile(column, float(statistic[1:]))
 
 
 def _same_requests(ours: Case, theirs: Case) -> pd.DataFrame | None:

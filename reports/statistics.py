@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE: Final = 0.95
@@ -38,6 +38,10 @@ class Estimate(Struct, frozen=True):
     @property
     def has_interval(self) -> bool:
         return self.low is not None and self.high is not None
+
+    def from_zero(self) -> Estimate:
+        """Of what cannot be negative: an interval that is symmetric about its mean is cut at 0."""
+        return self if self.low is None or self.low >= 0 else structs.replace(self, low=0.0)
 
     @property
     def excludes_zero(self) -> bool:

@@ -36,8 +36,8 @@ def test_rates_of_executors_follow_from_their_steps_and_the_cluster_is_as_fast_a
     assert found.context_rate == pytest.approx(800)
     assert found.generation_rate == pytest.approx(30 / (10 * 0.005))
     assert found.limited_by == "generation"
-    assert found.bound == pytest.approx(600)
-    assert found.bound_per_gpu == pytest.approx(150)
+    assert found.matched_rate == pytest.approx(600)
+    assert found.matched_rate_per_gpu == pytest.approx(150)
     # TensorRT-LLM: output tok/s / (context GPUs x generation rate / context rate + generation GPUs)
     assert found.matched_ratio == pytest.approx(600 / 800)
     assert found.matched_throughput_per_gpu == pytest.approx(600 * 11 / (1 * 600 / 800 + 2))

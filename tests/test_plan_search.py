@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from disagg.experiments.config import Experiment
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
-from disagg.experiments.plan import Search, run_search
+from disagg.experiments.plan import Search, _leave_out_hopeless, run_search
 from disagg.experiments.plan_probe import _Decided, _Judge, probe
 from disagg.experiments.plan_ranking import rank
 from disagg.experiments.plan_rates import at_rate, base_rate, grid_place, grid_rate
+from disagg.experiments.plan_report import plan_lines
 from disagg.experiments.plan_search import Found, highest_rate
 from disagg.experiments.plan_space import routers_of, shapes_of
 from disagg.experiments.run_directory import RunDirectory
@@ -263,6 +265,30 @@ def test_candidates_are_told_apart_only_where_seeds_agree(others: list[float], i
     assert ranks[0].entry is best
     assert ranks[1].is_apart == is_apart
     assert ranks[0].limits == ("TTFT",)
+
+
+def test_more_than_rate_matching_says_is_told_so_and_no_interval_is_negative(tmp_path: Path) -> None:
+    search = search_in(tmp_path, "plan.max_gpus=1", "plan.tolerance=0.02", "plan.seeds=1")
+    (entry,) = search.entries
+    assert entry.role == "mixed"
+    entry.arithmetic = replace(entry.arithmetic, matched_rate=5.0, matched_rate_per_gpu=5.0)
+    entry.finals = [found(rate) for rate in (1.0, 20.0)]
+    ranks = rank(search)
+    assert ranks[0].per_gpu.low == 0.0
+    text = "\n".join(plan_lines(search, ranks, None))
+    assert "0 … 131" in text  # 10.5 + 12.7 x 9.5
+    assert "1 of 1 do more than rate matching says, which is no bound" in text
+
+
+def test_rate_matching_leaves_out_no_mixed_shape(tmp_path: Path) -> None:
+    search = search_in(tmp_path, "plan.seeds=1")
+    entries = list(search.entries)
+    for entry in entries:
+        rate = 10.0 if entry is next(e for e in entries if e.role == entry.role) else 1.0
+        entry.arithmetic, entry.left_out = replace(entry.arithmetic, matched_rate_per_gpu=rate), ""
+    entries += [type(entry)(entry.candidate, replace(entry.arithmetic, matched_rate_per_gpu=4.9)) for entry in entries]
+    _leave_out_hopeless(entries)
+    assert {entry.role for entry in entries if entry.left_out} == {"disaggregated"}
 
 
 @pytest.mark.parametrize(
