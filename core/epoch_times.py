@@ -36,7 +36,9 @@ class EpochTimes:
         return end if end > k else k
 
     def step_by(self, elapsed: int, at_most: int) -> int:
-        """The least k >= 1 that ends at or after `elapsed`, or `at_most`."""
+        """The least k >= 1 that ends at or after `elapsed`, or `at_most`: found on the same integer function that says when
+        steps end, never by a float inverse.
+        """
         low, high = 1, at_most
         if self._num_steps and self._factor == _NO_NOISE:
             # no step is shorter than the first, so that many are enough; one may be too few by rounding

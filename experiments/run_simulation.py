@@ -16,7 +16,7 @@ from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
 from ..core.tables import RequestRow
 from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import PS_PER_S, FinishReason
-from ..simulator.calls import MESSAGE, call_at
+from ..simulator.calls import MESSAGE
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
 from .cluster import cluster_of, device_of, link_of, placements_of, profile_of, shape_of
@@ -80,7 +80,7 @@ class SimulatedLoad:
         # a closed loop is asked again at each end; an open one needs one call per distinct instant
         if following is not None and following + behind > now and following != self._sending_at:
             self._sending_at = following
-            call_at(cluster.env, following + behind, MESSAGE, self._send, None)
+            cluster.env.calendar.call_at(following + behind, MESSAGE, self._send, None)
 
     def delivered(self, deliver: Deliver) -> None:
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -96,7 +96,7 @@ class SimulatedLoad:
         following = self.source.next_send()
         if cluster is not None and not self._is_open and following is not None and following <= cluster.env.now:
             # the user sends its next request as soon as it has read this answer, after this instant's messages
-            call_at(cluster.env, cluster.env.now + 1, MESSAGE, self._send, None)
+            cluster.env.calendar.call_at(cluster.env.now + 1, MESSAGE, self._send, None)
 
 
 def is_open_loop(config: Experiment) -> bool:

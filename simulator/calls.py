@@ -7,7 +7,6 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf
 from typing import Any, Final
 
@@ -73,8 +72,3 @@ class Environment(simpy.Environment):
                 raise
         if not event.ok and not event.defused:
             raise event.value  # type: ignore[misc]
-
-
-def call_at(env: Environment, at: int, priority: int, function: Callable[[Any], object], argument: Any) -> int:
-    """Call at the instant `at` (integer picoseconds, not in the past); the serial under which it can be taken back."""
-    return env.calendar.call_at(at, priority, function, argument)

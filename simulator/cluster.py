@@ -22,7 +22,7 @@ from ..core.grants import Launch
 from ..core.orchestrator import OrchestratorCore
 from ..core.overheads import LinkCost
 from ..policies.vocabulary import PS_PER_S, Request
-from .calls import MESSAGE, POLL, Environment, call_at
+from .calls import MESSAGE, POLL, Environment
 from .executor import SimulatedExecutor
 from .layerwise import LayerwiseSends
 from .link import Link
@@ -130,7 +130,9 @@ class SimulatedCluster:
 
     def submit_at(self, at: int, request: Request, num_output_tokens: int, output_hashes: tuple[int, ...] = ()) -> None:
         """Send `request` at the instant `at` (picoseconds)."""
-        call_at(self.env, at, MESSAGE, lambda item: self.submit(*item), (request, num_output_tokens, output_hashes))
+        self._calendar.call_at(
+            at, MESSAGE, lambda item: self.submit(*item), (request, num_output_tokens, output_hashes)
+        )
 
     def finished(self, request_id: int) -> simpy.Event:
         """An event that fires when the request ends; its value is the Deliver. For use in SimPy processes.
@@ -160,8 +162,8 @@ class SimulatedCluster:
         self.executors[executor].kill()
         for peer in (ORCHESTRATOR, *self.executors):
             if peer != executor:
-                call_at(
-                    self.env, self.env.now + notice_after, MESSAGE + executor, self._tell, (peer, PeerDown(executor))
+                self._calendar.call_at(
+                    self.env.now + notice_after, MESSAGE + executor, self._tell, (peer, PeerDown(executor))
                 )
 
     def run(self, until_s: float | None = None) -> None:
@@ -374,7 +376,7 @@ class SimulatedCluster:
             return
         events = (command.reader, KvReceived(command.reader_id, True)), (source, KvTaken(command.request_id))
         for (at, place), item in zip(ends, events, strict=True):
-            call_at(self.env, at, MESSAGE + place, self._tell, item)
+            self._calendar.call_at(at, MESSAGE + place, self._tell, item)
 
     def _served(self, item: tuple[int, ServeKv]) -> None:
         self._transfer_over(*item, None)
@@ -391,8 +393,8 @@ class SimulatedCluster:
         serve = self.layerwise.abort(source, command.request_id, command.reason)
         if serve is not None:
             at, place = self.timing.message_arrives(source, serve.reader, self.env.now)
-            call_at(
-                self.env, at, MESSAGE + place, lambda reason: self._transfer_over(source, serve, reason), command.reason
+            self._calendar.call_at(
+                at, MESSAGE + place, lambda reason: self._transfer_over(source, serve, reason), command.reason
             )
 
     def _is_alive(self, executor: int) -> bool:

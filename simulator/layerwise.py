@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from ..core.commands import Chunk, ServeKv
-from .calls import MESSAGE, Environment, call_at
+from .calls import MESSAGE, Environment
 from .link import Link
 
 LAYER_GROUPS: Final = 8
@@ -84,7 +84,7 @@ class LayerwiseSends:
             if share:
                 sent += share
                 at = max(self._env.now, step.start + duration * group // LAYER_GROUPS)
-                call_at(self._env, at, MESSAGE + sending.source, self._submit, (sending, share))
+                self._env.calendar.call_at(at, MESSAGE + sending.source, self._submit, (sending, share))
 
     def _submit(self, item: tuple[_Sending, int]) -> None:
         sending, num_bytes = item

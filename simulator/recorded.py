@@ -31,7 +31,7 @@ from ..core.events import (
 )
 from ..core.tables import RequestRow
 from ..policies.vocabulary import ContextPhaseParams, FinishReason
-from .calls import MESSAGE, call_at
+from .calls import MESSAGE
 from .cluster import SimulatedCluster
 
 NEVER_AFTER: Final = 10**15  # picoseconds past the last recorded instant: when what never happened would happen
@@ -193,7 +193,7 @@ def conform(recording: Recording, launch: Mapping[int, tuple[int, int] | tuple[i
             cluster.tell(core, event)
 
     for now, place, core, event in recording.external:
-        call_at(cluster.env, now, MESSAGE + place, inject, (core, event))
+        cluster.env.calendar.call_at(now, MESSAGE + place, inject, (core, event))
     problem: Exception | None = None
     try:
         cluster.run(until_s=(recording.never - 1) / 10**12)

@@ -310,7 +310,7 @@ def test_the_step_at_an_instant_is_the_first_to_end_at_or_after_it(
     for elapsed in {offset, *(end_of_step(model, first, max(1, k), factor) + d for d in (-1, 0, 1))}:
         ends = (j for j in range(1, at_most) if end_of_step(model, first, j, factor) >= elapsed)
         step = next(ends, at_most)
-        assert steps_by(model, first, elapsed, at_most, factor) == step
+        assert EpochTimes(model, first, factor).step_by(elapsed, at_most) == step
         assert EpochTimes(model, first, factor).step_by(elapsed, at_most) == step
 
 

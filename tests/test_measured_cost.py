@@ -116,17 +116,6 @@ def test_a_step_with_short_prompts_costs_the_rows_of_its_graph_and_one_without_a
     assert rows(0, (4096, 2000)) == 2048
 
 
-@settings(max_examples=50)
-@given(costs(), FEATURES, st.integers(1, 200))
-def test_the_step_at_an_instant_is_found_on_the_same_function(
-    cost: MeasuredCost, features: StepFeatures, at_most: int
-) -> None:
-    elapsed = end_of_step(cost, features, max(1, at_most // 2))
-    k = steps_by(cost, features, elapsed, at_most)
-    assert end_of_step(cost, features, k) >= elapsed or k == at_most
-    assert k == 1 or end_of_step(cost, features, k - 1) < elapsed
-
-
 def test_a_decode_batch_runs_as_the_next_graph_and_chunks_in_whole_rows() -> None:
     rows = Curve.line(0, 1)
     zero = Curve.line(0, 0)
@@ -179,6 +168,7 @@ def test_steps_with_chunks_are_padded_above_the_first_multiple() -> None:
     assert [padded_rows(rows) for rows in (1, 63, 64, 65, 128, 129, 8191)] == [1, 63, 64, 128, 128, 192, 8192]
 
 
+@settings(deadline=None)
 @given(costs(), FEATURES, st.integers(1, 400), st.integers(0, 400), st.sampled_from([1 << 20, (1 << 20) - 77777]))
 def test_the_times_of_an_epoch_are_those_of_its_spans(
     cost: MeasuredCost, features: StepFeatures, at_most: int, k: int, factor: int
@@ -187,4 +177,6 @@ def test_the_times_of_an_epoch_are_those_of_its_spans(
     at = end_of_step(cost, features, max(1, k), factor)
     assert times.end_of(max(1, k)) == at
     for elapsed in (at - 1, at, at + 1):
-        assert times.step_by(elapsed, at_most) == steps_by(cost, features, elapsed, at_most, factor)
+        step = times.step_by(elapsed, at_most)
+        assert step == at_most or end_of_step(cost, features, step, factor) >= elapsed
+        assert step == 1 or end_of_step(cost, features, step - 1, factor) < elapsed

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from disagg.core.tables import TransferRow
 from disagg.policies import FleetView, Request, Route, RoutingPolicy
 from disagg.simulator import Environment, Link
-from disagg.simulator.calls import MESSAGE, call_at
+from disagg.simulator.calls import MESSAGE
 from tests.simulation_helpers import World, executors, named
 
 BYTES_PER_S = 1e12  # a picosecond a byte
@@ -29,7 +29,7 @@ def arrivals(transfers: list[tuple[int, int]], bytes_per_s: float = BYTES_PER_S,
         done[i] = env.now
 
     for i, (start, num_bytes) in enumerate(transfers):
-        call_at(env, start, MESSAGE, lambda item: link.transfer(item[1], note, item[0]), (i, num_bytes))
+        env.calendar.call_at(start, MESSAGE, lambda item: link.transfer(item[1], note, item[0]), (i, num_bytes))
     env.run()
     assert len(link) == 0
     return done
