@@ -6,6 +6,7 @@ names the key.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,8 @@ def _plain(value: Any) -> str:
         return "+".join(_plain(item) if key == "name" else f"{key}-{_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
         return "+".join(map(_plain, value))
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)  # null, true and false, as the file says it
     if isinstance(value, str) and ".py:" in value:
         return value.rpartition(":")[2]
     return f"{value:g}" if isinstance(value, float) else str(value)
