@@ -14,7 +14,7 @@ from typing import Any
 
 from disagg.core.commands import Deliver, Dispatched, Send, WakeAt
 from disagg.core.config import ExecutorConfig
-from disagg.core.cost import CostModel, StepFeatures, end_of_step
+from disagg.core.cost import CostModel, StepFeatures
 from disagg.core.events import (
     Arrive,
     Cancel,
@@ -857,21 +857,6 @@ class NaiveExecutor:
             (len(gone), *gone, *came) if gone or came else (),
             cached,
         )
-
-
-def steps_by(model: CostModel, features: StepFeatures, elapsed: int, at_most: int, factor: int = 1 << 20) -> int:
-    """The least k >= 1 whose end is at or after `elapsed` picoseconds from the epoch's start, or `at_most`.
-
-    Found on the same integer function that says when steps end, never by a float inverse.
-    """
-    low, high = 1, at_most
-    while low < high:
-        middle = (low + high) // 2
-        if end_of_step(model, features, middle, factor) >= elapsed:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 class NaiveLink:

@@ -33,7 +33,7 @@ from tests.core_cases import (
     make_reuse_case,
     simulate,
 )
-from tests.core_reference import run_reference, steps_by
+from tests.core_reference import run_reference
 
 cases = st.randoms(use_true_random=False).map(make_case)
 early_cases = st.randoms(use_true_random=False).map(make_early_case)

@@ -12,7 +12,6 @@ from disagg.core.cost import StepFeatures, end_of_step
 from disagg.core.epoch_times import EpochTimes
 from disagg.core.measured_cost import Curve, Measured, MeasuredCost
 from disagg.core.step_sizes import graph_sizes, padded_rows
-from tests.core_reference import steps_by
 
 SMALL = st.integers(0, 1 << 40)
 
