@@ -11,7 +11,7 @@ from typing import Any, Final
 from ..policies.interfaces import PolicyError
 from ..policies.registry import load
 from ..reports.regret import REGRET_TABLE, summarise_regret
-from ..reports.runs import ReportError, Run
+from ..reports.runs import ReportError, Run, find_runs
 from .cli_run import check_workers
 from .config_loader import Document
 from .errors import ConfigError, ExperimentError
@@ -20,7 +20,7 @@ from .forced_routes import experiment_of
 from .oracle_gap import Gap, check_size, gap_of, gap_task, gap_text, instance_of
 from .progress_bar import progress_bar
 from .regret import regrets_of
-from .run_directory import write_atomically_into
+from .run_directory import check_folder, write_atomically_into
 from .simulated_rows import SimulatedRows
 from .sweep_workers import completed, num_cores, open_pool
 
@@ -109,14 +109,25 @@ def _gap_text(gaps: Sequence[Gap], names: Sequence[str], num_requests: int) -> s
 # ---- disagg regret --------------------------------------------------------------------------------------------------
 
 
+def _runs_below(folder: Path) -> str:
+    """Of a sweep's folder: which runs could have been meant."""
+    try:
+        runs = [run.path for run in find_runs([folder])]
+    except ReportError:
+        return ""
+    shown = ", ".join(map(str, runs[:3])) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+    return f" itself; allowed: one of {shown}"
+
+
 def regret_run(run_dir: Path, num_requests: int, *, as_json: bool) -> None:
     """Write `regret.parquet` into a simulated run's folder, where `disagg report` finds it. Raises ConfigError."""
     if num_requests < 1:
         raise ConfigError(f"--requests {num_requests}: must be at least 1")
     try:
+        check_folder(run_dir)
         run = Run(run_dir)
         if not run.manifest:
-            raise ConfigError(f"{run_dir}: holds no finished run")
+            raise ConfigError(f"{run_dir}: holds no finished run{_runs_below(run_dir)}")
         if run.backend != "simulation":
             raise ConfigError(f"{run_dir}: ran on {run.backend}; regret needs a simulated run, to be simulated again")
         config = experiment_of(run).model_copy(update={"seed": run.seed or 0})
@@ -126,7 +137,8 @@ def regret_run(run_dir: Path, num_requests: int, *, as_json: bool) -> None:
         with progress_bar(f"decisions on {num_requests} requests") as progress:
             found = [asdict(regret) for regret in regrets_of(config, num_requests, rows, progress.update)]
     except ReportError as error:
-        raise ConfigError(str(error)) from error
+        place = "" if str(run_dir) in str(error) else f"{run_dir}: "
+        raise ConfigError(f"{place}{error}") from error
     if not found:
         raise ConfigError(f"{run_dir}: no decision had an alternative: there is one executor of each role")
     import pandas as pd

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from .errors import ConfigError, ExperimentError
+from .run_directory import check_folder
 
 
 def report_runs(runs: list[Path], output: Path) -> None:
@@ -15,8 +16,7 @@ def report_runs(runs: list[Path], output: Path) -> None:
     from ..reports.runs import ReportError
 
     for run in runs:
-        if not run.is_dir():
-            raise ConfigError(f"{run}: there is no such folder of runs")
+        check_folder(run)
     try:
         write_report(runs, output)
     except ReportError as error:
@@ -28,6 +28,7 @@ def replay_run(run_dir: Path, *, as_json: bool) -> None:
     """Replay every `events.*` of `run_dir`. Raises ConfigError for none, ExperimentError (1) for a difference."""
     from ..core.event_log import EventLogError, ReplayDifference, replay
 
+    check_folder(run_dir)
     logs = sorted(path for path in run_dir.glob("events.*.msgpack") if path.is_file())
     if not logs:
         raise ConfigError(f"{run_dir}: holds no event log (events.*.msgpack)")
@@ -60,6 +61,7 @@ def conform_run(run_dir: Path, *, as_json: bool) -> None:
     from ..simulator.recorded import ConformanceDifference, Recording, conform
     from .event_files import STEP_ENDS, launch_of, read_logs, read_step_ends
 
+    check_folder(run_dir)
     logs = read_logs(run_dir)
     if not (run_dir / STEP_ENDS).is_file():
         raise ConfigError(f"{run_dir}: holds no {STEP_ENDS}: only hardware runs can be conformed to")

@@ -71,6 +71,8 @@ def run_file(
             raise ConfigError(
                 "--workers and --executor are for simulations: runs on hardware follow each other; allowed: --workers 1"
             )
+        if cold and not on_hardware:
+            print("warning: --cold has no effect in a simulation: no cluster is kept warm", file=sys.stderr)
         if dry_run:
             _describe(loaded, points)
             return EXIT_OK

@@ -165,7 +165,7 @@ def recorded_choices(run: Run) -> Recorded:
 def choices_of(decisions: pd.DataFrame, requests: pd.DataFrame) -> Recorded:
     """The same from the two tables of a run."""
     if (decisions["stage"] == "role").any():
-        raise ReportError("executors changed roles in that run: its routes cannot be taken elsewhere")
+        raise ReportError("executors changed roles in that run (policy.roles): its routes cannot be taken elsewhere")
     stages: dict[str, dict[str, list[Choice]]] = {"context": {}, "generation": {}, "admission": {}}
     asked: dict[tuple[str, str], int] = {}
     columns = ("request_id", "stage", "answer", "executor", "generation_executor", "at_s")

@@ -177,6 +177,12 @@ def prepare_output(
     return todo
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError for what is no folder at all."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder")
+
+
 def _is_finished(point: RunPoint) -> bool:
     path = point.directory / MANIFEST
     if not path.is_file():

@@ -43,10 +43,11 @@ class Tally:
                 print(result.details, file=sys.stderr)
             self._failed.append((point.title, result))
             return
-        failed = f", {result.num_failed} failed" if result.num_failed else ""
+        failed = f", {result.num_failed} rejected or failed" if result.num_failed else ""
         print(f"{label}: {result.num_requests} requests{failed} -> {point.directory}")
         if result.num_failed:
-            print(f"warning: {label}: {result.num_failed} of {result.num_requests} requests failed", file=sys.stderr)
+            told = f"{result.num_failed} of {result.num_requests} requests were rejected or failed"
+            print(f"warning: {label}: {told}", file=sys.stderr)
         if result.message:
             print(f"{label}: {result.message}")
         if result.no_summary:

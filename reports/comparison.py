@@ -51,6 +51,7 @@ COMPARED: Final = (
     "request_throughput",
     "prefix_hit_rate",
 )
+FEWEST_REPEATS: Final = 3  # for an interval to be taken seriously: of two, t is 12.7
 _SPREAD: Final = ("mean", "p50", "p90", "p99")
 ERRORS: Final = (
     *(f"{name}_{key}" for key in ("ttft_s", "tpot_s", "e2e_latency_s") for name in _SPREAD),
@@ -211,7 +212,7 @@ def estimate(cases: Sequence[Case], key: str) -> Estimate:
         return Estimate(None)
     if len(cases) > 1:
         result = t_interval(known).from_zero()  # no metric is negative
-        return Estimate(result.value, result.low, result.high, len(known), result.method, len(known) < 2)
+        return Estimate(result.value, result.low, result.high, len(known), result.method, len(known) < FEWEST_REPEATS)
     case = cases[0]
     statistic, metric = split_key(key)
     if key == "slo_attainment":

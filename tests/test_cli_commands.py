@@ -142,7 +142,14 @@ def test_requests_that_failed_are_counted_in_a_warning(
 
     world(some_fail)
     assert disagg("run", file, "--output", tmp_path / "out") == 0
-    assert capsys.readouterr().err == "warning: [1/1] run repeat 0: 3 of 10 requests failed\n"
+    assert capsys.readouterr().err == "warning: [1/1] run repeat 0: 3 of 10 requests were rejected or failed\n"
+
+
+def test_a_flag_for_hardware_is_not_ignored_without_a_word_in_a_simulation(
+    file: Path, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert disagg("run", file, "--output", tmp_path / "out", "--cold", "--dry-run") == 0
+    assert "--cold has no effect in a simulation" in capsys.readouterr().err
 
 
 def test_a_load_whose_tokens_fill_the_memory_is_refused_on_hardware_only(
@@ -260,7 +267,10 @@ def test_schema_and_lists_are_json_on_demand(disagg: Callable[..., int], capsys:
         (["init", "--template", "agregated"], "did you mean 'aggregated'"),
         (["run", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["report", "nowhere"], "there is no such folder"),
-        (["replay", "nowhere"], "holds no event log"),
+        (["replay", "nowhere"], "nowhere: there is no such folder"),
+        (["conform", "nowhere"], "nowhere: there is no such folder"),
+        (["regret", "nowhere"], "nowhere: there is no such folder"),
+        (["replay", "."], "holds no event log"),
         (["run"], "Missing argument"),
         (["flee"], "No such command"),
     ],

@@ -210,7 +210,7 @@ def test_regret_of_a_run_directory_is_written_beside_it_and_shown_in_its_report(
     assert "Where decisions lost" in page
     assert f"{max(rows['regret_s']):.3f} s:" in page
     assert disagg("regret", tmp_path) == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    assert f"holds no finished run itself; allowed: one of {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 def test_a_summary_of_regrets_counts_them_by_stage_and_length() -> None:

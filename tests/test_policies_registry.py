@@ -85,8 +85,17 @@ def test_a_name_like_no_other_gets_no_guess() -> None:
 
 
 def test_a_policy_of_another_kind_is_not_found_by_its_name() -> None:
-    with pytest.raises(PolicyError, match=r"no admission policy 'round_robin'.*Available: accept_all"):
+    with pytest.raises(
+        PolicyError, match=r"no admission policy 'round_robin'\..*is of another kind: routing\. Available: ac"
+    ):
         load("round_robin", "admission")
+    with pytest.raises(PolicyError, match=r"no routing policy 'edf'.*'edf' is of another kind: queue order\."):
+        load("edf", "routing")
+
+
+def test_a_file_without_its_class_is_told_how_to_name_it() -> None:
+    with pytest.raises(PolicyError, match=r"A file's class is part of its name: mine/least\.py:MyPolicy\."):
+        load("mine/least.py", "routing")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from disagg.reports.case_labels import LONGEST, policy_labels
 from disagg.reports.comparison import (
     agreement,
     compare_policies,
+    estimate,
     match_backends,
     metric_errors,
     rank_agreement,
@@ -130,6 +131,11 @@ def test_repeats_are_paired_by_seed(tmp_path: Path) -> None:
     (section,) = sections_of(runs)
     (cells,) = compare_policies({p: section.select(policy=p) for p in section.policies}, ["p90_ttft_s"])
     worse = next(cell for cell in cells if not cell.is_best)
+    assert not any(cell.estimate.too_few for cell in cells)
+    few = estimate(section.select(policy="round_robin")[:2], "slo_attainment")
+    assert few.too_few
+    assert few.low is not None
+    assert few.low >= 0
     assert worse.policy == "round_robin"
     assert worse.estimate.n == 4
     assert worse.difference.method == "paired by seed, t over repeats"

@@ -71,6 +71,13 @@ def test_routes_of_a_run_with_changes_are_not_forced_on_another(run: Path) -> No
         recorded_choices(Run(run))
 
 
+def test_regret_names_the_run_whose_roles_changed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert disagg(monkeypatch, "regret", str(run)) == 2
+    assert f"{run}: executors changed roles in that run (policy.roles)" in capsys.readouterr().err
+
+
 def test_mixed_servers_alone_need_a_transceiver_once_roles_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
