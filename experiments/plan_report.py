@@ -86,7 +86,7 @@ def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | N
     if above:
         lines.append(
             f"{above} of {len(ranks)} do more than rate matching says, which is no bound: it asks TPOT of every step, not of"
-            " a request's mean, and takes every request for one of mean length"
+            " a request's mean, takes every request for one of mean length, and knows no end of a run before the backlog shows"
         )
     lines += ["", *_why(search, ranks), *_others(search)]
     if winner is not None:
