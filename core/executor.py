@@ -108,6 +108,7 @@ class ExecutorCore:
         self._seen_tokens = 0
         self._timers = Timers(self._timer_matters)
         self._dirty = False  # changed since the last report
+        self._is_impatient = False  # in this instant: waits for no reader elsewhere
         self._must_plan = False  # something has happened since the last planning pass
         self._reported_at = -config.report_interval
         self._heartbeat_armed = False
@@ -132,6 +133,7 @@ class ExecutorCore:
                     self._plan(now)
                 elif self._num_pulls and self._pulls_at_once:
                     self._pull(now)
+                self._is_impatient = False
             self._flush(now)
         out = self._out
         self._out = []
@@ -419,6 +421,8 @@ class ExecutorCore:
     def _heartbeat(self, now: int) -> None:
         """One renewal per executor whose KV this one still means to read."""
         self._heartbeat_armed = False
+        if self._local.first() is not None:
+            self._is_impatient = self._must_plan = True
         wanted: dict[int, list[int]] = {}
         for is_promise, _, _, visit in sorted(self._pulls, key=lambda entry: entry[2]):
             params = visit.request.context_phase_params
@@ -673,11 +677,18 @@ class ExecutorCore:
             self._arrived(visit, now)
 
     def _stands_still(self) -> bool:
-        """Whether nothing here will give blocks back by itself: nothing runs or can, and nothing is read or written."""
+        """Whether nothing here will give blocks back by itself: nothing runs or can, and nothing is read or written.
+
+        KV that a reader elsewhere may still ask for is waited for, but not past a heartbeat: it may wait for this one too.
+        """
         scheduler = self.scheduler
         if scheduler.running is not None or scheduler.has_begun or self._in_flight or scheduler.early:
             return False
-        return all(visit.pinned_by is None for visit in self.visits.values())
+        held = [visit for visit in self.visits.values() if visit.state is State.CONTEXT_DONE]
+        if any(visit.pinned_by is not None for visit in self.visits.values()):
+            return False
+        wanted_here = self._local.sources()
+        return self._is_impatient or all(visit.id in wanted_here for visit in held)
 
     def _look(self, visit: Visit, cache: PrefixCache) -> None:
         """What of the KV that it is about to receive is here already, and how many blocks it takes besides.

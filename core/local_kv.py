@@ -49,6 +49,11 @@ class LocalKv:
                 source.lease_until = lease_until
         return bool(waiting)
 
+    def sources(self) -> set[int]:
+        """The context phases that those that wait go on from."""
+        params = (v.request.context_phase_params for _, _, v in self._queue if v.state is State.GENERATION_QUEUED)
+        return {each.req_id for each in params if each is not None}
+
     def first(self) -> Visit | None:
         while self._queue and self._queue[0][2].state is not State.GENERATION_QUEUED:
             heapq.heappop(self._queue)

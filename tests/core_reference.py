@@ -140,6 +140,7 @@ class NaiveExecutor:
         self.has_heard = False
         self.responses: list[Response] = []
         self.heartbeat = False
+        self.is_impatient = False  # in this instant: waits for no reader elsewhere
         self.num_pulled = 0
         self.known: dict[int, int] = {}  # hash of each block that can be found: when its last user let go of it
         self.num_let_go = 0
@@ -297,6 +298,9 @@ class NaiveExecutor:
 
     def beat(self, _: Any) -> None:
         self.heartbeat = False
+        if self.local():
+            self.is_impatient = True
+            self.cluster.touch(self)
         sources: dict[int, list[int]] = {}
         for v in self.at(PULLING):
             sources.setdefault(v.params.executor, []).append(v.params.req_id)
@@ -562,6 +566,10 @@ class NaiveExecutor:
                     self.cluster.send(self.id, 0, FirstTokenOut(v.id, v.started_at))
 
     def plan(self) -> None:
+        self.plan_steps()
+        self.is_impatient = False
+
+    def plan_steps(self) -> None:
         """Once an instant: all steps for which there is room. Nothing is planned behind a step with chunks."""
         while len(self.steps) < self.depth and not (self.steps and self.steps[-1].chunks):
             num_planned = len(self.steps)
@@ -624,7 +632,10 @@ class NaiveExecutor:
         """Nothing here will give blocks back by itself: nothing runs or is about to, and nothing is read or written."""
         if self.steps or self.decodes or self.prefill or self.joining or self.ready:
             return False
-        return not any(v.place in (IN_FLIGHT, EARLY, LEAVING) or v.reader is not None for v in self.visitors)
+        if any(v.place in (IN_FLIGHT, EARLY, LEAVING) or v.reader is not None for v in self.visitors):
+            return False
+        wanted_here = [v.params.req_id for v in self.local()]
+        return self.is_impatient or all(v.id in wanted_here for v in self.at(HELD))
 
     def take_over(self) -> None:
         """Generation phases whose KV is here need no transfer: they get its blocks, and what they lack beside them.
