@@ -21,6 +21,7 @@ class Calendar:
         self.priority = 0
         self.serial = 0
         self.num_calls = 0  # made so far: the simulator's unit of work
+        self._before = 0  # the instant of the call before the one that runs
         self._last_serial = 0
         self._heap: list[tuple[int, int, int, Callable[[Any], object], Any]] = []
         self._taken_back: set[int] = set()
@@ -46,6 +47,10 @@ class Calendar:
         """A call that has not been made yet is not to be made."""
         self._taken_back.add(serial)
 
+    def disregard(self) -> None:
+        """The call that runs is not wanted any more, and did nothing: as if it had been taken back, no time has passed."""
+        self.now = self._before
+
     def next_serial(self) -> int:
         """A place in the order of calls for something that is no call."""
         self._last_serial += 1
@@ -65,6 +70,7 @@ class Calendar:
             if self._taken_back and serial in self._taken_back:
                 self._taken_back.remove(serial)
                 continue
+            self._before = self.now
             self.now, self.priority, self.serial = at, priority, serial
             self.num_calls += 1
             function(argument)

@@ -176,7 +176,8 @@ class SimulatedCluster:
         self.env.run()
         while self._late or self._reports_due:
             soonest = min(heap[0][0] for heap in (self._late, self._reports_due) if heap)
-            self._calendar.now = max(self._calendar.now, soonest)
+            if self._late and self._late[0][0] == soonest:  # else a report is due, which may have been made since
+                self._calendar.now = max(self._calendar.now, soonest)
             self._hear_late(soonest + 1, 0, 0)
             self.env.run()
 

@@ -147,7 +147,8 @@ class SimulatedExecutor:
         """From now on it does nothing and answers nobody."""
         self._report_if_due(self._calendar.now, 0)
         self.is_alive = False
-        self._report_at = None
+        self._report_at = self._wake_at = None
+        self._take_back_wake()
 
     # ---- wake-ups ---------------------------------------------------------------------------------------------------
 
@@ -176,9 +177,11 @@ class SimulatedExecutor:
         self.report_if_due(self._calendar.now)
         at, now = self._wake_at, self._calendar.now
         if at is None or self._wake_serial:
+            self._calendar.disregard()
             return
         if at > now and self._timing.may_be_late:
             self._wake_up_at(at, self._report_at, now)
+            self._calendar.disregard()
             return
         self._wake_at = None
         self.give(_WAKE)
@@ -199,7 +202,11 @@ class SimulatedExecutor:
             if not is_report and type(command) is not WakeAt:
                 raise RuntimeError(f"executor {self.id} was woken for a report due at {at} ps, and did {command}")
         self._obey(commands, at)
-        if self._wake_at is None and self._wake_serial:  # no time limit matters any more
+        if self._wake_at is None:  # no time limit matters any more
+            self._take_back_wake()
+
+    def _take_back_wake(self) -> None:
+        if self._wake_serial:
             self._calendar.take_back(self._wake_serial)
             self._wake_serial = 0
 
@@ -208,8 +215,7 @@ class SimulatedExecutor:
         at, self._report_at = self._report_at, None
         if at is None:
             return
-        if self._wake_serial:
-            self._calendar.take_back(self._wake_serial)
+        self._take_back_wake()
         self._wake_at = self._wake_due = at
         self._wake_serial = self._calendar.call_at(at, MESSAGE + self.id, self._wake, None)
 
