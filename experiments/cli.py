@@ -286,12 +286,16 @@ def leaderboard(
     policies: Annotated[
         list[str] | None,
         typer.Option(
-            "--policy", metavar="NAME|file.py:Class", help="Only these of the catalogue; your own file comes on top."
+            "--policy",
+            metavar="NAME|file.py:Class",
+            help="Only these of the catalogue. Your own file comes on top: of all of it, unless you name some too.",
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the page; default: runs/leaderboard.")] = None,
     metric: Annotated[str, typer.Option(help="What policies are ranked by, e.g. mean_ttft.")] = "slo_attainment",
-    quick: Annotated[bool, typer.Option("--quick", help="Few seeds, short runs: to try a policy out.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Five seeds of short runs: shows large differences only.")
+    ] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print the scenarios and end.")] = False,
     workers: Workers = "auto",
     executor: Executor = "processes",

@@ -20,6 +20,8 @@ from .statistics import Estimate, paired_over_repeats, t_interval
 FORMAT_VERSION: Final = 1
 OWN_LOAD: Final = 1.0
 FRESH: Final = 0.0  # milliseconds between reports: they are sent at every change of a batch
+NOT_SERVED: Final = 0.01  # share of requests from which on a policy counts as one that turns them away
+NO_DIFFERENCE: Final = 0.01  # a share of a latency that is none
 DEFAULT_METRIC: Final = "slo_attainment"
 
 
@@ -160,7 +162,8 @@ class Standing(Struct, frozen=True):
     """A policy's place in a scenario. The oracle has no place: nobody can be told true lengths.
 
     `first` and `last` bound its place among those that are ranked. `behind` is how much worse than the best it is, in
-    the metric's unit (paired by seed); None for the best and for the oracle. `is_tied` says that this may be chance.
+    the metric's unit (paired by seed); None for the best and for the oracle. `is_tied` says that this may be chance. Those
+    that are the same as the best under every seed are the best too.
     """
 
     policy: str
@@ -204,7 +207,7 @@ def standings(board: Board, scenario: str, key: str | None = None) -> list[Stand
         if label in oracles:
             found.append(Standing(label, estimates[label], None, None, None))
             continue
-        is_best = label == ranked[0]
+        is_best = values[label] == values[ranked[0]]
         behind = None if is_best else _excess(values[ranked[0]], values[label], sign)
         is_tied = behind is not None and behind.has_interval and not behind.excludes_zero
         found.append(
@@ -254,7 +257,11 @@ def overall(board: Board) -> list[Overall]:
 
 
 class Point(Struct, frozen=True):
-    """Means over the seeds, in seconds. `is_efficient`: no ranked policy is as good in both and better in one."""
+    """Means over the seeds, in seconds; of the requests that were served, a share of those that came.
+
+    `is_efficient`: no ranked policy is as good in both, to 1 %, and in one of them better by more than that and more than
+    chance, unless it served fewer by over 1 % of all: who turns requests away has an easier load.
+    """
 
     policy: str
     ttft_s: float
@@ -266,8 +273,10 @@ class Point(Struct, frozen=True):
 def pareto(board: Board, scenario: str) -> list[Point]:
     """Mean TTFT against mean TPOT of each policy. One that rejects has the latencies of those that it let in."""
     found: list[Point] = []
+    by_seed: dict[str, list[dict[int, float]]] = {}
     for policy in board.ran_in(scenario):
-        means = [_mean(board.values(scenario, policy.label, key)) for key in ("mean_ttft_s", "mean_tpot_s")]
+        by_seed[policy.label] = [board.values(scenario, policy.label, key) for key in ("mean_ttft_s", "mean_tpot_s")]
+        means = [_mean(values) for values in by_seed[policy.label]]
         served = _mean(board.values(scenario, policy.label, "num_completed"))
         asked = _mean(board.values(scenario, policy.label, "num_requests"))
         if means[0] is not None and means[1] is not None and served is not None and asked:
@@ -276,8 +285,16 @@ def pareto(board: Board, scenario: str) -> list[Point]:
     able = [point for point in found if point.policy not in oracles]
 
     def beats(a: Point, b: Point) -> bool:
-        no_worse = a.ttft_s <= b.ttft_s and a.tpot_s <= b.tpot_s
-        return no_worse and (a.ttft_s, a.tpot_s) != (b.ttft_s, b.tpot_s)
+        if a.share_served < b.share_served - NOT_SERVED:
+            return False
+        ours, theirs = (a.ttft_s, a.tpot_s), (b.ttft_s, b.tpot_s)
+        if any(x > (1 + NO_DIFFERENCE) * y for x, y in zip(ours, theirs, strict=True)):
+            return False
+        excess = [_excess(x, y, -1.0) for x, y in zip(by_seed[a.policy], by_seed[b.policy], strict=True)]
+        return any(
+            (1 + NO_DIFFERENCE) * x < y and e.low is not None and e.low > 0
+            for x, y, e in zip(ours, theirs, excess, strict=True)
+        )
 
     return [
         msgspec.structs.replace(point, is_efficient=point in able and not any(beats(other, point) for other in able))

@@ -5,10 +5,10 @@ With two dozen policies no palette tells all apart: a few are drawn in colour, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from .board import FRESH, Board, BoardScenario, ageing, goodput_curve, own_policies, pareto, standings
+from .board import FRESH, NOT_SERVED, Board, BoardScenario, ageing, goodput_curve, own_policies, pareto, standings
 from .board_text import seeds_text
 from .figures import GREY, Drawing, draw, plain_log_ticks, scale_of, styles_of
 
@@ -30,7 +30,7 @@ def coloured(board: Board, scenario: str, more: Sequence[str] = ()) -> list[str]
 
 
 def latencies(board: Board, scenario: BoardScenario) -> Drawing | None:
-    """Mean TTFT against mean TPOT, a mark per policy; those on the Pareto front are joined."""
+    """Mean TTFT against mean TPOT, a mark per policy."""
     points = pareto(board, scenario.name)
     if not points:
         return None
@@ -41,11 +41,9 @@ def latencies(board: Board, scenario: BoardScenario) -> Drawing | None:
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
-        front = sorted((p.ttft_s * x_factor, p.tpot_s * y_factor) for p in points if p.is_efficient)
-        axes.plot([x for x, _ in front], [y for _, y in front], color=GREY, lw=0.9, ls=":", zorder=1)
         for point in points:
             style = styles.get(point.policy)
-            part = point.share_served < 0.99
+            part = point.share_served <= 1 - NOT_SERVED
             axes.scatter(
                 point.ttft_s * x_factor,
                 point.tpot_s * y_factor,
@@ -62,6 +60,11 @@ def latencies(board: Board, scenario: BoardScenario) -> Drawing | None:
         if min(values) > 0 and max(values) / min(values) > 8:
             axes.set_xscale("log")
             plain_log_ticks(axes.xaxis, max(values) / min(values))
+        else:
+            _at_least_wide(axes.set_xlim, [x_factor * value for value in values])
+            axes.ticklabel_format(axis="x", useOffset=False)
+        _at_least_wide(axes.set_ylim, [y_factor * point.tpot_s for point in points])
+        axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel(f"mean TTFT ({x_unit})")
         axes.set_ylabel(f"mean TPOT ({y_unit})")
         _legend(figure, axes)
@@ -69,7 +72,7 @@ def latencies(board: Board, scenario: BoardScenario) -> Drawing | None:
     alt = "Mean TTFT and TPOT; not beaten in both: " + ", ".join(p.policy for p in points if p.is_efficient)
     return draw(
         f"{scenario.name}-latencies",
-        "Two latencies; hollow: it rejected, and shows those it served",
+        "Mean TTFT against mean TPOT; hollow: it rejected, and shows those it served",
         alt,
         (5.4, 4.4),
         paint,
@@ -175,7 +178,8 @@ def older_reports(board: Board, scenario: BoardScenario) -> Drawing | None:
             axes.set_yscale("log")
             plain_log_ticks(axes.yaxis, max(values) / min(values))
         else:
-            axes.set_ylim(0.0, None)
+            axes.set_ylim(0.0, 1.06 * max(values))
+        axes.margins(x=0.08)
         _legend(figure, axes)
 
     return draw(
@@ -185,6 +189,14 @@ def older_reports(board: Board, scenario: BoardScenario) -> Drawing | None:
         (5.4, 4.4),
         paint,
     )
+
+
+def _at_least_wide(set_limits: Callable[[float, float], object], values: Sequence[float]) -> None:
+    """Limits around `values`, and no narrower than 2 % of them: a thousandth is no difference to be looked at."""
+    low, high = min(values), max(values)
+    half = max(0.55 * (high - low), 0.01 * (low + high) / 2)
+    if half > 0:
+        set_limits((low + high) / 2 - half, (low + high) / 2 + half)
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

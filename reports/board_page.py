@@ -7,7 +7,7 @@ from typing import Any
 
 from .board import Board, BoardScenario, Standing, overall, pareto, standings
 from .board_figures import goodput, latencies, older_reports
-from .board_text import behind_text, interval_text, shown, with_interval
+from .board_text import behind_text, interval_text, pareto_text, shown, with_interval
 from .comparison import label_of
 from .figures import Drawing
 from .metrics import BY_KEY
@@ -41,6 +41,8 @@ def as_page(board: Board) -> str:
 def _best(table: list[Standing]) -> str:
     """Who is best, and who cannot be told from it."""
     first = [standing.policy for standing in table if standing.is_best]
+    if len(first) > 1 and len(first) == sum(standing.first is not None for standing in table):
+        return "all alike"
     tied = [standing.policy for standing in table if standing.is_tied]
     return ", ".join(first) + (f"; not distinguishable from it: {', '.join(tied)}" if tied else "")
 
@@ -89,12 +91,12 @@ def _scenario(board: Board, scenario: BoardScenario, table: list[Standing]) -> d
                 "value": shown(board.metric, standing.estimate.value),
                 "interval": interval_text(board.metric, standing.estimate),
                 "behind": behind_text(board.metric, standing),
-                "kind": "best" if standing.is_best else "same" if standing.is_tied else "",
+                "kind": "best" if standing.is_best else "",
                 "ttft": mean("mean_ttft_s"),
                 "p99_ttft": mean("p99_ttft_s"),
                 "tpot": mean("mean_tpot_s"),
                 "rejected": None if point is None else 1 - point.share_served,
-                "is_efficient": point is not None and point.is_efficient,
+                "pareto": pareto_text(point),
                 "regret": regret,
             }
         )

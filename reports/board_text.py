@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
-from .board import FRESH, Board, Standing, ageing, overall, pareto, standings
+from .board import FRESH, NOT_SERVED, Board, Point, Standing, ageing, overall, pareto, standings
 from .comparison import label_of, split_key
 from .figures import scale_of
 from .statistics import Estimate
+
+_MOST_COLUMNS: Final = 100  # of a terminal
 
 
 def shown(key: str, value: float | None, signed: bool = False) -> str:
@@ -46,6 +49,13 @@ def behind_text(key: str, standing: Standing) -> str:
     return f"{shown(key, standing.behind.value)} behind" if standing.behind.has_interval else "one seed"
 
 
+def pareto_text(point: Point | None) -> str:
+    """Whether nobody beats it in both latencies; of one that rejects these are of those that it let in."""
+    if point is None or not point.is_efficient:
+        return ""
+    return "yes" if point.share_served > 1 - NOT_SERVED else f"of the {100 * point.share_served:.0f} % served"
+
+
 def seeds_text(numbers: Iterable[int]) -> str:
     """On how many seeds each curve of a figure is, in words."""
     few, many = min(found := set(numbers)), max(found)
@@ -55,24 +65,32 @@ def seeds_text(numbers: Iterable[int]) -> str:
 
 
 def as_text(board: Board) -> str:
-    """Ranks in every scenario, as aligned columns."""
+    """Place and mean in every scenario, as aligned columns, below each other where they are wider than a terminal."""
     labels = [policy.label for policy in board.policies]
     width = max(map(len, labels))
     places = {scenario.name: {s.policy: s for s in standings(board, scenario.name)} for scenario in board.scenarios}
-    columns = [(name, max(len(name), 9)) for name in places]
     lines = [
-        f"Place by {label_of(board.metric)}; a range where the order may be chance, * not distinguishable from the best",
-        "",
-        " " * width + "  " + "  ".join(name.rjust(size) for name, size in columns),
+        f"Place by {label_of(board.metric)}, and its mean. A range where the order may be chance;",
+        "* not distinguishable from the best mean, though others may be better by more than chance.",
     ]
     order = [each.policy for each in overall(board)]
-    for label in [*order, *(label for label in labels if label not in order)]:
-        cells = []
-        for name, size in columns:
-            standing = places[name].get(label)
-            star = "*" if standing is not None and standing.is_among_best else ""
-            cells.append((standing.place + star if standing is not None else "").rjust(size))
-        lines.append(f"{label.ljust(width)}  {'  '.join(cells)}")
+    order += [label for label in labels if label not in order]
+    columns: list[list[str]] = []  # of each scenario: its name, then a cell for each policy
+    for name, table in places.items():
+        rows = [table.get(label) for label in order]
+        means = [shown(board.metric, row.estimate.value) if row else "" for row in rows]
+        size = max(map(len, means), default=0)
+        spots = [row.place + ("*" if row.is_among_best else " ") if row else "" for row in rows]
+        cells = [f"{spot}  {mean.rjust(size)}" if spot else "" for spot, mean in zip(spots, means, strict=True)]
+        longest = max(len(name), *map(len, cells))
+        columns.append([cell.rjust(longest) for cell in [name, *cells]])
+    head = [text.ljust(width) for text in ("", *order)]
+    while columns:
+        number = 1  # of columns that fit beside each other
+        while number < len(columns) and width + sum(2 + len(c[0]) for c in columns[: number + 1]) <= _MOST_COLUMNS:
+            number += 1
+        lines += ["", *("  ".join(row).rstrip() for row in zip(head, *columns[:number], strict=True))]
+        columns = columns[number:]
     return "\n".join(lines)
 
 
@@ -92,8 +110,7 @@ def places_table(board: Board) -> list[str]:
     rows = []
     for label in [*ranks, *(policy.label for policy in board.policies if policy.label not in ranks)]:
         rank = ranks.get(label)
-        part = f" (of {rank.num_scenarios})" if rank is not None and rank.num_scenarios < len(tables) else ""
-        cells = [label, "–" if rank is None else f"{rank.mean_place:.2f}{part}"]
+        cells = [label, "–" if rank is None else f"{rank.mean_place:.2f} (of {rank.num_scenarios})"]
         for table in tables.values():
             standing = table.get(label)
             if standing is None:
@@ -126,7 +143,7 @@ def as_markdown(board: Board) -> str:
                     behind_text(board.metric, each),
                     "–" if point is None else shown("mean_ttft_s", point.ttft_s),
                     "–" if point is None else shown("mean_tpot_s", point.tpot_s),
-                    "yes" if point is not None and point.is_efficient else "",
+                    pareto_text(point),
                     "–" if regret is None else f"{regret.mean.value or 0.0:.3f} s",
                 ]
             )

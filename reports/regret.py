@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 REGRET_TABLE: Final = "regret.parquet"
 NUM_WORST: Final = 5
+FEW_DECISIONS: Final = 10  # of fewer nothing is said about where they lose
 _LONG: Final = 0.75  # quantile of the sampled prompts from which one counts as long
 
 
@@ -41,8 +42,8 @@ class RegretSummary(Struct, frozen=True):
 
     @property
     def where(self) -> str:
-        """The stage and the prompts on which most is lost, in words; empty where nothing is."""
-        if not self.mean.value:
+        """The stage and the prompts on which most is lost, in words; empty where that may be nothing or decisions are few."""
+        if self.num_decisions < FEW_DECISIONS or not self.mean.excludes_zero:
             return ""
         words = []
         for parts, text in ((self.stages, "{} stage"), (self.prompts, "{} prompts")):

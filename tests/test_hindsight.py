@@ -228,7 +228,10 @@ def test_a_summary_of_regrets_counts_them_by_stage_and_length() -> None:
     assert summary.stages == {"context": 1.5, "generation": 0.5}
     assert summary.prompts == {"long": 3.0, "short": pytest.approx(1 / 3)}
     assert [each["regret_s"] for each in summary.worst] == [3.0, 1.0]
-    assert summary.where == "context stage, long prompts"
+    assert summary.where == ""  # four decisions name no culprit
+    assert summarise_regret(rows * 5).where == "context stage, long prompts"
+    chance = [row("context", 100, 0.0)] * 10 + [row("generation", 100, 0.0)] * 9 + [row("generation", 900, 3.0)]
+    assert summarise_regret(chance).where == ""  # nor does a mean that may be nothing
 
 
 # ---- rows in memory -------------------------------------------------------------------------------------------------

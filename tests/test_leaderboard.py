@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +30,9 @@ from disagg.reports.board import (
     pareto,
     standings,
 )
-from disagg.reports.board_figures import goodput, older_reports
-from disagg.reports.board_text import as_markdown
+from disagg.reports.board_figures import goodput, latencies, older_reports
+from disagg.reports.board_page import as_page
+from disagg.reports.board_text import as_markdown, as_text, pareto_text
 from tests.every_policy import names
 
 OWN = """
@@ -419,9 +421,70 @@ def test_the_pareto_set_holds_whom_nobody_beats_in_both_latencies() -> None:
     counts = {"num_completed": 90.0, "num_requests": 100.0}
     tpots = {"a": 3.0, "b": 2.0, "c": 2.5, "oracle": 0.1}
     more = {policy: {"mean_tpot_s": tpot, **counts} for policy, tpot in tpots.items()}
-    points = pareto(board({"a": [1.0], "b": [2.0], "c": [2.5], "oracle": [0.1]}, **more), "s")
+    table = board({"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [2.5, 2.5], "oracle": [0.1, 0.1]}, **more)
+    points = pareto(table, "s")
     assert {point.policy for point in points if point.is_efficient} == {"a", "b"}
     assert {point.share_served for point in points} == {0.9}
+    assert {pareto_text(point) for point in points} == {"of the 90 % served", ""}
+    assert [pareto_text(replace(point, share_served=0.995)) for point in points] == ["yes", "yes", "", ""]
+
+
+def test_whom_only_chance_puts_behind_stays_in_the_pareto_set() -> None:
+    """b is behind a by 1 on average, by −2, 1 and 4 under the three seeds; c by 3 under each."""
+    more = {policy: {"mean_tpot_s": 1.0, "num_completed": 9.0, "num_requests": 9.0} for policy in "abc"}
+    table = board({"a": [5.0, 5.0, 5.0], "b": [3.0, 6.0, 9.0], "c": [8.0, 8.0, 8.0]}, **more)
+    assert [point.policy for point in pareto(table, "s") if point.is_efficient] == ["a", "b"]
+    more["b"] = more["b"] | {"mean_tpot_s": 0.995}  # no difference either
+    table = board({"a": [5.0, 5.0], "b": [6.0, 6.0], "c": [4.99, 4.99]}, **more)
+    assert [point.policy for point in pareto(table, "s") if point.is_efficient] == ["a", "c"]
+    single = board({"a": [1.0], "c": [8.0]}, **more)
+    assert all(point.is_efficient for point in pareto(single, "s"))  # one seed tells nothing apart
+
+
+def test_who_turns_requests_away_puts_nobody_out_of_the_pareto_set_who_serves_them() -> None:
+    more = {policy: {"mean_tpot_s": 1.0, "num_completed": 100.0, "num_requests": 100.0} for policy in ("all", "most")}
+    more["most"]["num_completed"] = 95.0
+    table = board({"all": [5.0, 5.0], "most": [3.0, 3.0]}, **more)
+    assert [point.policy for point in pareto(table, "s") if point.is_efficient] == ["all", "most"]
+
+
+def test_policies_of_equal_values_are_all_the_best_and_called_alike() -> None:
+    table = board({"a": [0.9, 0.8], "b": [0.9, 0.8], "oracle": [1.0, 1.0]}, "slo_attainment")
+    assert [s.policy for s in standings(table, "s") if s.is_best] == ["a", "b"]
+    page = as_page(table)
+    assert '<a href="#s">s</a>: all alike.' in page
+    assert page.count(">best<") == 2
+    assert '<span class="count">of 1</span>' in page  # over how many scenarios a mean place is
+
+
+def test_what_may_be_chance_is_not_marked_as_good_and_axes_show_whole_values_of_a_range_worth_looking_at() -> None:
+    more = {p: {"mean_ttft_s": 0.5, "num_completed": 9.0, "num_requests": 9.0} for p in "ab"}
+    more["a"]["mean_tpot_s"], more["b"]["mean_tpot_s"] = 0.00391001, 0.00391002
+    table = board({"a": [0.9, 0.7], "b": [0.8, 0.75]}, "slo_attainment", **more)
+    assert '<span class="mark full ">not distinguishable</span>' in as_page(table)
+    drawing = latencies(table, table.scenarios[0])
+    assert drawing is not None
+    ticks = [float(text) for text in re.findall(rb"<!-- ([\d.]+) -->", drawing.svg)]
+    assert any(3.8 < tick < 4.0 for tick in ticks)
+    assert max(tick for tick in ticks if tick > 3) - min(tick for tick in ticks if tick > 3) > 0.02
+
+
+def test_the_terminal_shows_means_beside_places_and_no_line_is_wider_than_a_hundred_columns() -> None:
+    table = board({"a": [0.9, 0.9], "bb": [0.2, 0.2]}, "slo_attainment")
+    assert as_text(table).splitlines()[3:] == [
+        "             s",
+        "a   1*  90.0 %",
+        "bb  2   20.0 %",
+    ]
+    names = [f"a_scenario_of_a_long_name_{i}" for i in range(9)]
+    many = replace(
+        table,
+        scenarios=tuple(replace(table.scenarios[0], name=name) for name in names),
+        runs=tuple(replace(run, scenario=name) for name in names for run in table.runs),
+    )
+    lines = as_text(many).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.count("1*  90.0 %") for line in lines) == len(names)
 
 
 def test_what_older_reports_cost_is_paired_by_seed() -> None:
