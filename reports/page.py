@@ -442,13 +442,12 @@ def _facts(section: Section) -> list[tuple[str, str]]:
 
 
 def _policies(section: Section) -> str:
-    """Each decision with every policy that took it in some run."""
+    """Each decision with every policy that took it in some run, `none` where only some runs had one."""
     found: dict[str, dict[str, None]] = {}
     for case in section.cases:
         for key, value in _dict(case.run.config.get("policy")).items():
-            if text := _inline(value):
-                found.setdefault(key, {})[text.removeprefix("name ")] = None
-    return "; ".join(f"{key} {' | '.join(texts)}" for key, texts in found.items())
+            found.setdefault(key, {})[_inline(value).removeprefix("name ") or "none"] = None
+    return "; ".join(f"{key} {' | '.join(texts)}" for key, texts in found.items() if set(texts) != {"none"})
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -126,6 +126,17 @@ def test_a_swept_rate_makes_curves_and_a_table_per_rate(tmp_path: Path) -> None:
     assert "in 2 repeats" in page
 
 
+def test_a_policy_that_only_some_runs_have_is_told_as_none_of_the_others(tmp_path: Path) -> None:
+    for roles in (None, {"name": "mixed_pool", "interval_s": 2.0}):
+        config = config_of()
+        config["policy"] |= {"roles": roles, "mixed_router": None}
+        write_run(tmp_path / "runs" / str(bool(roles)), config, requests=[request()])
+    write_report([tmp_path / "runs"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "roles none | mixed_pool, interval_s 2" in page
+    assert "mixed_router" not in page
+
+
 def test_one_kind_of_warning_is_one_line_over_all_runs(tmp_path: Path) -> None:
     for policy, failures in (("round_robin", 1), ("random", 3)):
         rows = [request(i, finish_reason="error" if i < failures else "stop") for i in range(400)]
