@@ -34,7 +34,9 @@ def latencies(board: Board, scenario: BoardScenario) -> Drawing | None:
     points = pareto(board, scenario.name)
     if not points:
         return None
-    chosen = coloured(board, scenario.name, [point.policy for point in points if point.is_efficient])
+    efficient = {point.policy for point in points if point.is_efficient}
+    ranked = [standing.policy for standing in standings(board, scenario.name) if standing.policy in efficient]
+    chosen = coloured(board, scenario.name, ranked[: MOST_COLOURED - len(_ALWAYS)])
     styles = styles_of(chosen)
     x_factor, x_unit = scale_of([point.ttft_s for point in points], "s")
     y_factor, y_unit = scale_of([point.tpot_s for point in points], "s/token")
@@ -173,12 +175,12 @@ def older_reports(board: Board, scenario: BoardScenario) -> Drawing | None:
         axes.set_xticks(range(len(intervals)), ["at each\nchange" if i == FRESH else f"{i:g} ms" for i in intervals])
         axes.set_xlabel("executors report")
         axes.set_ylabel(f"mean TTFT ({unit})")
-        values = [value for each in aged for e in each.ttft_s.values() if (value := e.value)]
+        values = [factor * (e.value or 0.0) for each in aged for e in each.ttft_s.values()]
         if min(values) > 0 and max(values) / min(values) > 8:
             axes.set_yscale("log")
             plain_log_ticks(axes.yaxis, max(values) / min(values))
         else:
-            axes.set_ylim(0.0, 1.06 * max(values))
+            axes.set_ylim(0.0, 1.06 * max(values) or None)
         axes.margins(x=0.08)
         _legend(figure, axes)
 

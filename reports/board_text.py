@@ -46,7 +46,11 @@ def behind_text(key: str, standing: Standing) -> str:
         return "oracle"
     if standing.is_tied:
         return "not distinguishable"
-    return f"{shown(key, standing.behind.value)} behind" if standing.behind.has_interval else "one seed"
+    if not standing.behind.has_interval:
+        return "one seed"
+    if split_key(key)[1].key == "slo_attainment":  # of what all send, not of what the best attains
+        return f"{100 * (standing.behind.value or 0.0):.1f} points behind"
+    return f"{shown(key, standing.behind.value)} behind"
 
 
 def pareto_text(point: Point | None) -> str:

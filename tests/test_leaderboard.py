@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
-from disagg.experiments.leaderboard import FULL, QUICK, task_text
+from disagg.experiments.leaderboard import FULL, QUICK, Size, task_text
 from disagg.experiments.leaderboard_entries import entries_of, scenarios_of, shipped
 from disagg.experiments.simulated_rows import simulate_rows
 from disagg.reports.board import (
@@ -32,7 +32,7 @@ from disagg.reports.board import (
 )
 from disagg.reports.board_figures import goodput, latencies, older_reports
 from disagg.reports.board_page import as_page
-from disagg.reports.board_text import as_markdown, as_text, pareto_text
+from disagg.reports.board_text import as_markdown, as_text, behind_text, pareto_text
 from tests.every_policy import names
 
 OWN = """
@@ -74,9 +74,12 @@ def scenario(folder: Path, name: str, cluster: dict[str, Any], **keys: Any) -> P
     return path
 
 
+SMALLEST = Size(seeds=1, requests=5, loads=(), report_intervals_ms=(), regret_requests=1, regret_run=5)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str | Path]]:
-    """Two scenarios, three policies, two seeds: the folder of the board, and the options that made it."""
+    """Two scenarios, three policies, five seeds: the folder of the board, and the options that made it."""
     from disagg.experiments.cli_leaderboard import leaderboard
 
     folder = tmp_path_factory.mktemp("leaderboard")
@@ -234,12 +237,13 @@ def test_a_scenario_without_objectives_is_refused_and_foreign_files_are_left_alo
 
 
 def test_overwriting_removes_the_boards_own_files_and_nothing_else(
-    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     (out / "answers").mkdir(parents=True)
     theirs = [out / "letter.txt", out / "answers" / "letter.json"]
     ours = [out / "leaderboard.html", out / "answers" / f"{'0f' * 16}.json", out / ".leaderboard.json.partial-12"]
+    monkeypatch.setattr("disagg.experiments.cli_leaderboard.QUICK", SMALLEST)
     options = ("--scenario", scenario(tmp_path, "apart", SPLIT), "--policy", "random", "--quick", "--workers", "1")
     for path in (*theirs, *ours):
         path.write_text("dear")
@@ -269,8 +273,9 @@ def test_scenarios_are_listed_without_their_traces_and_one_whose_trace_is_missin
 
 
 def test_an_experiment_with_changing_roles_has_no_regret_and_what_is_left_out_is_told(
-    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("disagg.experiments.cli_leaderboard.QUICK", SMALLEST)
     roles = {"router": "mixed_pool", "roles": {"name": "mixed_pool", "max_prompt_tokens": 512}}
     files = [scenario(tmp_path, "lending", SPLIT, policy=roles), scenario(tmp_path, "apart", SPLIT)]
     options = [x for file in files for x in ("--scenario", file)]
@@ -506,6 +511,19 @@ def test_curves_are_over_the_same_seeds_at_each_point_and_say_how_many() -> None
         "Mean TTFT with older reports; the same 2 seeds at each point",
     ]
     assert "(0: at every change of a batch), the same 2 seeds at each point:" in as_markdown(table)
+
+
+def test_axes_over_the_age_of_reports_hold_every_curve() -> None:
+    table = board({"a": {0.0: [0.25, 0.25], 100.0: [0.45, 0.45]}})
+    drawing = older_reports(table, table.scenarios[0])
+    assert drawing is not None
+    ticks = [float(text) for text in re.findall(rb"<!-- ([\d.]+) -->", drawing.svg)]
+    assert max(ticks) >= 400  # ms
+
+
+def test_a_share_is_behind_by_points() -> None:
+    table = board({"a": [0.9, 0.9], "b": [0.2, 0.2]}, "slo_attainment")
+    assert [behind_text("slo_attainment", each) for each in standings(table, "s")] == ["best", "70.0 points behind"]
 
 
 def test_a_policy_without_a_common_seed_has_no_curve_over_age() -> None:
