@@ -117,8 +117,12 @@ def entries_of(asked: Sequence[str]) -> list[Entry]:
         for choice in named:
             name = str(choice["name"])
             if name not in known:
+                if name.endswith(".py"):
+                    raise ConfigError(f"--policy {name}: name the class too: {name}:MyPolicy")
+                kinds = [info.kind.replace("_", " ") for info in available() if info.name == name]
+                other = f"; {name} is a policy of {kinds[0]}" if kinds else did_you_mean(name, known)
                 raise ConfigError(
-                    f"--policy {name}: there is no routing policy of this name{did_you_mean(name, known)}"
+                    f"--policy {name}: there is no routing policy of this name{other}"
                     f" (allowed: {', '.join(known)}, or path/to/file.py:Class)"
                 )
         found = [

@@ -206,6 +206,8 @@ def test_the_page_shows_places_figures_and_where_decisions_lost(made: tuple[Path
     [
         (("--scenario", "heavy_tail"), "there is no such scenario; did you mean 'heavy_tails'?"),
         (("--policy", "least_token"), "there is no routing policy of this name; did you mean 'least_tokens'?"),
+        (("--policy", "mine.py"), "--policy mine.py: name the class too: mine.py:MyPolicy"),
+        (("--policy", "edf"), "no routing policy of this name; edf is a policy of queue order"),
         (("--policy", "{nam: x}"), "must have a name"),
         (("--policy", "random", "--policy", "random"), "--policy random: is given twice"),
         (("--policy", "absent.py:Mine"), "there is no file"),
