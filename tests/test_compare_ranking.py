@@ -96,6 +96,21 @@ def test_a_sweep_over_policies_is_ranked_and_every_pair_listed(tmp_path: Path) -
     assert "tie (9.1 % apart)" in text
 
 
+def test_routers_that_differ_only_in_their_order_are_ranked_as_two_policies(tmp_path: Path) -> None:
+    kinds = ("context", "generation", "mixed")
+    trees = []
+    for backend in ("simulation", "hardware"):
+        for number, names in enumerate((("one", "one", "two"), ("one", "two", "two"))):
+            values = {f"policy.{kind}_router.name": name for kind, name in zip(kinds, names)}
+            rows = [request(end_ps=(100 + 100 * number) * MS)]
+            write_run(
+                tmp_path / backend / str(number), config_of("one", 8.0, backend), {"values": values}, requests=rows
+            )
+        trees.append(tmp_path / backend)
+    (ranking,) = rank_trees(trees[0], trees[1:], "mean_e2e_latency_s")
+    assert [(pair.a, pair.b) for pair in ranking.pairs] == [("one, one, two", "one, two, two")]
+
+
 def test_what_is_swept_beside_policies_makes_rankings_of_their_own(tmp_path: Path) -> None:
     trees = [
         tree(tmp_path / backend, backend, {"one": 100, "two": 200}, (2.0, 4.0))
