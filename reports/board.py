@@ -129,15 +129,16 @@ class Board(Struct, frozen=True, dict=True):
         return sorted({interval for name, _, interval in self._by_case if name == scenario})
 
     def notes(self) -> list[str]:
-        """One line for each reason why policies or studies have no place in a scenario."""
-        lines = []
+        """One line for each reason why policies or studies have no place in scenarios."""
+        found: dict[str, list[str]] = {}
         for scenario in self.scenarios:
             by_reason: dict[str, list[str]] = {}
             for label, why in scenario.left_out.items():
                 by_reason.setdefault(why, []).append(label)
-            lines += [f"{scenario.name}: left out: {', '.join(who)} ({why})" for why, who in by_reason.items()]
-            lines += [f"{scenario.name}: {scenario.no_regret}"] if scenario.no_regret else []
-        return lines
+            texts = [f"left out: {', '.join(who)} ({why})" for why, who in by_reason.items()]
+            for text in [*texts, scenario.no_regret]:
+                found.setdefault(text, []).append(scenario.name)
+        return [f"{', '.join(names)}: {text}" for text, names in found.items() if text]
 
     def failures(self) -> list[str]:
         """One line for each policy that failed in a scenario."""

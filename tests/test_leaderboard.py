@@ -420,6 +420,12 @@ def test_a_higher_share_is_better_and_equal_policies_share_all_their_places() ->
     assert [s.is_among_best for s in found] == [True, True, False]
 
 
+def test_what_is_left_out_for_one_reason_is_told_once() -> None:
+    table = board({"a": [1.0]})
+    where = [replace(table.scenarios[0], name=name, left_out={"b": "alone", "c": "alone"}) for name in ("s", "t")]
+    assert replace(table, scenarios=tuple(where)).notes() == ["s, t: left out: b, c (alone)"]
+
+
 def test_with_one_seed_no_order_is_claimed() -> None:
     assert [s.place for s in standings(board({"a": [1.0], "b": [2.0]}), "s")] == ["1–2", "1–2"]
 
