@@ -175,7 +175,7 @@ def test_a_rank_that_dies_on_the_other_host_fails_its_requests_alone(tmp_path: P
     errors = int(found["context_error_samples"]) + int(found["generation_error_samples"])
     assert errors > 0
     assert int(found["samples"]) + errors == 30
-    assert f"{errors} of 30 requests failed" in err
+    assert f"{errors} of 30 requests were rejected or failed" in err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["clock_offsets"][1]["end"] == (None if has_namespaces() else manifest["clock_offsets"][1]["start"])
     assert no_longer([pid for _, pid in ranks.values()])

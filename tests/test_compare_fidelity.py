@@ -184,13 +184,13 @@ def loaded(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", HELD_OUT, ids=[path.stem for path in HELD_OUT])
-def test_a_held_out_experiment_is_valid_and_takes_half_a_minute(path: Path) -> None:
+def test_a_held_out_experiment_is_valid_and_takes_less_than_half_a_minute(path: Path) -> None:
     experiment = loaded(path)
     problems = [p.message for p in check_experiment(experiment) if p.severity != "warning"]
     assert [p for p in problems if "DISAGG_TRACES" not in p] == []  # the trace is public and not everywhere
     (phase,) = [phase for phase in experiment.workload.phases if not phase.exclude_from_results]
     if hasattr(phase, "rate"):
-        assert 20 <= phase.requests / phase.rate <= 40
+        assert 15 <= phase.requests / phase.rate <= 30
 
 
 def test_there_are_enough_held_out_experiments_of_each_kind() -> None:
@@ -210,6 +210,11 @@ def test_disaggregated_held_out_clusters_are_the_calibrated_one() -> None:
     for path in HELD_OUT:
         cluster = loaded(path).cluster
         if cluster.context_servers is not None:
-            assert cluster.context_servers == base.context_servers
-            assert cluster.generation_servers == base.generation_servers
+            for servers, theirs in (
+                ("context_servers", base.context_servers),
+                ("generation_servers", base.generation_servers),
+            ):
+                assert getattr(cluster, servers).model_copy(update={"num_instances": theirs.num_instances}) == theirs
+            if not path.stem.startswith("4gpu"):
+                assert cluster.context_servers.num_instances == cluster.generation_servers.num_instances == 1
             assert cluster.cache_transceiver.backend == base.cache_transceiver.backend
