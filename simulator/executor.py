@@ -202,6 +202,10 @@ class SimulatedExecutor:
             if not is_report and type(command) is not WakeAt:
                 raise RuntimeError(f"executor {self.id} was woken for a report due at {at} ps, and did {command}")
         self._obey(commands, at)
+        self._take_back_unwanted_wake()
+
+    def _take_back_unwanted_wake(self) -> None:
+        """A method of its own: the compiler takes what a method has set for what it still is after `_obey`."""
         if self._wake_at is None:  # no time limit matters any more
             self._take_back_wake()
 
