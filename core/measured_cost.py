@@ -130,7 +130,7 @@ class MeasuredCost(Struct, frozen=True):
         """
         if not num_chunks:
             return self.step_time(StepFeatures(num_decodes, num_kv))
-        graph = self._chunk_graph(num_decodes, num_chunks, num_tokens, cached)
+        graph = self._chunk_graph(num_decodes, num_chunks, num_tokens)
         rows = padded_rows(num_decodes + num_tokens, self.row_multiple) if graph is None else graph[1]
         time = (
             self.chunk_rows.at(rows)
@@ -143,10 +143,10 @@ class MeasuredCost(Struct, frozen=True):
         )
         return time if graph is not None or time > self.launch_floor else self.launch_floor
 
-    def _chunk_graph(self, num_decodes: int, num_chunks: int, num_tokens: int, cached: int) -> tuple[int, int] | None:
+    def _chunk_graph(self, num_decodes: int, num_chunks: int, num_tokens: int) -> tuple[int, int] | None:
         if not self.chunk_graphs:
             return None
-        return chunk_graph(num_decodes, num_chunks, num_tokens, cached, self.graph_sizes[-1])
+        return chunk_graph(num_decodes, num_chunks, num_tokens, self.graph_sizes[-1])
 
     def line(self, features: StepFeatures) -> tuple[int, int, int]:
         n, kv, chunks = features
@@ -170,7 +170,7 @@ class MeasuredCost(Struct, frozen=True):
         if not chunks:
             return n <= most.decodes and kv <= most.kv_tokens
         tokens, pairs, cached, _ = chunk_sums(chunks)
-        graph = self._chunk_graph(n, len(chunks), tokens, cached)
+        graph = self._chunk_graph(n, len(chunks), tokens)
         return (
             (graph is not None or padded_rows(n + tokens, self.row_multiple) <= most.rows)
             and pairs <= most.pairs

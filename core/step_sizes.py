@@ -22,7 +22,7 @@ def graph_sizes(max_batch: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_batch), max_batch)
 
 
-CHUNK_SLOTS: Final = 8  # prompts that a graph of a step with chunks has room for
+CHUNK_SLOTS: Final = 32  # prompts that a graph of a step with chunks has room for; a power of two
 CHUNK_GRAPH_ROWS: Final = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)  # above, a device is busy anyway
 
 
@@ -34,14 +34,12 @@ def chunk_graph_decodes(max_batch: int) -> tuple[int, ...]:
     return (*sizes[:-1], max_batch)
 
 
-def chunk_graph(
-    num_decodes: int, num_chunks: int, num_tokens: int, num_cached: int, max_batch: int
-) -> tuple[int, int] | None:
-    """(decodes, rows in all) of the graph that runs such a step; None where it runs kernel by kernel.
+def chunk_graph(num_decodes: int, num_chunks: int, num_tokens: int, max_batch: int) -> tuple[int, int] | None:
+    """(decodes, rows in all) of the graph that runs a step of so many decodes, chunks and tokens of chunks.
 
-    `num_tokens` of the chunks, `num_cached` before them: KV that is read from pages has no place of its own in a graph.
+    None where it runs kernel by kernel.
     """
-    if num_cached or num_chunks > CHUNK_SLOTS:
+    if num_chunks > CHUNK_SLOTS:
         return None
     room = 0
     if num_decodes:

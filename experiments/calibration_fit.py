@@ -328,9 +328,9 @@ def _residual_of_samples(family: str, ns: Floats, fitted: Floats, num_samples: i
 
 def _chunk_graphs(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
     """Rows of the graph that ran each step with chunks; 0 where none did."""
-    names = ("num_decodes", "num_chunks", "num_chunk_tokens", "num_cached_tokens")
+    names = ("num_decodes", "num_chunks", "num_chunk_tokens")
     steps = zip(*(columns[name].tolist() for name in names), strict=True)
-    found = [chunk_graph(decodes, chunks, tokens, cached, max_batch) for decodes, chunks, tokens, cached in steps]
+    found = [chunk_graph(decodes, chunks, tokens, max_batch) for decodes, chunks, tokens in steps]
     return np.array([0 if key is None else key[1] for key in found], dtype=np.int64)
 
 
@@ -347,7 +347,7 @@ def _fit_chunks(
     if graphs is not None and graphs.any():
         rows = np.where(graphs > 0, graphs, rows)
         waits = (graphs == 0) & (rows <= CHUNK_GRAPH_ROWS[-1])
-    row_knots = knots_for(rows, _ROW_KNOTS)
+    row_knots = knots_for(rows[~waits], _ROW_KNOTS)
     kv = columns["num_kv_tokens"]
     kv_knots = [0, max(1, int(kv.max()))]
     before = columns["before"]

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..core.step_sizes import CHUNK_GRAPH_ROWS, CHUNK_SLOTS, chunk_graph
 from .device_batch import DeviceBatch, Staging
-from .model_attention import ChunkRows
 from .model_fused import FusedModel
 from .model_kernels import advance
-from .prefill_attention import PrefillBatch
+from .prefill_attention import PagedChunks, PrefillBatch
 
 Greedy = Callable[[Tensor | None, int], Tensor]
 Key = tuple[int, int]  # decodes, rows in all
@@ -30,7 +29,7 @@ _ASCENDING: Final = np.arange(_MOST_ROWS, dtype=np.int32)
 class ChunkGraphs:
     """Graphs for each number of decodes in `decodes` (0: none beside). To be used on the stream that runs the steps.
 
-    A prompt in a graph begins with its chunk: what has KV before it runs elsewhere. `greedy(logits, rows)` gives tokens.
+    `greedy(logits, rows)` gives tokens.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class ChunkGraphs:
 
     def capture(self, key: Key, stream: Any, pool: Any) -> Any:
         """Record the graph of `key`; the memory pool that it used."""
-        self._place([((0,) * (key[1] - key[0]), True)])
+        self._place([(0, (0,) * (key[1] - key[0]), True)])
         self._run(key)  # cuBLAS and Triton make up their minds outside the graph
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -79,9 +78,8 @@ class ChunkGraphs:
             both = torch.cat((decodes, both), 1)
             picked = torch.cat((own.sequences[:room], picked + room))
         token_ids, positions, sequences = both
-        # To the kernel one prompt is as long as all may be: it reads their true bounds from the device.
-        whole = [ChunkRows(room, num, 0, own.tables[:1])]
-        prefill = PrefillBatch((room, rows), whole, [], self._bounds, self._bounds, num, num, num)
+        paged = PagedChunks(positions[room:], self._bounds, own.tables[own.max_batch :])
+        prefill = PrefillBatch((room, rows), [], [], self._bounds, self._bounds, num, num, num, paged)
         sizes = self._model.decode_attention.sizes(room) if room else None
         logits = self._model.forward(token_ids, positions, sequences, own.tables, room, prefill, picked, sizes=sizes)
         sampled = self._greedy(logits, room + CHUNK_SLOTS)
@@ -89,29 +87,29 @@ class ChunkGraphs:
             advance(own.tokens, own.positions, sampled[:room])
         return logits, sampled
 
-    def key_of(self, num_decodes: int, starts: Sequence[int], lengths: Sequence[int]) -> Key | None:
-        """The graph for a step with chunks of these first positions and lengths, if there is one."""
-        key = chunk_graph(num_decodes, len(lengths), sum(lengths), max(starts), self._batch.max_batch)
+    def key_of(self, num_decodes: int, lengths: Sequence[int]) -> Key | None:
+        """The graph for a step with chunks of these lengths, if there is one."""
+        key = chunk_graph(num_decodes, len(lengths), sum(lengths), self._batch.max_batch)
         return key if key in self._graphs else None
 
     def step(
         self,
         key: Key,
         num_decodes: int,
-        chunks: Sequence[tuple[tuple[int, ...], bool]],
+        chunks: Sequence[tuple[int, tuple[int, ...], bool]],
     ) -> tuple[Tensor | None, Tensor]:
-        """Run a step whose chunks are (token ids, whether it yields a token), their tables set already.
+        """Run a step whose chunks are (tokens before it, token ids, whether it yields a token), their tables set already.
 
         Logits and tokens of the `num_decodes` decodes, then of the chunks that yield one. They hold until the next step.
         """
         self._place(chunks)
         self._replay(key)
-        return self._compacted(key, num_decodes, sum(is_last for _, is_last in chunks))
+        return self._compacted(key, num_decodes, sum(is_last for _, _, is_last in chunks))
 
     def _replay(self, key: Key) -> None:
         self._graphs[key].replay()
 
-    def _place(self, chunks: Sequence[tuple[tuple[int, ...], bool]]) -> None:
+    def _place(self, chunks: Sequence[tuple[int, tuple[int, ...], bool]]) -> None:
         """Write a step's chunks into the places."""
         staged = self._staging.take()
         values = staged.numpy()
@@ -122,10 +120,10 @@ class ChunkGraphs:
         picked = values[3 * _MOST_ROWS + CHUNK_SLOTS + 1 :]
         picked[:] = 0
         bounds[0] = end = num_picked = 0
-        for i, (token_ids, is_last) in enumerate(chunks):
+        for i, (before, token_ids, is_last) in enumerate(chunks):
             start, end = end, end + len(token_ids)
             rows[0, start:end] = token_ids
-            rows[1, start:end] = _ASCENDING[: len(token_ids)]
+            rows[1, start:end] = _ASCENDING[: len(token_ids)] + before
             rows[2, start:end] = self._batch.max_batch + i
             bounds[i + 1] = end
             if is_last:

@@ -222,10 +222,10 @@ class FusedStepper:
         graphs = self._chunk_graphs if on_layers is None else None
         key: tuple[int, int] | None = None
         if graphs is not None:
-            key = graphs.key_of(num, [chunk.start for chunk, _ in chunks], [chunk.length for chunk, _ in chunks])
+            key = graphs.key_of(num, [chunk.length for chunk, _ in chunks])
         tables = own.set_chunks([chunk.blocks[: -(-(chunk.start + chunk.length) // size)] for chunk, _ in chunks])
         if graphs is not None and key is not None:
-            return graphs.step(key, num, [(fed.token_ids, chunk.is_last) for chunk, fed in chunks])
+            return graphs.step(key, num, [(chunk.start, fed.token_ids, chunk.is_last) for chunk, fed in chunks])
         rows: list[ChunkRows] = []
         ids: list[int] = []
         where: list[Tensor] = []

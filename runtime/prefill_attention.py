@@ -1,8 +1,9 @@
-"""Attention of prompt chunks on a GPU: torch's flash and cuDNN kernels over contiguous K and V.
+"""Attention of prompt chunks on a GPU: torch's flash and cuDNN kernels over contiguous K and V, and in graphs our own.
 
 Chunks that begin their prompt take K and V as the projection made them; a chunk with KV before it has that gathered
 from its pages first. Flash's varlen form takes chunks of any lengths at once, aligned at their last tokens, which is what
 a chunk with KV before it needs; cuDNN is faster on long sequences of one length and has only the plain causal mask.
+Where a graph holds the step, what is told on the host would be fixed in it: there pages are read where they lie.
 """
 
 from __future__ import annotations
@@ -20,9 +21,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .model_attention import ChunkRows, StepTokens, TorchAttention
 from .model_kernels import gather_pages
+from .paged_prefill_attention import PagedPrefillAttention
 
 # cuDNN makes a plan for each new shape, which takes it 50 to 100 ms: only lengths of which there are few go there.
 CUDNN_MULTIPLE: Final = 4096
+
+
+@dataclass(slots=True)
+class PagedChunks:
+    """Where a graph's kernel finds what its chunks are: see `PagedPrefillAttention`."""
+
+    positions: Tensor
+    bounds: Tensor
+    tables: Tensor
 
 
 @dataclass(slots=True)
@@ -40,6 +51,7 @@ class PrefillBatch:
     max_q: int
     max_k: int
     total_k: int
+    paged: PagedChunks | None = None  # then nothing else here but `rows` is to be believed
 
     @property
     def is_plain(self) -> bool:
@@ -85,6 +97,7 @@ class PrefillAttention:
         self._dim = dim
         self._window = window
         self._plain = TorchAttention(dim, window)
+        self._paged = PagedPrefillAttention(num_query, num_kv, dim, window)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, batch: PrefillBatch, layer: int, pages: Any, out: Tensor
@@ -93,6 +106,10 @@ class PrefillAttention:
 
         q, k, v: [rows, heads, head_dim] views of the chunks' rows alone, k and v already in their `pages` of `layer`.
         """
+        if (paged := batch.paged) is not None:
+            k_pages, v_pages = pages.pool[layer, 0], pages.pool[layer, 1]
+            self._paged(q, paged.positions, paged.bounds, paged.tables, k_pages, v_pages, out)
+            return
         if q.dtype == torch.float32 or q.device.type != "cuda":
             self._by_torch(q, batch, layer, pages, out)
             return

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from disagg.core.step_sizes import CHUNK_GRAPH_ROWS, CHUNK_SLOTS, chunk_graph, chunk_graph_decodes
 from disagg.policies.vocabulary import SamplingConfig
@@ -16,8 +14,8 @@ from disagg.runtime.weights import random_weights
 from tests.fused_models import SHAPES, fused_engine
 from tests.tiny_models import MIN_MARGIN, Script, make_engine, prompts
 
+from disagg.runtime import chunk_graphs  # isort: skip  (after Triton was asked for)
 from disagg.runtime.chunk_graphs import ChunkGraphs, Key  # isort: skip  (after Triton was asked for)
-import itertools
 
 MAX_BATCH = 8
 
@@ -36,44 +34,20 @@ class AtOnce(ChunkGraphs):
         self._results[key] = self._run(key)
 
 
-def by_bounds(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, out: Tensor, window: int | None) -> None:
-    """Causal attention within each of the prompts that `bounds` cut, as flash's varlen kernel does it."""
-    ends = bounds.tolist()
-    for start, end in itertools.pairwise(ends):
-        if end > start:
-            place = torch.arange(end - start)
-            seen = place[None, :] <= place[:, None]
-            if window is not None:
-                seen &= place[None, :] > place[:, None] - window
-            parts = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
-            attended = functional.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=True)
-            out[start:end] = attended[0].transpose(0, 1)
-
-
 def graphed_engine(shape: Any, weights: Any) -> tuple[Any, AtOnce]:
     engine = fused_engine(shape, weights, record_margins=True, max_batch=MAX_BATCH, max_num_tokens=120, warm=False)
     stepper: Any = engine._stepper
     graphs = AtOnce(stepper)
     stepper._chunk_graphs = graphs
-    attention = stepper.model._prefill_attention
-    plain = attention._by_torch
-
-    def attend(q: Tensor, batch: Any, layer: int, pages: Any, out: Tensor) -> None:
-        if batch.cu_q is not graphs._bounds:
-            plain(q, batch, layer, pages, out)
-            return
-        heads = stepper.model._space["qkv"][batch.rows[0] : batch.rows[1]].view(len(q), -1, shape.head_dim)
-        _, k, v = torch.split(heads, [q.shape[1], attention._num_kv, attention._num_kv], dim=1)
-        out.fill_(torch.nan)  # of padding nothing is said
-        by_bounds(q, k, v, batch.cu_q, out, shape.sliding_window)
-
-    attention._by_torch = attend
     return engine, graphs
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_an_engine_whose_short_prompts_run_as_graphs_yields_the_tokens_of_the_plain_one(name: str) -> None:
+def test_an_engine_whose_short_prompts_run_as_graphs_yields_the_tokens_of_the_plain_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Several at once, beside decodes and without, more than one chunk, with KV before, and sampled by chance."""
+    monkeypatch.setattr(chunk_graphs, "CHUNK_SLOTS", 4)  # a program each, one after the other
     shape = SHAPES[name]
     weights = random_weights(Place.of(shape), 3, "cpu")
     plain = make_engine(shape, weights, record_margins=True)
@@ -93,23 +67,22 @@ def test_an_engine_whose_short_prompts_run_as_graphs_yields_the_tokens_of_the_pl
         hot = SamplingConfig(temperature=1.5, top_k=50, top_p=0.95, seed=3)
         script.run(num_steps=3, sampling=hot)
         tokens.append(script.tokens)
-    assert graphs.used == [(0, 64), (8, 64), (8, 64), (0, 64)]
+    assert graphs.used == [(0, 64), (8, 64), (8, 64), (8, 64), (0, 64)]
     assert min(margin for _, margin in plain.margins) > MIN_MARGIN
     assert tokens[1] == tokens[0]
 
 
 def test_the_smallest_graph_with_room_for_a_step_is_chosen() -> None:
-    assert chunk_graph(0, 1, 1, 0, 128) == (0, 64)
-    assert chunk_graph(0, 3, 65, 0, 128) == (0, 128)
-    assert chunk_graph(0, CHUNK_SLOTS, 1024, 0, 128) == (0, CHUNK_GRAPH_ROWS[-1])
-    assert chunk_graph(5, 1, 56, 0, 128) == (8, 64)
-    assert chunk_graph(5, 1, 57, 0, 128) == (8, 128)
-    assert chunk_graph(65, 1, 10, 0, 100) == (100, 128)
+    assert chunk_graph(0, 1, 1, 128) == (0, 64)
+    assert chunk_graph(0, 3, 65, 128) == (0, 128)
+    assert chunk_graph(0, CHUNK_SLOTS, 1024, 128) == (0, CHUNK_GRAPH_ROWS[-1])
+    assert chunk_graph(5, 1, 56, 128) == (8, 64)
+    assert chunk_graph(5, 1, 57, 128) == (8, 128)
+    assert chunk_graph(65, 1, 10, 100) == (100, 128)
 
 
 def test_what_no_graph_holds_runs_kernel_by_kernel() -> None:
-    assert chunk_graph(0, 1, 1025, 0, 128) is None
-    assert chunk_graph(0, CHUNK_SLOTS + 1, 20, 0, 128) is None
-    assert chunk_graph(0, 1, 20, 32, 128) is None
-    assert chunk_graph(129, 1, 20, 0, 128) is None
-    assert chunk_graph(100, 1, 900, 0, 128) is None
+    assert chunk_graph(0, 1, 1025, 128) is None
+    assert chunk_graph(0, CHUNK_SLOTS + 1, 20, 128) is None
+    assert chunk_graph(129, 1, 20, 128) is None
+    assert chunk_graph(100, 1, 900, 128) is None
