@@ -143,41 +143,41 @@ class ExecutorCore:
         self._out.append(command)
 
     def _take(self, event: ExecutorEvent, now: int) -> None:
-        match event:
-            case StepsDone():
-                self._steps_done(event, now)
-            case StepsCommitted():
-                self.scheduler.steps_committed(event)
-            case Enqueue():
-                self._enqueue(event, now)
-            case KvRequested():
-                self._source.requested(event, self.visits.get(event.request_id), now)
-            case KvReceived():
-                self._kv_received(event, now)
-            case KvTaken():
-                self._kv_taken(event, now)
-            case LeaseRenewed():
-                for request_id in event.request_ids:
-                    visit = self.visits.get(request_id)
-                    if visit is not None:
-                        visit.lease_until = now + self.config.lease
-            case FirstTokens():
-                self._first_token(self.visits.get(event.request_id), now)
-            case KvWithdrawn():
-                self._source.withdrawn(event, self.visits.get(event.request_id))
-            case Cancel():
-                self._give_up(self.visits.get(event.request_id), CANCELLED, now)
-            case PeerDown():
-                self._peer_down(event.executor, now)
-            case RoleChanged():
-                self.scheduler.role = Role(event.role)
-                self._dirty = True
-                self.scheduler.ask_to_stop()  # for a batch policy that goes by it
-            case Shutdown():
-                self._closing = True
-                if not event.drain:
-                    for visit in list(self.visits.values()):
-                        self._give_up(visit, "the executor was shut down", now)
+        # exact types, the most frequent first: a class pattern costs a compiled core a call of the metaclass each
+        if type(event) is StepsDone:
+            self._steps_done(event, now)
+        elif type(event) is StepsCommitted:
+            self.scheduler.steps_committed(event)
+        elif type(event) is Enqueue:
+            self._enqueue(event, now)
+        elif type(event) is KvRequested:
+            self._source.requested(event, self.visits.get(event.request_id), now)
+        elif type(event) is KvReceived:
+            self._kv_received(event, now)
+        elif type(event) is KvTaken:
+            self._kv_taken(event, now)
+        elif type(event) is LeaseRenewed:
+            for request_id in event.request_ids:
+                visit = self.visits.get(request_id)
+                if visit is not None:
+                    visit.lease_until = now + self.config.lease
+        elif type(event) is FirstTokens:
+            self._first_token(self.visits.get(event.request_id), now)
+        elif type(event) is KvWithdrawn:
+            self._source.withdrawn(event, self.visits.get(event.request_id))
+        elif type(event) is Cancel:
+            self._give_up(self.visits.get(event.request_id), CANCELLED, now)
+        elif type(event) is PeerDown:
+            self._peer_down(event.executor, now)
+        elif type(event) is RoleChanged:
+            self.scheduler.role = Role(event.role)
+            self._dirty = True
+            self.scheduler.ask_to_stop()  # for a batch policy that goes by it
+        elif type(event) is Shutdown:
+            self._closing = True
+            if not event.drain:
+                for visit in list(self.visits.values()):
+                    self._give_up(visit, "the executor was shut down", now)
 
     def _woken(self, now: int) -> None:
         """Timers fire. Unless one of them has an effect nothing is planned: a wake-up for a report asks no policy."""

@@ -21,6 +21,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Final
 
+from .compiled_names import bind_names
+
 PACKAGE: Final = Path(__file__).resolve().parent.parent
 FLOORS: Final = ("policies", "core", "simulator", "runtime", "reports", "experiments")
 MODULES: Final = {
@@ -82,6 +84,9 @@ def build(output: Path) -> None:
     for name in ("__init__.py", "py.typed"):
         shutil.copy(home / name, package / name)
     files = [f"disagg/{floor}/{name}.py" for floor, names in MODULES.items() for name in names.split()]
+    compiled = {Path(file).stem for file in files}
+    for file in files:
+        (output / file).write_text(bind_names((output / file).read_text(), compiled))
     (output / "setup.py").write_text(_SETUP.format(files=files))
     (output / "mypy.ini").write_text(_MYPY)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
