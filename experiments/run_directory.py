@@ -55,7 +55,7 @@ class RunDirectory:
         except BaseException:
             self.discard()
             raise
-        self._by_type = {TABLES[name]: table for name, table in self._tables.items()}
+        self._write_of = {TABLES[name]: table.write for name, table in self._tables.items()}
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -68,12 +68,12 @@ class RunDirectory:
 
     def write(self, row: Row, *, phase: str | None = None, excluded: bool = False) -> None:
         """Add a row to its table. For a `RequestRow`, `phase` and `excluded` come from its planned request."""
-        table = self._by_type[type(row)]
         if type(row) is RequestRow:
             values = msgspec.structs.astuple(row)
-            table.write((values[0], row.phase if phase is None else phase, *values[2:], excluded))
+            filled = (values[0], row.phase if phase is None else phase, *values[2:], excluded)
+            self._write_of[RequestRow](filled)
         else:
-            table.write(row)
+            self._write_of[type(row)](row)
 
     def events_path(self, name: str) -> Path:
         """Where to write the event log `events.<name>`, for a runner that streams it."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args, get_origin, get_type_hints
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from ..policies.vocabulary import PS_PER_S
@@ -26,6 +29,10 @@ TABLES: Final[dict[str, type[Row]]] = {
 }
 EXCLUDED: Final = "excluded"  # an extra column of requests.parquet: left out of results (warm-up, start burst)
 _ROW_GROUP: Final = 32_768
+_BATCH: Final = (
+    1024  # rows made into columns at once: soon after they were made, while they are in the processor's caches
+)
+_EXACT: Final = 1 << 53  # below it every integer is a float
 
 
 class TableWriter:
@@ -35,28 +42,47 @@ class TableWriter:
         import pyarrow.parquet as pq
 
         self.path = path
-        self.num_rows = 0
         self._row_type = row_type
         self._schema = _schema(row_type)
         self._rows: list[Row | tuple[Any, ...]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._num_in_batches = 0
+        self._num_written = 0
         self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_written + self._num_in_batches + len(self._rows)
 
     def write(self, row: Row | tuple[Any, ...]) -> None:
         """A row, or its values in the order of the schema, instants still in picoseconds."""
         self._rows.append(row)
-        self.num_rows += 1
-        if len(self._rows) >= _ROW_GROUP:
-            self._flush()
+        if len(self._rows) >= _BATCH:
+            self._gather()
 
     def close(self) -> None:
+        self._gather()
         self._flush()
         self._writer.close()
 
-    def _flush(self) -> None:
+    def _gather(self) -> None:
         if not self._rows:
             return
-        self._writer.write_batch(_batch_of(self._rows, self._row_type, self._schema))
+        self._batches.append(_batch_of(self._rows, self._row_type, self._schema))
+        self._num_in_batches += len(self._rows)
         self._rows.clear()
+        if self._num_in_batches >= _ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if not self._batches:
+            return
+        self._writer.write_table(pa.Table.from_batches(self._batches), self._num_in_batches)
+        self._num_written += self._num_in_batches
+        self._num_in_batches = 0
+        self._batches.clear()
 
 
 def frame_of(rows: Sequence[Row | tuple[Any, ...]], row_type: type[Row]) -> pd.DataFrame:
@@ -73,9 +99,11 @@ def _batch_of(rows: Sequence[Row | tuple[Any, ...]], row_type: type[Row], schema
     import pyarrow as pa
 
     is_instant = [field.name.endswith("_ps") for field in msgspec.structs.fields(row_type)]
-    values = [row if isinstance(row, tuple) else msgspec.structs.astuple(row) for row in rows]
+    # one list and its slices: a tuple a row, were they kept, is work for the garbage collector
+    values = list(chain.from_iterable(row if isinstance(row, tuple) else msgspec.structs.astuple(row) for row in rows))
     arrays = []
-    for number, (field, column) in enumerate(zip(schema, zip(*values, strict=True), strict=True)):
+    for number, field in enumerate(schema):
+        column = values[number :: len(schema)]
         if number < len(is_instant) and is_instant[number]:
             arrays.append(_seconds(column))
         else:
@@ -89,15 +117,31 @@ def column_name(field: str) -> str:
 
 
 def _seconds(picoseconds: Sequence[int | None]) -> pa.Array:
-    """As Python divides integers: rounded once. Those below 2^53 are exact as floats, so that one division does it."""
+    """As Python divides integers: rounded once."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     instants = pa.array(picoseconds, pa.int64())
-    ends = pc.min_max(instants).as_py()
-    if ends["max"] is not None and max(ends["max"], -ends["min"]) >= 1 << 53:
-        return pa.array([None if value is None else value / PS_PER_S for value in picoseconds], pa.float64())
-    return pc.divide(instants.cast(pa.float64()), float(PS_PER_S))
+    missing = instants.is_null().to_numpy(zero_copy_only=False) if instants.null_count else None
+    values = instants.fill_null(0).to_numpy() if instants.null_count else instants.to_numpy()
+    return pa.array(seconds_of(values), pa.float64(), mask=missing)
+
+
+def seconds_of(picoseconds: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Each rounded once, as Python divides integers."""
+    seconds: NDArray[np.float64] = picoseconds / np.float64(PS_PER_S)
+    large = np.flatnonzero(np.abs(picoseconds) >= _EXACT)  # to be a float it would be rounded before the division is
+    if not len(large):
+        return seconds
+    # 10^12 is 5^12 times a power of two. The quotient by 5^12 is a mantissa of 53 bits with what is left rounded to the
+    # nearest; there are no ties, since 5^12 is odd.
+    sign, values = np.sign(picoseconds[large]), np.abs(picoseconds[large])
+    whole, left = np.divmod(values, 5**12)
+    shift = 53 - np.frexp(whole.astype(np.float64))[1].astype(np.int64)  # at most 28, and left is below 2^28
+    fraction, left = np.divmod(left << shift, 5**12)
+    fraction += 2 * left > 5**12
+    mantissa = (whole << shift) + fraction
+    seconds[large] = sign * np.ldexp(mantissa.astype(np.float64), -shift - 12)
+    return seconds
 
 
 def _schema(row_type: type[Row]) -> pa.Schema:

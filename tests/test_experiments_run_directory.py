@@ -9,16 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from disagg.core.tables import DecisionRow, RequestRow, StepRow, TransferRow
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.run_directory import RunDirectory, prepare_output
 from disagg.experiments.run_point import RunOutcome, RunPoint, run_points
-from disagg.experiments.tables_writer import TABLES, column_name
+from disagg.experiments.tables_writer import TABLES, column_name, seconds_of
 
 TEXT = """\
 schema_version: 1
@@ -84,6 +87,11 @@ def test_instants_become_seconds_and_planned_facts_fill_the_request_rows(tmp_pat
     assert decision["max_age_s"] is None
 
 
+@given(st.lists(st.integers(-(2**62), 2**63 - 1) | st.integers(2**53 - 9, 2**53 + 9), min_size=1))
+def test_instants_are_rounded_once_however_long_the_run(picoseconds: list[int]) -> None:
+    assert seconds_of(np.array(picoseconds)).tolist() == [value / 10**12 for value in picoseconds]
+
+
 def test_an_empty_table_has_its_columns(tmp_path: Path) -> None:
     (point,) = points(tmp_path)
     write(point)
@@ -99,7 +107,10 @@ def test_rows_leave_memory_in_row_groups(tmp_path: Path) -> None:
         for number in range(70_000):
             writer.write(request_row(number), phase="profiling")
         writer.finish(RunOutcome(num_requests=70_000))
-    assert pq.ParquetFile(point.directory / "requests.parquet").metadata.num_row_groups == 3
+    with pq.ParquetFile(point.directory / "requests.parquet") as file:
+        assert file.metadata.num_row_groups == 3
+        assert file.read(["request_id"])["request_id"].to_pylist() == list(range(70_000))
+    assert json.loads((point.directory / "manifest.json").read_text())["num_rows"]["requests"] == 70_000
 
 
 def test_the_manifest_says_what_was_run(tmp_path: Path) -> None:
