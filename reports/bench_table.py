@@ -14,8 +14,8 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from .executors import executor_summaries
-from .gaps import Epochs, visits
+from .executors import by_executor, executor_summaries
+from .gaps import STEP_TIMES, Epochs, visits
 from .metrics import instants_ps, measured, window_s
 from .runs import Run
 
@@ -260,7 +260,7 @@ def _milliseconds(rows: pd.DataFrame) -> Iterator[Floats]:
 
 def _generation_start(run: Run, rows: pd.DataFrame, first_token_ms: Floats) -> Floats:
     """When each request's generation phase began, (n,), in milliseconds."""
-    decisions = run.decisions
+    decisions = run.columns("decisions", ["request_id", "stage", "answer", "at_s"])
     routed = decisions[(decisions["stage"] == "generation") & (decisions["answer"] == "route")]
     last = routed.groupby("request_id")["at_s"].max().reindex(rows["request_id"]).to_numpy(np.float64) * _MS
     return np.fmax(first_token_ms, last)
@@ -277,10 +277,12 @@ def _second_token(run: Run, rows: pd.DataFrame) -> pd.Series[Any]:
     steps = pd.to_numeric(found["first_step"]).notna() & pd.to_numeric(found["last_step"]).notna()
     found = found[steps & (found["num_preemptions"] == 0) & (found["num_attempts"] <= 1)]
     times: dict[int, float] = {}
-    for executor, group in found.groupby("executor"):
-        epochs = Epochs(run.steps[run.steps["executor"] == executor])
-        if not len(epochs.first):
+    visited = dict(by_executor(found))
+    for executor, steps_of_it in by_executor(run.columns("steps", STEP_TIMES)):
+        epochs = Epochs(steps_of_it)
+        if not len(epochs.first) or executor not in visited:
             continue
+        group = visited[executor]
         is_mixed = (group["stage"] == "mixed").to_numpy(np.int64)  # its first step made the first token
         first = group["first_step"].to_numpy(np.int64) + is_mixed
         after = epochs.time_of(group["last_step"].to_numpy(np.int64)) - epochs.time_of(first)
@@ -290,7 +292,7 @@ def _second_token(run: Run, rows: pd.DataFrame) -> pd.Series[Any]:
 
 def _transfers(run: Run, start_s: float, end_s: float) -> tuple[Floats, Floats]:
     """Latencies (ms) and rates (Gb/s) of the successful transfers in the measured time."""
-    transfers = run.transfers
+    transfers = run.columns("transfers", ["start_s", "end_s", "ok", "num_tokens"])
     transfers = transfers[transfers["ok"].astype(bool) & transfers["start_s"].between(start_s, end_s)]
     seconds = (transfers["end_s"] - transfers["start_s"]).to_numpy(np.float64)
     bits = transfers["num_tokens"].to_numpy(np.float64) * (run.kv_bytes_per_token or np.nan) * 8

@@ -5,7 +5,8 @@ Block counts are recorded with each epoch; between two epochs the last ones stan
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from msgspec import Struct
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-_BLOCKS = ("blocks_free", "blocks_reserved", "blocks_used", "blocks_held", "blocks_quarantined")
+_BLOCKS: Final = ("blocks_free", "blocks_reserved", "blocks_used", "blocks_held", "blocks_quarantined")
+_STEPS: Final = ("executor", "epoch", "num_steps", "num_decodes", "start_s", "end_s", *_BLOCKS, "blocks_cached")
 
 
 class Timeline(Struct, frozen=True):
@@ -37,6 +39,15 @@ class Timeline(Struct, frozen=True):
     prefill_tokens_per_s: Floats
     held_share: Floats
     occupied_share: Floats
+
+
+def by_executor(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Each executor's rows in the order that they have, one executor after the other."""
+    executors = rows["executor"].to_numpy(np.int64)
+    order = np.argsort(executors, kind="stable")
+    ids, begins = np.unique(executors[order], return_index=True)
+    for executor, begin, end in zip(ids.tolist(), begins, [*begins[1:], len(order)]):
+        yield executor, rows.iloc[order[begin:end]]
 
 
 def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
@@ -70,14 +81,23 @@ def _total_blocks(columns: dict[str, Floats]) -> Floats:
     return total
 
 
-def timeline(run: Run, executor: int, start_s: float, end_s: float, bins: int = 200) -> Timeline:
-    """The executor's epochs between two instants, averaged in `bins` of equal length."""
-    c = _columns(run.steps[run.steps["executor"] == executor])
+def timelines(run: Run, executors: Sequence[int], start_s: float, end_s: float, bins: int = 200) -> list[Timeline]:
+    """Each executor's epochs between two instants, averaged in `bins` of equal length."""
     edges = np.linspace(start_s, max(end_s, start_s + 1e-9), bins + 1)
-    width = edges[1] - edges[0]
     nothing = np.zeros(bins)
-    if not len(c["start_s"]):
-        return Timeline(executor, run.roles.get(executor, "idle"), edges, nothing, nothing, nothing, nothing, nothing)
+    found = {
+        executor: _timeline(executor, run.roles.get(executor, "idle"), _columns(rows), edges)
+        for executor, rows in by_executor(run.columns("steps", (*_STEPS, "num_chunk_tokens")))
+        if executor in executors
+    }
+    return [
+        found.get(e) or Timeline(e, run.roles.get(e, "idle"), edges, nothing, nothing, nothing, nothing, nothing)
+        for e in executors
+    ]
+
+
+def _timeline(executor: int, role: str, c: dict[str, Floats], edges: Floats) -> Timeline:
+    width = edges[1] - edges[0]
     duration = np.maximum(c["end_s"] - c["start_s"], 1e-12)
     total = np.maximum(_total_blocks(c), 1.0)
 
@@ -89,7 +109,7 @@ def timeline(run: Run, executor: int, start_s: float, end_s: float, bins: int = 
 
     return Timeline(
         executor,
-        run.roles.get(executor, "idle"),
+        role,
         edges,
         np.clip(running(np.ones_like(duration)), 0.0, 1.0),
         running(c["num_decodes"]),
@@ -101,13 +121,11 @@ def timeline(run: Run, executor: int, start_s: float, end_s: float, bins: int = 
 
 def executor_summaries(run: Run, start_s: float, end_s: float) -> dict[str, Any]:
     """Busy share, occupancy and held blocks of each executor in the measured time, and their means over executors."""
-    steps = run.steps
     length = end_s - start_s
     window = np.array([start_s, end_s])
-    entries: list[dict[str, Any]] = []
-    for executor, role in run.roles.items():
-        c = _columns(steps[(steps["executor"] == executor) & (steps["start_s"] <= end_s)])
-        entry: dict[str, Any] = {"id": executor, "role": role}
+    found: dict[int, dict[str, Any]] = {}
+    for executor, rows in by_executor(run.columns("steps", _STEPS)):
+        c = _columns(rows[rows["start_s"] <= end_s])
         if len(c["start_s"]) and length > 0:
             total = _total_blocks(c)
             mean_of = {
@@ -120,7 +138,7 @@ def executor_summaries(run: Run, start_s: float, end_s: float) -> dict[str, Any]
             seen = c["end_s"] >= start_s
             num_steps = float(c["num_steps"][seen].sum())
             decoding = float((c["num_decodes"] * c["num_steps"])[seen].sum())
-            entry |= {
+            found[executor] = {
                 "num_steps": int(num_steps),
                 "num_blocks": int(total[-1]),
                 "busy_share": min(1.0, busy),
@@ -130,9 +148,8 @@ def executor_summaries(run: Run, start_s: float, end_s: float) -> dict[str, Any]
                 "max_blocks_held": int(np.max(c["blocks_held"][seen], initial=0.0)),
                 "mean_num_decodes": decoding / max(num_steps, 1.0),
             }
-        else:
-            entry |= {"num_steps": 0, "busy_share": 0.0}
-        entries.append(entry)
+    nothing = {"num_steps": 0, "busy_share": 0.0}
+    entries = [{"id": executor, "role": role, **found.get(executor, nothing)} for executor, role in run.roles.items()]
     active = [entry for entry in entries if "num_blocks" in entry]
     occupancy = [entry["mean_kv_occupancy"] for entry in active if entry["mean_kv_occupancy"] is not None]
     return {

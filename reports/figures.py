@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 
 from .comparison import Case, MetricError, Pair, Section, estimate, label_of, split_key
-from .executors import timeline
+from .executors import timelines
 from .metrics import BY_KEY, STAGES, window_s
 from .statistics import Estimate
 
@@ -364,7 +364,7 @@ def executor_timelines(name: str, case: Case, style: Style, title: str) -> Drawi
     if not executors or not len(case.rows):
         return None
     start, end = window_s(case.rows)
-    lines = [timeline(case.run, executor, start, end, TIME_BINS) for executor in executors]
+    lines = timelines(case.run, executors, start, end, TIME_BINS)
     columns = (
         ("busy", "busy share", 1.0),
         ("decodes", "decoding requests", 1.0),

@@ -6,11 +6,13 @@ first token of its generation phase, is what remains of e2e − TTFT, so that ga
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
+
+from .executors import by_executor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from .runs import Run
 
 Floats = NDArray[np.float64]
+
+_STAYS: Final = ("request_id", "stage", "executor", "num_tokens", "first_step", "last_step", "num_preemptions")
+STEP_TIMES: Final = ("executor", "first_step", "num_steps", "start_s", "end_s")
 
 
 class Gaps(Struct, frozen=True):
@@ -83,7 +88,7 @@ class Epochs:
 
 def visits(run: Run) -> pd.DataFrame:
     """The stay that gave each request its tokens after the first: the last one that was not a context phase."""
-    stays = run.stays
+    stays = run.columns("stays", _STAYS)
     stays = stays[(stays["stage"] != "context") & stays["request_id"].notna()]
     return stays.drop_duplicates("request_id", keep="last")
 
@@ -95,13 +100,15 @@ def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
     """
     import pandas as pd
 
-    wanted = completed[completed["num_output_tokens"] >= 2]
+    wanted = completed.loc[
+        completed["num_output_tokens"] >= 2,
+        ["request_id", "num_output_tokens", "ttft_s", "e2e_latency_s", "num_attempts"],
+    ]
     found = visits(run)
     if not len(wanted) or not len(found):
         return Gaps(np.empty(0), np.empty(0), len(wanted))
-    rows = wanted[["request_id", "num_output_tokens", "ttft_s", "e2e_latency_s", "num_attempts"]].merge(
-        found, on="request_id"
-    )
+    rows = wanted.merge(found, on="request_id")
+    del found
     whole = pd.to_numeric(rows["first_step"]).notna() & pd.to_numeric(rows["last_step"]).notna()
     rows = rows[whole & (rows["num_preemptions"] == 0) & (rows["num_attempts"] <= 1)]
     given = rows["num_output_tokens"] - (rows["stage"] == "generation")
@@ -110,10 +117,12 @@ def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
     seconds: list[Floats] = []
     weights: list[Floats] = []
     used = 0
-    for executor, group in rows.groupby("executor"):
-        epochs = Epochs(run.steps[run.steps["executor"] == executor])
-        if not len(epochs.first):
+    visited = dict(by_executor(rows))
+    for executor, steps in by_executor(run.columns("steps", STEP_TIMES)):
+        epochs = Epochs(steps)
+        if not len(epochs.first) or executor not in visited:
             continue
+        group = visited.pop(executor)
         first, last = group["first_step"].to_numpy(np.int64), group["last_step"].to_numpy(np.int64)
         inside = epochs.time_of(last) - epochs.time_of(first)
         known = np.isfinite(inside)

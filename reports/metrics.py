@@ -7,6 +7,7 @@ Requests of warm-up phases (`exclude_from_results`) count nowhere. Latencies are
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,8 +18,8 @@ from numpy.typing import NDArray
 from ..policies.vocabulary import PS_PER_S, FinishReason
 from .executors import executor_summaries
 from .gaps import Gaps, token_gaps
-from .runs import Run
-from .statistics import min_observations, weighted_percentile
+from .runs import Run, columns_of
+from .statistics import min_observations, weighted_percentiles
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -226,6 +227,14 @@ METRICS: Final[tuple[Metric, ...]] = (
 )
 BY_KEY: Final = {metric.key: metric for metric in METRICS}
 REQUEST_METRICS: Final = tuple(metric.key for metric in METRICS if metric.per_request)
+_EXCLUDED: Final = "excluded"  # a column that the writer of run directories adds
+_INSTANTS: Final = (
+    "arrival_s", "dispatch_s", "context_start_s", "first_token_s", "transfer_start_s", "kv_usable_s", "end_s"
+)  # fmt: skip
+_MEASURED: Final = (  # what `measure` and `summary_of` look at
+    "request_id", "phase", "num_prompt_tokens", "num_output_tokens", "finish_reason", "error", "num_attempts",
+    *_INSTANTS, "kv_transfer_overlap_s", "num_cached_tokens",
+)  # fmt: skip
 
 
 # ---- requests -------------------------------------------------------------------------------------------------------
@@ -241,15 +250,16 @@ def _to_ps(seconds: pd.Series[Any]) -> NDArray[np.int64]:
 
 
 def instants_ps(requests: pd.DataFrame) -> NDArray[np.int64]:
-    """The seven instants of each request, (n, 7), in the order of `names` below.
+    """The seven instants of each request, (n, 7), in the order of `_INSTANTS`.
 
     A missing instant, or one before its predecessor (early binding, a retry), is its predecessor's: that stage is 0.
     """
-    names = ("arrival_s", "dispatch_s", "context_start_s", "first_token_s", "transfer_start_s", "kv_usable_s", "end_s")
-    table = np.stack([_to_ps(requests[name]) for name in names], axis=1)
-    table[:, 1:6] = np.minimum(table[:, 1:6], table[:, 6:7])
-    instants: NDArray[np.int64] = np.maximum.accumulate(table, axis=1)
-    return instants
+    instants = np.empty((7, len(requests)), dtype=np.int64)
+    for i, name in enumerate(_INSTANTS):
+        instants[i] = _to_ps(requests[name])
+    np.minimum(instants[1:6], instants[6], out=instants[1:6])
+    np.maximum.accumulate(instants, axis=0, out=instants)
+    return instants.T
 
 
 def measure(requests: pd.DataFrame) -> pd.DataFrame:
@@ -257,7 +267,8 @@ def measure(requests: pd.DataFrame) -> pd.DataFrame:
 
     Adds `completed`. `itl_s` is pooled and has no column.
     """
-    rows = requests.sort_values(["arrival_s", "request_id"], kind="stable").reset_index(drop=True)
+    order = np.lexsort((requests["request_id"].to_numpy(), requests["arrival_s"].to_numpy()))
+    rows = requests.take(order).reset_index(drop=True)
     done = rows["finish_reason"].isin(COMPLETED).to_numpy() & rows["first_token_s"].notna().to_numpy()
     instants = instants_ps(rows)
     tokens = rows["num_output_tokens"].to_numpy(np.float64)
@@ -290,11 +301,17 @@ def measure(requests: pd.DataFrame) -> pd.DataFrame:
 
 def measured(run: Run) -> pd.DataFrame:
     """`measure` of the run's requests without those of warm-up phases."""
-    requests = run.requests
+    return measure(_counted(run, columns_of("requests"))[0])
+
+
+def _counted(run: Run, names: Sequence[str]) -> tuple[pd.DataFrame, int]:
+    """The requests that count, with the columns asked for; and how many do not."""
+    requests = run.columns("requests", [*names, _EXCLUDED])
     left_out = requests["phase"].isin(run.warmup_phases)
-    if "excluded" in requests.columns:  # the burst with which a closed loop fills an idle cluster, too
-        left_out |= requests["excluded"].fillna(False).astype(bool)
-    return measure(requests[~left_out])
+    if _EXCLUDED in requests.columns:  # the burst with which a closed loop fills an idle cluster, too
+        left_out |= requests[_EXCLUDED].fillna(False).astype(bool)
+    num_left_out = int(left_out.sum())
+    return (requests[~left_out] if num_left_out else requests), num_left_out
 
 
 def meets_objectives(rows: pd.DataFrame, objectives: dict[str, float]) -> NDArray[np.bool_]:
@@ -334,8 +351,8 @@ def _distribution(key: str, values: NDArray[np.float64], percentiles: tuple[floa
 
 def _gap_distribution(gaps: Gaps, percentiles: tuple[float, ...]) -> dict[str, float | None]:
     found = {"mean_itl_s": gaps.mean}
-    for percentile in percentiles:
-        found[f"{percentile_name(percentile)}_itl_s"] = weighted_percentile(gaps.seconds, gaps.weights, percentile)
+    for percentile, value in zip(percentiles, weighted_percentiles(gaps.seconds, gaps.weights, percentiles)):
+        found[f"{percentile_name(percentile)}_itl_s"] = value
     found["min_itl_s"] = float(gaps.seconds.min()) if len(gaps.seconds) else None
     found["max_itl_s"] = float(gaps.seconds.max()) if len(gaps.seconds) else None
     return found
@@ -351,12 +368,18 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 
 
 def summary_of(run: Run) -> dict[str, Any]:
-    """`summarise` of a run that is already open."""
-    rows = measured(run)
-    done = rows[rows["completed"]]
+    """`summarise` of a run that is already open.
+
+    Of each table only the columns that are needed are in memory, while they are: some 300 bytes a request at most.
+    """
+    requests, num_excluded = _counted(run, _MEASURED)
+    rows = measure(requests)
+    del requests
+    completed = rows["completed"]
+    done = rows.loc[completed, ["num_prompt_tokens", "num_output_tokens", "num_cached_tokens"]]
     start, end = window_s(rows)
     reasons = rows["finish_reason"].astype(str).value_counts()
-    failed = rows[~rows["completed"]]
+    errors = rows.loc[~completed, "error"].dropna().value_counts().head(20)
     objectives = run.objectives
     levels = _levels(rows, objectives)
 
@@ -367,12 +390,12 @@ def summary_of(run: Run) -> dict[str, Any]:
         "summary_version": SUMMARY_VERSION,
         "num_requests": len(rows),
         "num_completed": len(done),
-        "num_failed": len(failed),
-        "num_excluded": len(run.requests) - len(rows),
+        "num_failed": len(rows) - len(done),
+        "num_excluded": num_excluded,
         "num_retried": int((rows["num_attempts"] > 1).sum()),
         "num_cut_outputs": _num_cut(run, rows),
         "finish_reasons": {reason.value: int(reasons.get(reason.value, 0)) for reason in FinishReason},
-        "errors": {str(error): int(count) for error, count in failed["error"].dropna().value_counts().head(20).items()},
+        "errors": {str(error): int(count) for error, count in errors.items()},
         "num_devices": run.num_devices or None,
         "duration_s": end - start,
         "slo": objectives or None,
@@ -389,7 +412,9 @@ def summary_of(run: Run) -> dict[str, Any]:
     for key in REQUEST_METRICS:
         if key != "itl_s":
             summary |= _distribution(key, rows[key].to_numpy(np.float64), run.percentiles)
-    gaps = token_gaps(run, done)
+    timed = rows.loc[completed, ["request_id", "num_output_tokens", "ttft_s", "e2e_latency_s", "num_attempts"]]
+    del rows, completed, done
+    gaps = token_gaps(run, timed)
     summary |= _gap_distribution(gaps, run.percentiles)
     summary["num_requests_without_itl"] = gaps.num_left_out
     summary |= _transfers(run, start, end)
@@ -401,7 +426,7 @@ def summary_of(run: Run) -> dict[str, Any]:
 
 def _levels(rows: pd.DataFrame, objectives: dict[str, float]) -> dict[str, float | None]:
     """Shares and rates over the measured time."""
-    done = rows[rows["completed"]]
+    done = rows.loc[rows["completed"], ["num_prompt_tokens", "num_output_tokens"]]
     start, end = window_s(rows)
     met = meets_objectives(rows, objectives)
     has_slo = bool(set(objectives) - {"attainment"})
@@ -444,7 +469,7 @@ def _prefix_hits(run: Run, done: pd.DataFrame) -> tuple[int, float | None]:
 
 
 def _transfers(run: Run, start: float, end: float) -> dict[str, Any]:
-    rows = run.transfers
+    rows = run.columns("transfers", ["start_s", "end_s", "ok", "num_tokens", "overlap_s"])
     rows = rows[(rows["start_s"] >= start) & (rows["start_s"] <= end)]
     ok = rows[rows["ok"].astype(bool)]
     tokens = int(ok["num_tokens"].sum())

@@ -35,7 +35,7 @@ class RoleChanges(Struct, frozen=True):
 
 def role_changes_of(run: Run) -> RoleChanges | None:
     """None for a run in which no role was changed, and none refused."""
-    decisions = run.decisions
+    decisions = run.columns("decisions", ["stage", "executor", "answer", "at_s"])
     rows = decisions[decisions["stage"] == "role"].sort_values("at_s", kind="stable")
     if not len(rows):
         return None

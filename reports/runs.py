@@ -6,7 +6,7 @@ Knows files only: nothing here may see a live cluster. Tables are those of `core
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -128,24 +128,39 @@ class Run:
     def decisions(self) -> pd.DataFrame:
         return self._table("decisions")
 
-    def _table(self, table: str, required: bool = False) -> pd.DataFrame:
+    def columns(self, table: str, names: Sequence[str]) -> pd.DataFrame:
+        """Some columns of a table, not kept: of a long run the whole tables would fill the memory.
+
+        Names that are no columns of `core/tables.py` are left out where the file has none such.
+        """
+        if table in self.__dict__:
+            whole: pd.DataFrame = self.__dict__[table]
+            return whole[[name for name in names if name in whole.columns]]
+        return self._table(table, required=table == "requests", names=names)
+
+    def _table(self, table: str, required: bool = False, names: Sequence[str] | None = None) -> pd.DataFrame:
         """One row per record; an absent table that is not required is empty with the right columns."""
         import pandas as pd
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
         path = self.path / f"{table}.parquet"
+        known = [name for name in columns_of(table) if names is None or name in names]
         if not path.exists() and not required:
-            return _typed(pd.DataFrame(columns=columns_of(table)), table)
+            return _typed(pd.DataFrame(columns=known), table)
         try:
-            frame = pd.read_parquet(path, engine="pyarrow")
+            there = None if names is None else [name for name in pq.read_schema(path).names if name in names]
+            # not kept as Arrow's column and as numpy's at the same time
+            lean = {} if names is None else {"split_blocks": True, "self_destruct": True}
+            frame = pd.read_parquet(path, "pyarrow", there, to_pandas_kwargs=lean)
         except FileNotFoundError as error:
             raise ReportError(f"{path}: is missing: the directory is not a complete run") from error
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ReportError(f"{path}: is not a readable Parquet file (truncated?): {error}") from error
         for name, field in zip(columns_of(table), msgspec.structs.fields(TABLES[table])):
-            if name not in frame.columns and not field.required:  # recorded before there was such a column
+            if name in known and name not in frame.columns and not field.required:  # recorded before there was one
                 frame[name] = field.default
-        missing = [name for name in columns_of(table) if name not in frame.columns]
+        missing = [name for name in known if name not in frame.columns]
         if missing:
             raise ReportError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame))}")
         return _typed(frame, table)
@@ -223,13 +238,11 @@ class Run:
     @cached_property
     def roles(self) -> dict[int, str]:
         """What each executor did, by id: the manifest's word, else the stages its requests stayed for."""
-        found: dict[int, str] = {}
-        stays = self.stays
-        if len(stays):
-            for executor, stages in stays.groupby("executor")["stage"].unique().items():
-                seen = {str(stage) for stage in stages}
-                found[int(str(executor))] = seen.pop() if len(seen) == 1 else "mixed"
-        for executor in self.steps["executor"].unique() if len(self.steps) else ():
+        seen: dict[int, set[str]] = {}
+        for executor, stage in self.columns("stays", ["executor", "stage"]).drop_duplicates().itertuples(index=False):
+            seen.setdefault(int(executor), set()).add(str(stage))
+        found = {executor: stages.pop() if len(stages) == 1 else "mixed" for executor, stages in seen.items()}
+        for executor in self.columns("steps", ["executor"])["executor"].unique():
             found.setdefault(int(executor), "idle")
         for entry in self.manifest.get("executors") or []:
             if isinstance(entry, dict) and "id" in entry and "role" in entry:
@@ -259,7 +272,9 @@ def _typed(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     numeric = [
         name
         for name, field in zip(columns_of(table), msgspec.structs.fields(TABLES[table]))
-        if field.type in (int, int | None) and not pd.api.types.is_numeric_dtype(frame[name].dtype)
+        if field.type in (int, int | None)
+        and name in frame.columns
+        and not pd.api.types.is_numeric_dtype(frame[name].dtype)
     ]
     return frame.astype(dict.fromkeys(numeric, "float64")) if numeric else frame
 

@@ -112,8 +112,8 @@ def percentile(values: ArrayLike, percentile: float, confidence: float = CONFIDE
     )
 
 
-def weighted_percentile(values: ArrayLike, weights: ArrayLike, percentile: float) -> float | None:
-    """The smallest value at which the cumulated weight reaches the percentile; None without weight.
+def weighted_percentiles(values: ArrayLike, weights: ArrayLike, percentiles: Sequence[float]) -> list[float | None]:
+    """The smallest values at which the cumulated weight reaches each percentile; None without weight.
 
     Equal to `numpy.percentile(…, method="inverted_cdf")` of the values repeated by their weights.
     """
@@ -122,12 +122,12 @@ def weighted_percentile(values: ArrayLike, weights: ArrayLike, percentile: float
     keep = w > 0
     v, w = v[keep], w[keep]
     if not len(v):
-        return None
+        return [None for _ in percentiles]
     order = np.argsort(v, kind="stable")
-    cumulated = np.cumsum(w[order])
-    target = percentile / 100.0 * cumulated[-1]
-    index = int(np.searchsorted(cumulated, target * (1.0 - 1e-12), side="left"))
-    return float(v[order][min(index, len(v) - 1)])
+    v, cumulated = v[order], np.cumsum(w[order])
+    targets = np.asarray(percentiles, dtype=np.float64) / 100.0 * cumulated[-1]
+    index = np.searchsorted(cumulated, targets * (1.0 - 1e-12), side="left")
+    return [float(value) for value in v[np.minimum(index, len(v) - 1)]]
 
 
 # ---- means ----------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from disagg.core.tables import StayRow, StepRow, TransferRow
 from disagg.reports.gaps import token_gaps
-from disagg.reports.metrics import METRICS, STAGES, instants_ps, measure, measured, summarise
-from disagg.reports.runs import Run
+from disagg.reports.metrics import METRICS, STAGES, instants_ps, measure, measured, summarise, summary_of
+from disagg.reports.runs import TABLES, Run
 from tests.test_reports_runs import MS, config_of, frame_of, request, serve, write_run
 
 
@@ -177,6 +177,13 @@ def test_a_summary_is_plain_json_with_every_metric_of_the_table(tmp_path: Path) 
         key = f"p99_{metric.key}" if metric.per_request else metric.key
         assert key in summary
         assert summary["units"][metric.key] == metric.unit
+
+
+def test_a_summary_keeps_no_table_and_is_the_same_of_whole_tables(tmp_path: Path) -> None:
+    run, whole = (Run(path) for path in [write_run(tmp_path / "run", **serve(num_requests=60))] * 2)
+    assert [len(getattr(whole, name)) > 0 for name in TABLES] == [True] * len(TABLES)
+    assert summary_of(run) == summary_of(whole)
+    assert not vars(run).keys() & TABLES.keys()
 
 
 def test_percentiles_of_the_configuration_are_added(tmp_path: Path) -> None:

@@ -253,6 +253,21 @@ def test_a_table_without_a_column_names_it(tmp_path: Path) -> None:
         _ = Run(run).requests
 
 
+def test_some_columns_are_read_without_the_others_and_not_kept(tmp_path: Path) -> None:
+    rows = [request(number, num_cached_tokens=number) for number in range(3)]
+    run = Run(write_run(tmp_path / "run", requests=rows))
+    found = run.columns("requests", ["end_s", "num_cached_tokens", "excluded"])
+    assert set(found.columns) == {"end_s", "num_cached_tokens"}
+    assert found["num_cached_tokens"].tolist() == [0, 1, 2]
+    assert "requests" not in vars(run)
+    frame_of(rows, "requests").drop(columns=["num_cached_tokens", "error"]).to_parquet(run.path / "requests.parquet")
+    assert run.columns("requests", ["num_cached_tokens"])["num_cached_tokens"].tolist() == [0, 0, 0]  # an older run
+    with pytest.raises(ReportError, match="lacks the columns error"):
+        run.columns("requests", ["error"])
+    (run.path / "steps.parquet").unlink()
+    assert run.columns("steps", ["executor", "start_s"]).columns.tolist() == ["executor", "start_s"]
+
+
 @pytest.mark.parametrize("text", ["{", "[1, 2]"])
 def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
     run = write_run(tmp_path / "run", requests=[request()])

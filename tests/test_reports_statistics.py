@@ -16,7 +16,7 @@ from disagg.reports.statistics import (
     percentile,
     share,
     t_interval,
-    weighted_percentile,
+    weighted_percentiles,
 )
 
 
@@ -107,8 +107,8 @@ def test_weighted_percentiles_equal_those_of_repeated_values() -> None:
     values, weights = rng.random(30), rng.integers(0, 9, 30)
     repeated = np.repeat(values, weights)
     for p in (1, 25, 50, 90, 99, 100):
-        assert weighted_percentile(values, weights, p) == np.percentile(repeated, p, method="inverted_cdf")
-    assert weighted_percentile([1.0], [0.0], 50) is None
+        assert weighted_percentiles(values, weights, [p]) == [np.percentile(repeated, p, method="inverted_cdf")]
+    assert weighted_percentiles([1.0], [0.0], [50, 99]) == [None, None]
 
 
 def test_common_random_numbers_tell_policies_apart_that_plain_intervals_cannot() -> None:
