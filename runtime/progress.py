@@ -63,6 +63,7 @@ class Progress(MessageDesk):
         self._pace = Pace()
         self._pollers: list[Callable[[], bool]] = []
         self._commands: deque[tuple[str, Any]] = deque()
+        self._num_queued_frames = 0  # of the commands: none may overtake them
         self._bell = Bell()
         self._gate = threading.Lock()  # between queueing and the end
 
@@ -141,6 +142,13 @@ class Progress(MessageDesk):
         if rank in self._down or rank in self._departed:
             self.num_dropped_frames += 1
             return False
+        # From a callback at once, as a KV message: it must not wait until the callback has done all that it has to do.
+        if (
+            self._may_begin_at_once()
+            and not self._num_queued_frames
+            and self._sent_at_once(rank, channel, bytes(frame))
+        ):
+            return True
         self._queue("frame", (rank, channel, bytes(frame)))
         return True
 
@@ -191,10 +199,12 @@ class Progress(MessageDesk):
             raise ValueError(f"tag {tag} for rank {rank}; allowed: 0 to {self._world.max_tag}")
         transfer = BufferTransfer(is_send, rank, tag, buffer, num_bytes, on_done)
         # From a callback at once: a message that is ready must not wait for what else its round has to do.
-        may_begin = self.is_own_thread and not self._said_goodbye and not self._is_failing
-        if not may_begin or not self._begun_at_once(transfer):
+        if not self._may_begin_at_once() or not self._begun_at_once(transfer):
             self._queue("transfer", transfer)
         return transfer
+
+    def _may_begin_at_once(self) -> bool:
+        return self.is_own_thread and not self._said_goodbye and not self._is_failing
 
     def _check_peer(self, rank: int) -> None:
         if not 0 <= rank < self._world.size or rank == self._world.rank:
@@ -207,6 +217,8 @@ class Progress(MessageDesk):
             if self._said_goodbye or self._finished.is_set():
                 raise ProgressError(f"rank {self._world.rank} has stopped its MPI progress")
             self._commands.append((kind, what))
+            if kind == "frame":
+                self._num_queued_frames += 1
             self._bell.ring()
 
     # ---- the progress thread -----------------------------------------------------------------------------------------
@@ -270,6 +282,8 @@ class Progress(MessageDesk):
     def _carry_out(self, kind: str, what: Any) -> None:
         if kind == "frame":
             self._begin_send(*what)
+            with self._gate:
+                self._num_queued_frames -= 1
         elif kind == "transfer":
             self._begin_transfer(what)
         elif kind == "cancel":

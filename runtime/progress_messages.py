@@ -57,6 +57,15 @@ class MessageDesk(PeerWatch):
             return
         self._sending.setdefault(rank, deque()).append((request, frame))
 
+    def _sent_at_once(self, rank: int, channel: int, frame: bytes) -> bool:
+        """Whether MPI has it; as `_begun_at_once`."""
+        try:
+            request = self._control.Isend([frame, self._mpi.BYTE], rank, channel)
+        except self._mpi.Exception:
+            return False
+        self._sending.setdefault(rank, deque()).append((request, frame))
+        return True
+
     def _begin_transfer(self, transfer: BufferTransfer) -> None:
         rank = transfer.rank
         if self._is_gone_for(transfer):
