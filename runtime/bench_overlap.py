@@ -220,7 +220,7 @@ class OverlapBench:
         driver, device = Driver(), self._engine.device
         count = -(-self.copies[0].num_tokens // self._engine.pages.tokens_per_block)
         tables = [table.view(-1, count).tolist() for table in self._tables]
-        runs = {copy: runs_of(copy, *blocks) for copy, *blocks in zip(self.copies, *tables, strict=True)}
+        runs = {copy: list(runs_of(copy, *blocks)) for copy, *blocks in zip(self.copies, *tables, strict=True)}
         return lambda copy: driver.copy_runs(runs[copy], int(torch.cuda.current_stream(device).cuda_stream))
 
     def plain_rate(self) -> float | None:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .kv_places import PACKED, KvCopy
 
-Runs = tuple[Any, Any, Any]  # addresses of the source, of the destination, bytes: lists, or int64 [runs] each
+Run = tuple[int, int, int]  # address of the source, of the destination, bytes
 
 
-def runs_of(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> Runs:
+def runs_of(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> Iterator[Run]:
     """`copy` in as few runs as there are; neighbouring block ids at both ends make one. A packed place has no blocks.
 
     Where blocks are of one size at both ends, they are copied whole: the rows of the first and the last that were not
-    asked for are either the same at both ends already, or nothing yet.
+    asked for are either the same at both ends already, or nothing yet. Worked out as they are taken, so that the first
+    can be on its way before the last is known.
     """
     if (size := _block_run(copy)) is not None:
         return _runs_of_blocks(copy, source_blocks, destination_blocks, size)
+    return _runs_of_rows(copy, source_blocks, destination_blocks)
+
+
+def _runs_of_rows(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> Iterator[Run]:
     starts, sizes = _starts(copy, source_blocks, destination_blocks)
     # From the inside out: a dimension whose stride is what one run holds, at both ends, makes longer runs, not more.
     for num, strides in _dimensions(copy):
         starts, sizes = _widened(starts, sizes, num, strides)
     starts, sizes = _joined(starts, sizes)
-    return starts[0] + copy.source.address, starts[1] + copy.destination.address, sizes
+    found = (starts[0] + copy.source.address, starts[1] + copy.destination.address, sizes)
+    return zip(*(each.tolist() for each in found), strict=True)
 
 
 def run_bytes(copy: KvCopy) -> int:
@@ -56,28 +62,27 @@ def _block_run(copy: KvCopy) -> int | None:
 
 def _runs_of_blocks(
     copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int], size: int
-) -> tuple[list[int], list[int], list[int]]:
-    """The same as below in a few microseconds: a transfer waits for it, and finds arrays' machinery in cold caches."""
+) -> Iterator[Run]:
+    """The same without arrays, whose machinery a transfer would find in cold caches."""
     source, destination = copy.source, copy.destination
     tokens = source.tokens_per_block
     num = -(-(copy.num_tokens + source.first_token % tokens) // tokens)
     first, into = source.first_token // tokens, destination.first_token // tokens
-    steps, bases = (source.block_bytes, destination.block_bytes), (source.address, destination.address)
-    found: tuple[list[int], list[int], list[int]] = ([], [], [])
+    step, stride = source.block_bytes, destination.block_bytes
+    start = goal = length = 0
     for one, other in zip(source_blocks[first : first + num], destination_blocks[into : into + num], strict=True):
-        at, to = bases[0] + one * steps[0], bases[1] + other * steps[1]
-        if found[2]:  # neighbours at both ends, in either direction: fresh blocks are given out last one first
-            start, goal, length = found[0][-1], found[1][-1], found[2][-1]
-            if (at, to) == (start + length, goal + length):
-                found[2][-1] += size
+        at, to = source.address + one * step, destination.address + other * stride
+        if length:  # neighbours at both ends, in either direction: fresh blocks are given out last one first
+            if at == start + length and to == goal + length:
+                length += size
                 continue
-            if (at, to) == (start - size, goal - size):
-                found[0][-1], found[1][-1], found[2][-1] = at, to, length + size
+            if at == start - size and to == goal - size:
+                start, goal, length = at, to, length + size
                 continue
-        found[0].append(at)
-        found[1].append(to)
-        found[2].append(size)
-    return found
+            yield start, goal, length
+        start, goal, length = at, to, size
+    if length:
+        yield start, goal, length
 
 
 def _dimensions(copy: KvCopy) -> tuple[tuple[int, tuple[int, int]], ...]:
@@ -138,5 +143,5 @@ def _joined(starts: list[Any], sizes: Any) -> tuple[list[Any], Any]:
 
 def copy_in_host_memory(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> None:
     """Carry `copy` out where all of it is this process's own memory."""
-    for source, destination, size in zip(*runs_of(copy, source_blocks, destination_blocks), strict=True):
-        ctypes.memmove(int(destination), int(source), int(size))
+    for source, destination, size in runs_of(copy, source_blocks, destination_blocks):
+        ctypes.memmove(destination, source, size)

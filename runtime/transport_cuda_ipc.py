@@ -7,7 +7,7 @@ does not read them any more. The sender's pool is opened once and stays open unt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import torch
@@ -76,6 +76,7 @@ class PeerReadCarrier(OnLane):
 
     name: Final = "cuda_ipc"
     max_segment_bytes: Final = _NO_LIMIT
+    first_segment_bytes: Final = _NO_LIMIT
     receiver_reads: Final = True
 
     def __init__(
@@ -107,7 +108,7 @@ class PeerReadCarrier(OnLane):
         self._desk = desk
         self._lane = self._make_lane(desk)
         self._copy_long, self._copy_short = self._make_copies(self._lane)
-        self._tables = TableRing(desk.pages.device)
+        self._tables = TableRing(desk.pages.device, self._lane.stream)
         self._own = KvPool.of(desk.pages)
         if desk.pages.device.type != "cpu":
             from .kv_kernels import warm_copy
@@ -170,29 +171,22 @@ class PeerReadCarrier(OnLane):
         first, last = segment.tokens
         own = self._own
         for layers, heads in end.outline.pieces_of(segment):
+            is_long = _run_bytes(source, own, layers, heads, segment.tokens) >= self._engines_from
+            if not is_long and end.tables is None:
+                end.tables = self._tables.put(end.source_blocks, end.blocks)
+            # Block ids that a kernel can read; copy engines are told addresses, and need none.
+            theirs, ours = end.tables.addresses if end.tables is not None and not is_long else (0, 0)
             copy = KvCopy(
-                source.place(layers, heads, first, 0),
-                own.place(layers, heads, first, 0),
+                source.place(layers, heads, first, theirs),
+                own.place(layers, heads, first, ours),
                 layers[1] - layers[0],
                 heads[1] - heads[0],
                 last - first,
                 own.row_bytes,
             )
-            if run_bytes(copy) >= self._engines_from:
-                self._copy_long(copy, end.source_blocks, end.blocks)
-            else:
-                self._copy_short(self._with_tables(copy, end), end.source_blocks, end.blocks)
+            (self._copy_long if is_long else self._copy_short)(copy, end.source_blocks, end.blocks)
         end.mark("launched")
         return end.tables
-
-    def _with_tables(self, copy: KvCopy, end: Receiving) -> KvCopy:
-        """Block ids that a kernel can read; copy engines are told addresses, and need none."""
-        if end.tables is None:
-            end.tables = self._tables.put(end.source_blocks, end.blocks)
-        theirs, own = end.tables.addresses
-        return replace(
-            copy, source=replace(copy.source, table=theirs), destination=replace(copy.destination, table=own)
-        )
 
     def _check_source(self, source: KvPool, end: Receiving) -> None:
         """What a peer says is not believed where believing it would read beyond its pool."""
@@ -248,6 +242,14 @@ class PeerReadCarrier(OnLane):
                 pass  # the driver takes it back when this process ends
 
 
+@lru_cache(maxsize=1024)
+def _run_bytes(source: KvPool, own: KvPool, layers: Range, heads: Range, tokens: Range) -> int:
+    """`run_bytes` of the copy of such a piece, of which a peer sends many alike."""
+    places = [pool.place(layers, heads, tokens[0], 0) for pool in (source, own)]
+    sizes = (layers[1] - layers[0], heads[1] - heads[0], tokens[1] - tokens[0], own.row_bytes)
+    return run_bytes(KvCopy(places[0], places[1], *sizes))
+
+
 # Bytes a run from which copy engines, which leave every multiprocessor to the steps that run beside, are fast enough.
 # Measured on H200: 64 KiB 46 GB/s, 128 KiB 180, 512 KiB 380, the kernel 360.
 _ENGINES_FROM: Final = 96 << 10
@@ -290,7 +292,12 @@ def local_copy(lane: Lane) -> Copy:
 
 
 def batch_copy(lane: Lane) -> Copy:
-    from .cuda_ipc import Driver
+    from .cuda_ipc import AT_ONCE, SUBMISSIONS, Driver
 
     driver = Driver()
-    return lambda copy, source, destination: driver.copy_runs(runs_of(copy, source, destination), lane.stream)
+
+    def by_engines(copy: KvCopy, source_blocks: Sequence[int], destination_blocks: Sequence[int]) -> None:
+        submissions = AT_ONCE if lane.is_busy else SUBMISSIONS
+        driver.copy_runs(runs_of(copy, source_blocks, destination_blocks), lane.stream, submissions)
+
+    return by_engines

@@ -20,6 +20,7 @@ from .transport_segments import Segment
 from .transport_wire import KvPoolAddress
 
 _MESSAGE_BYTES: Final = 1 << 30
+_LOOKS_FOR_FIRST: Final = 20  # about as long as a first segment takes to be packed, less than to launch the next
 
 
 class Stager(Protocol):
@@ -27,6 +28,10 @@ class Stager(Protocol):
 
     @property
     def max_segment_bytes(self) -> int: ...
+
+    @property
+    def first_segment_bytes(self) -> int:
+        """See `Carrier`."""
 
     def pack(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> None:
         """`packed(buffer)` or `failed(error)`, or nothing if the end is over by then; holds the end while it reads."""
@@ -77,6 +82,10 @@ class MpiCarrier:
     def max_segment_bytes(self) -> int:
         return min(_MESSAGE_BYTES, self._stager.max_segment_bytes)
 
+    @property
+    def first_segment_bytes(self) -> int:
+        return self._stager.first_segment_bytes
+
     def start(self, desk: Desk) -> None:
         self._desk = desk
         self._stager = self._make_stager(desk)
@@ -110,7 +119,10 @@ class MpiCarrier:
         keep: list[Any] = []
         end.mark("packing")
         self._stager.pack(end, segment, packed, sent)
-        self._stager.poll()  # what was packed meanwhile goes out before the next is launched
+        # What was packed meanwhile goes out before the next is launched; nothing is on its way before the first.
+        for _ in range(_LOOKS_FOR_FIRST if index == 0 else 1):
+            if self._stager.poll():
+                break
 
     def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
         def post(buffer: Any) -> None:
@@ -154,6 +166,7 @@ class CpuStager(OnLane):
     """Pages in host memory: packed and unpacked by a thread, into buffers made for the purpose."""
 
     max_segment_bytes: Final = _MESSAGE_BYTES
+    first_segment_bytes: Final = _MESSAGE_BYTES
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk

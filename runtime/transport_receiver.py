@@ -41,17 +41,18 @@ class ReceiverDesk(TransferDesk):
         end.is_last_word = end.is_last_word or message.is_last
         if message.blocks:
             end.source_blocks = message.blocks
-        self._fetch(end, message.index, Segment(message.layers, message.tokens))
-        self._leave_line(end)
-
-    def _fetch(self, end: Receiving, index: int, segment: Segment) -> None:
-        """Take a segment that may be taken from now on."""
-        end.mark("announced")
+        segment = Segment(message.layers, message.tokens)
         try:
             end.incoming.announce(segment)
         except SegmentError as error:
             self._fail_receive(end, f"transfer {end.key[1]}: rank {end.key[0]} sent {error}")
-            return
+        else:
+            self._fetch(end, message.index, segment)
+        self._leave_line(end)
+
+    def _fetch(self, end: Receiving, index: int, segment: Segment) -> None:
+        """Take a segment that was announced."""
+        end.mark("announced")
         end.num_fetching += 1
         num_bytes = end.outline.bytes_of(segment)
         arrived = self._throttled(end.key[0], num_bytes, False, self._arrived_handler(end, index, segment))
@@ -149,6 +150,7 @@ class ReceiverDesk(TransferDesk):
             return
         segments = outline.whole()
         end.offer, end.num_offered, end.source_blocks = offer.serial, len(segments), offer.blocks
+        end.incoming.announce_all()
         for index, segment in enumerate(segments):
             self._fetch(end, index, segment)
 

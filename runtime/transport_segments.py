@@ -58,10 +58,12 @@ class Outline:
     def __init__(self, ranges: Sequence[tuple[Range, Range]], num_tokens: int, row_bytes: int) -> None:
         self.ranges = tuple(ranges)
         self.num_tokens = num_tokens
-        self._bytes, self.layers, token_bytes = _weights_of(self.ranges, row_bytes)
+        self._bytes, self.layers, self._layer_runs, token_bytes = _weights_of(self.ranges, row_bytes)
         self.num_bytes = num_tokens * token_bytes
 
     def bytes_of(self, segment: Segment) -> int:
+        if (segment.layers,) == self._layer_runs and segment.tokens == (0, self.num_tokens):
+            return self.num_bytes
         per_token = sum(self._bytes.get(layer, 0) for layer in range(*segment.layers))
         return per_token * (segment.tokens[1] - segment.tokens[0])
 
@@ -76,23 +78,22 @@ class Outline:
 
     def whole(self) -> tuple[Segment, ...]:
         """All of it, in as few segments as there are runs of layers."""
-        runs: list[tuple[int, int]] = []
-        for layer in self.layers:
-            if runs and runs[-1][1] == layer:
-                runs[-1] = (runs[-1][0], layer + 1)
-            else:
-                runs.append((layer, layer + 1))
-        return tuple(Segment(run, (0, self.num_tokens)) for run in runs)
+        return tuple(Segment(run, (0, self.num_tokens)) for run in self._layer_runs)
 
-    def split(self, segment: Segment, max_bytes: int) -> list[Segment]:
-        """The segment in parts of at most `max_bytes` (or one token of one layer): by layers, then by tokens."""
-        if self.bytes_of(segment) <= max_bytes:
+    def split(self, segment: Segment, max_bytes: int, first_bytes: int | None = None) -> list[Segment]:
+        """The segment in parts of at most `max_bytes` (or one token of one layer): by layers, then by tokens.
+
+        The first part has at most `first_bytes`, but whole layers where one fits into `max_bytes`.
+        """
+        limit = max_bytes if first_bytes is None else min(first_bytes, max_bytes)
+        if self.bytes_of(segment) <= limit:
             return [segment]
-        parts = []
+        parts: list[Segment] = []
         start, num_tokens = segment.layers[0], segment.tokens[1] - segment.tokens[0]
         while start < segment.layers[1]:
+            limit = max(limit, min(max_bytes, self._bytes.get(start, 0) * num_tokens)) if not parts else max_bytes
             stop, total = start, 0
-            while stop < segment.layers[1] and total + self._bytes.get(stop, 0) * num_tokens <= max_bytes:
+            while stop < segment.layers[1] and total + self._bytes.get(stop, 0) * num_tokens <= limit:
                 total += self._bytes.get(stop, 0) * num_tokens
                 stop += 1
             if stop > start:
@@ -106,14 +107,23 @@ class Outline:
         return parts
 
 
+_Weights = tuple[dict[int, int], tuple[int, ...], tuple[Range, ...], int]
+
+
 @lru_cache(maxsize=256)
-def _weights_of(ranges: tuple[tuple[Range, Range], ...], row_bytes: int) -> tuple[dict[int, int], tuple[int, ...], int]:
-    """(bytes a token of each layer, the layers, bytes a token), of pieces that come again with every transfer."""
+def _weights_of(ranges: tuple[tuple[Range, Range], ...], row_bytes: int) -> _Weights:
+    """(bytes a token of each layer, the layers, their runs, bytes a token), of pieces that come with every transfer."""
     weights: dict[int, int] = {}
     for layers, heads in ranges:
         for layer in range(*layers):
             weights[layer] = weights.get(layer, 0) + 2 * (heads[1] - heads[0]) * row_bytes
-    return weights, tuple(sorted(weights)), sum(weights.values())
+    runs: list[Range] = []
+    for layer in sorted(weights):
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return weights, tuple(sorted(weights)), tuple(runs), sum(weights.values())
 
 
 class Outgoing:
@@ -136,14 +146,17 @@ class Outgoing:
         num_tokens = self.outline.num_tokens
         return all(written.of(layer, num_tokens) == num_tokens for layer in self._cut)
 
-    def cut(self, written: Written, at_least: int, at_most: int) -> list[Segment]:
+    def cut(self, written: Written, at_least: int, at_most: int, first_at_most: int | None = None) -> list[Segment]:
         """Segments for all that is written and not yet cut, or none if that is less than `at_least` bytes.
 
-        Neighbouring layers that are equally far go together; none has more than `at_most` bytes.
+        Neighbouring layers that are equally far go together; none has more than `at_most` bytes, and the first about
+        `first_at_most`, as in `Outline.split`.
         """
         outline = self.outline
         found: list[Segment] = []
-        for layer in outline.layers:
+        if written.is_all and not any(self._cut.values()):
+            found += outline.whole()
+        for layer in outline.layers if not found else ():
             tokens = (self._cut[layer], written.of(layer, outline.num_tokens))
             if tokens[0] >= tokens[1]:
                 continue
@@ -156,7 +169,10 @@ class Outgoing:
         for segment in found:
             for layer in range(*segment.layers):
                 self._cut[layer] = segment.tokens[1]
-        return [part for segment in found for part in outline.split(segment, at_most)]
+        parts: list[Segment] = []
+        for segment in found:
+            parts += outline.split(segment, at_most, None if parts else first_at_most)
+        return parts
 
 
 class Incoming:
@@ -180,6 +196,10 @@ class Incoming:
                 )
         for layer in range(*segment.layers):
             self._announced[layer] = stop
+
+    def announce_all(self) -> None:
+        """Everything at once, where nothing was announced before."""
+        self._announced = dict.fromkeys(self._announced, self.outline.num_tokens)
 
     @property
     def is_untouched(self) -> bool:

@@ -80,13 +80,14 @@ class SenderDesk(TransferDesk):
         if end.ready is None or end.is_over:
             return
         worth = self._min_segment_bytes if end.in_flight and not end.written_at else 1
-        segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes)
+        first = None if end.num_cut else self._carrier.first_segment_bytes
+        segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes, first)
         try:
             if segments:
                 self._introduce(end.key[0])
-            first = end.num_cut
+            done = end.num_cut
             end.num_cut += len(segments)  # before any is announced: the last announced one ends the line
-            for index, segment in enumerate(segments, first):
+            for index, segment in enumerate(segments, done):
                 num_bytes = end.outline.bytes_of(segment)
                 end.in_flight[index] = num_bytes
                 sent = self._throttled(end.key[0], num_bytes, True, self._sent_handler(end, index))

@@ -80,7 +80,7 @@ def test_a_request_with_all_its_layers_and_heads_is_one_run_a_block() -> None:
     source, target = pages(4), pages(4)
     places = [KvPool.of(each).place((0, LAYERS), (0, HEADS), 0, 0) for each in (source, target)]
     copy = KvCopy(places[0], places[1], LAYERS, HEADS, 10, DIM * 4)
-    _, _, sizes = runs_of(copy, [7, 3, 5], [1, 4, 9])
+    _, _, sizes = zip(*runs_of(copy, [7, 3, 5], [1, 4, 9]), strict=True)
     assert run_bytes(copy) == sizes[0]
     assert list(sizes) == [LAYERS * 2 * HEADS * 4 * DIM * 4] * 3
 
@@ -89,7 +89,7 @@ def test_blocks_that_follow_each_other_at_both_ends_are_one_run() -> None:
     source, target = pages(4), pages(4)
     places = [KvPool.of(each).place((0, LAYERS), (0, HEADS), 2, 0) for each in (source, target)]
     copy = KvCopy(places[0], places[1], LAYERS, HEADS, 14, DIM * 4)
-    starts, into, sizes = runs_of(copy, [2, 3, 5, 6, 9], [4, 5, 6, 7, 9])
+    starts, into, sizes = zip(*runs_of(copy, [2, 3, 5, 6, 9], [4, 5, 6, 7, 9]), strict=True)
     block = LAYERS * 2 * HEADS * 4 * DIM * 4
     assert list(sizes) == [2 * block, 2 * block]  # the fifth block holds none of the 14 tokens from token 2 on
     assert [at - source.pool.data_ptr() for at in starts] == [2 * block, 5 * block]
@@ -102,18 +102,17 @@ def test_blocks_as_a_fresh_pool_gives_them_are_one_run() -> None:
     source, target = pages(4), pages(4)
     places = [KvPool.of(each).place((0, LAYERS), (0, HEADS), 0, 0) for each in (source, target)]
     copy = KvCopy(places[0], places[1], LAYERS, HEADS, 20, DIM * 4)
-    _, _, sizes = runs_of(copy, *tables)
-    assert len(sizes) == 1
+    assert len(list(runs_of(copy, *tables))) == 1
     copy_in_host_memory(copy, *tables)
     whole = ((0, LAYERS), (0, HEADS))
     assert target.pack(tables[1], 20, *whole).equal(source.pack(tables[0], 20, *whole))
-    assert len(runs_of(copy, tables[0], tables[1][::-1])[2]) == 5  # not neighbours in one order
+    assert len(list(runs_of(copy, tables[0], tables[1][::-1]))) == 5  # not neighbours in one order
 
 
 def test_runs_are_short_where_heads_are_re_laid_out() -> None:
     source, target = pages(4), pages(4)
     places = [KvPool.of(each).place((0, LAYERS), (1, 3), 0, 0) for each in (source, target)]
     copy = KvCopy(places[0], places[1], LAYERS, 2, 8, DIM * 4)
-    _, _, sizes = runs_of(copy, [7, 3], [1, 4])
+    _, _, sizes = zip(*runs_of(copy, [7, 3], [1, 4]), strict=True)
     assert run_bytes(copy) == sizes[0] == 2 * 4 * DIM * 4
     assert len(sizes) == 2 * LAYERS * 2

@@ -94,7 +94,7 @@ def test_neighbouring_blocks_are_copied_as_one_run(blocks: list[int], into: list
     pools[0].pool.normal_()
     places = [KvPool.of(pages).place((0, 2), (0, 2), 0, 0) for pages in pools]
     copy = KvCopy(places[0], places[1], 2, 2, 12, 16)
-    sources, _, sizes = runs_of(copy, blocks, into)
+    sources, _, sizes = zip(*runs_of(copy, blocks, into), strict=True)
     assert len(sources) == num_runs  # a block holds all layers, K and V
     assert sum(sizes) == pools[0].pack(blocks, 12, (0, 2), (0, 2)).nbytes
     copy_in_host_memory(copy, blocks, into)

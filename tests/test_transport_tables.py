@@ -16,12 +16,15 @@ class HostRing(TableRing):
     """A ring whose device is host memory: the same book-keeping."""
 
     def __init__(self, num_ids: int) -> None:
-        super().__init__(torch.device("cpu"), num_ids)
+        super().__init__(torch.device("cpu"), 7, num_ids)
         self._device: Any = type("Device", (), {"type": "played"})()
-        self._pinned = torch.zeros(num_ids, dtype=torch.int32)
-        self._array = self._pinned.numpy()
-        self._twin = torch.zeros(num_ids, dtype=torch.int32)
-        self._address = self._twin.data_ptr()
+        self._memory = [torch.zeros(num_ids, dtype=torch.int32) for _ in range(2)]
+
+        def copy(destination: int, source: int, num_bytes: int, stream: int) -> None:
+            assert stream == 7
+            ctypes.memmove(destination, source, num_bytes)
+
+        self._use(*(each.data_ptr() for each in self._memory), copy)
 
     def _apart(self, tables: Any) -> Tables:
         made = [torch.tensor(table, dtype=torch.int32) for table in tables]
