@@ -53,12 +53,18 @@ class EndPair(Struct, frozen=True):
 
 
 def steps_of(pairs: Iterable[EndPair]) -> tuple[Step, ...]:
-    """The first time of each mark, medians over transfers of one kind, in their order; what came before is left out."""
+    """The first time of each mark, medians over transfers of one kind, in their order; what came before is left out.
+
+    Of what happened to several segments also the last time.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     for pair in pairs:
         for who, marks in (("sender", pair.sender), ("reader", pair.reader)):
             for what in dict.fromkeys(name for name, _ in marks):
-                found.setdefault((who, what), []).append((_first(marks, what) - pair.began) / 1e9)
+                first, last = _first(marks, what), _last(marks, what)
+                found.setdefault((who, what), []).append((first - pair.began) / 1e9)
+                if last > first:
+                    found.setdefault((who, f"{what}, the last"), []).append((last - pair.began) / 1e9)
     steps = [Step(who, what, statistics.median(seconds)) for (who, what), seconds in found.items()]
     return tuple(sorted((step for step in steps if step.seconds >= 0), key=lambda step: step.seconds))
 

@@ -66,6 +66,7 @@ def test_a_transfer_begins_when_both_ends_were_called_and_its_data_with_the_firs
         ("reader", "called"),
         ("reader", "begun"),
         ("sender", "packing"),
+        ("sender", "packing, the last"),
         ("reader", "whole"),
         ("reader", "told"),
         ("sender", "told"),
