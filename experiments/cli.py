@@ -294,7 +294,8 @@ def leaderboard(
     output: Annotated[Path | None, typer.Option(help="Folder of the page; default: runs/leaderboard.")] = None,
     metric: Annotated[str, typer.Option(help="What policies are ranked by, e.g. mean_ttft.")] = "slo_attainment",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Five seeds of short runs: shows large differences only.")
+        bool,
+        typer.Option("--quick", help="Five seeds of 60 requests, the warm-up whole: shows large differences only."),
     ] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print the scenarios and end.")] = False,
     workers: Workers = "auto",

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from ..reports.board import Board, BoardPolicy, BoardRegret, BoardRun, BoardScenario
 from .answer_book import AnswerBook
 from .cluster import cluster_of
-from .config import ConcurrencyPhase, Experiment, Phase, TraceDataset, TracePhase
+from .config import ConcurrencyPhase, Experiment, Phase, TraceDataset
 from .errors import ExperimentError
 from .leaderboard_entries import Entry, Scenario
 from .manifest import git_commit
@@ -49,7 +49,7 @@ _VERSION: Final = 1  # of what a task means: answers to another one are not take
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. `seeds` None: as many as the scenario's `repeats`; `requests` cuts each phase.
+    """How much is computed. `seeds` None: as many as the scenario's `repeats`; `requests` cuts each phase that counts.
 
     Of `load_seeds` and `stale_seeds` no more are taken than of `seeds`.
     """
@@ -63,7 +63,7 @@ class Size:
     stale_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes")
     regret_scenarios: tuple[str, ...] = ("heavy_tails", "bursts", "shared_prefixes", "conditional")
     regret_requests: int = 3  # whose decisions are looked at again
-    regret_run: int = 120  # requests of the run in which they are
+    regret_run: int = 120  # requests of the run in which they are, behind a third as many of warm-up
 
 
 FULL: Final = Size()
@@ -114,7 +114,7 @@ def compute(
             if scenario.experiment.policy.roles is not None:
                 continue
             if _is_chosen(scenario, scenarios, size.regret_scenarios):
-                short = _cut(config, size.regret_run)
+                short = cut_short(config, size.regret_run, -(-size.regret_run // 3))
                 text = task_text(short, entry.digest, num_requests=size.regret_requests)
                 regrets.append((scenario.name, entry.label, text))
         no_regret = "" if scenario.experiment.policy.roles is None else "no regret: executors change roles"
@@ -143,7 +143,7 @@ def _is_chosen(scenario: Scenario, scenarios: Sequence[Scenario], names: Sequenc
 
 
 def _runs(scenario: Scenario, entry: Entry, config: Experiment, size: Size, is_stale: bool) -> Iterator[_Run]:
-    config = _cut(config, size.requests)
+    config = cut_short(config, size.requests)
     seeds = size.seeds or config.repeats
 
     def run(changed: Experiment, load: float, interval_ms: float, repeat: int) -> _Run:
@@ -178,17 +178,16 @@ def _repeat(config: Experiment, repeat: int) -> Experiment:
     return config.model_copy(update=update)
 
 
-def _cut(config: Experiment, requests: int | None) -> Experiment:
-    """The experiment with so many requests at most in each phase, and a third of them in one that does not count."""
-    if requests is None:
-        return config
+def cut_short(config: Experiment, requests: int | None, warm_up: int | None = None) -> Experiment:
+    """The experiment with so many requests at most in each phase, and `warm_up` in one that does not count.
+
+    None: as many as it has. A warm-up that is cut short leaves caches cold, and batches that are still filling.
+    """
     phases: list[Phase] = []
     for phase in config.workload.phases:
-        most = -(-requests // 3) if phase.exclude_from_results else requests
-        if isinstance(phase, TracePhase) and phase.requests is None:
-            phases.append(phase.model_copy(update={"requests": most}))
-        else:
-            phases.append(phase.model_copy(update={"requests": min(phase.requests or most, most)}))
+        most = warm_up if phase.exclude_from_results else requests
+        least = [number for number in (phase.requests, most) if number is not None]
+        phases.append(phase.model_copy(update={"requests": min(least)}) if least else phase)
     return config.model_copy(update={"workload": config.workload.model_copy(update={"phases": phases})})
 
 

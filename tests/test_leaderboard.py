@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
-from disagg.experiments.leaderboard import FULL, QUICK, Size, task_text
+from disagg.experiments.leaderboard import FULL, QUICK, Size, cut_short, task_text
 from disagg.experiments.leaderboard_entries import entries_of, scenarios_of, shipped
 from disagg.experiments.simulated_rows import simulate_rows
 from disagg.reports.board import (
@@ -543,6 +543,13 @@ def test_every_curve_of_the_default_board_is_over_all_seeds_of_its_scenario() ->
     seeds = {each.experiment.repeats for each in scenarios_of(list(FULL.stale_scenarios))[0]}
     assert seeds == {FULL.stale_seeds} == {FULL.load_seeds}
     assert QUICK.seeds == QUICK.load_seeds == QUICK.stale_seeds == 5
+
+
+def test_a_quick_look_counts_fewer_requests_behind_the_whole_warm_up() -> None:
+    (shipped,), _ = scenarios_of(["sessions"])
+    assert [phase.requests for phase in shipped.experiment.workload.phases] == [250, 500]
+    assert [phase.requests for phase in cut_short(shipped.experiment, QUICK.requests).workload.phases] == [250, 60]
+    assert [phase.requests for phase in cut_short(shipped.experiment, 120, 40).workload.phases] == [40, 120]
 
 
 def test_goodput_is_attainment_times_the_rate_of_arrivals() -> None:
