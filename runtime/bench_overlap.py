@@ -215,13 +215,13 @@ class OverlapBench:
         return num_copies * self.copy_bytes / seconds, result
 
     def _by_engines(self) -> Callable[[KvCopy], None]:
-        from .cuda_ipc import Driver
+        from .cuda_ipc import AT_ONCE, Driver
 
         driver, device = Driver(), self._engine.device
         count = -(-self.copies[0].num_tokens // self._engine.pages.tokens_per_block)
         tables = [table.view(-1, count).tolist() for table in self._tables]
         runs = {copy: list(runs_of(copy, *blocks)) for copy, *blocks in zip(self.copies, *tables, strict=True)}
-        return lambda copy: driver.copy_runs(runs[copy], int(torch.cuda.current_stream(device).cuda_stream))
+        return lambda copy: driver.copy_runs(runs[copy], int(torch.cuda.current_stream(device).cuda_stream), AT_ONCE)
 
     def plain_rate(self) -> float | None:
         """Bytes a second of a plain copy as large as a request; None without a GPU."""
