@@ -139,6 +139,20 @@ class ExecutorCore:
         self._out = []
         return out
 
+    @property
+    def is_end_quiet(self) -> bool:
+        """Whether the end of the only committed plan, if no stop comes with it, would bring about nothing here.
+
+        Nothing but rows, a report, and answers to who ended in it. A driver of virtual time may then give it after its
+        instant, with that instant, before whatever it gives next.
+        """
+        return not (self._num_pulls or self._local or self._closing) and self.scheduler.is_end_quiet
+
+    @property
+    def is_end_awaited(self) -> bool:
+        """Whether there are such answers."""
+        return bool(self.scheduler.tails[0].leaving)
+
     def _emit(self, command: ExecutorCommand) -> None:
         self._out.append(command)
 

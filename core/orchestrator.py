@@ -150,8 +150,8 @@ class OrchestratorCore:
 
     @property
     def is_holding(self) -> bool:
-        """Whether any message may have consequences: requests are held back, or a policy changes roles."""
-        return len(self._held) > 0 or self._roles.policy is not None
+        """Whether any message may have consequences: requests are held back, a policy changes roles, or this is the end."""
+        return len(self._held) > 0 or self._roles.policy is not None or self._closing
 
     def can_wait(self, message: OrchestratorEvent) -> bool:
         """Whether nothing is sent to an executor upon `message`, as long as nothing is held back.
@@ -160,12 +160,12 @@ class OrchestratorCore:
         """
         if type(message) is Report:
             return True
-        return (
-            type(message) is Response
-            and message.finish_reason in _SERVED
-            and self.config.generation_binding == AT_CONTEXT_DONE
-            and not self._closing
-        )
+        return type(message) is Response and message.finish_reason in _SERVED and self.can_wait_for_ends
+
+    @property
+    def can_wait_for_ends(self) -> bool:
+        """`can_wait` of the answers to requests that ended by themselves."""
+        return self.config.generation_binding == AT_CONTEXT_DONE and not self._closing
 
     def _take(self, event: OrchestratorEvent, now: int) -> None:
         # exact types, the most frequent first: a class pattern costs a compiled core a call of the metaclass each

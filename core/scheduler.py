@@ -96,6 +96,15 @@ class Scheduler:
         return self._epochs.open is None and not self.has_doomed
 
     @property
+    def is_end_quiet(self) -> bool:
+        """Whether the end of the only committed plan, if no stop comes with it, changes no plan that is made or to be made."""
+        if len(self.tails) != 1 or self.num_waiting or self.has_doomed or self._stopped or self.tails[0].given_up:
+            return False
+        if self.running is not None:
+            return True
+        return not (self.batch.members or self.prefilling or self.joining or self.ready or self._epochs.open)
+
+    @property
     def step_time(self) -> int:
         """Picoseconds a step of the last epoch that is over."""
         return self._epochs.step_time

@@ -31,7 +31,7 @@ MODULES: Final = {
         " kv_source life_cycle local_kv orchestrator prefix_cache prefix_index refusal roles scheduler step_sizes tails task"
         " timers visit visit_rows"
     ),
-    "simulator": "calendar cluster executor layerwise link timing",
+    "simulator": "calendar cluster executor layerwise link sequences timing",
 }
 
 _SETUP: Final = """

@@ -259,8 +259,13 @@ class SimulatedCluster:
         """Whether the orchestrator need not hear at once of what cannot make it act."""
         return self._may_be_late and not self._is_holding
 
+    @property
+    def answers_may_be_late(self) -> bool:
+        """Whether the same goes for the answers to requests that ended by themselves."""
+        return self.may_be_late and not self._users_act and not self._ended and self._orchestrator.can_wait_for_ends
+
     def report_due(self, at: int, executor: int) -> None:
-        """A report of `executor` is due at `at`; to be called only where it may be late."""
+        """`executor` has something to tell at `at`; to be called only where it may be late."""
         heappush(self._reports_due, (at, executor))
 
     def _can_wait(self, message: Any) -> bool:

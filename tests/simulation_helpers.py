@@ -142,7 +142,7 @@ def random_world(
     world = World(
         fleet,
         latency=draw.choice([1, 3 * PS_PER_US, 50 * PS_PER_US]),
-        launch=draw.choice([None, (1, 2), (4, 2, True)]),
+        launch=draw.choice([None, (1, 2), (1, 2, True), (4, 2, True)]),
         is_late=is_late,
         context_router=PolicySpec(draw.choice(routers)),
         generation_router=PolicySpec(draw.choice(routers)),

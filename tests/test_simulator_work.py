@@ -18,7 +18,7 @@ from disagg.simulator import ModelTiming, SimulatedCluster
 from tests.simulation_helpers import executors
 
 
-def cluster_of(roles: str, cost: Any, records: Any = None, **settings: Any) -> SimulatedCluster:
+def cluster_of(roles: str, cost: Any, records: Any = None, launch: Any = None, **settings: Any) -> SimulatedCluster:
     """Message latency, link contention, leases, reports and records are on."""
     fleet = executors(roles, **{"num_blocks": 20_000, "tokens_per_block": 32, "max_batch_size": 256, **settings})
     routers = {"context_router": PolicySpec("least_tokens"), "generation_router": PolicySpec("least_kv")}
@@ -28,6 +28,7 @@ def cluster_of(roles: str, cost: Any, records: Any = None, **settings: Any) -> S
         kv_bytes_per_token=131_072,
         link_bytes_per_s=360e9,
         link_latency=5 * PS_PER_US,
+        launch=None if launch is None else {e.id: launch for e in fleet},
         records=records,
     )
 
@@ -44,10 +45,11 @@ def load(cluster: SimulatedCluster, num: int, rate: float, prompt: int = 1000, o
 H200 = roofline(preset("llama-3.1-8b"), DEVICES["h200"])
 
 
+@pytest.mark.parametrize("launch", [None, (1, 2, True)], ids=["steps one by one", "plans made ahead"])
 @pytest.mark.parametrize("rate", [20, 6])
-def test_a_request_of_a_thousand_and_two_hundred_tokens_is_at_most_nine_events(rate: float) -> None:
+def test_a_request_of_a_thousand_and_two_hundred_tokens_is_at_most_nine_events(rate: float, launch: Any) -> None:
     rows: list[Any] = []
-    cluster = load(cluster_of("ccgg", H200, rows.append), 400, rate)
+    cluster = load(cluster_of("ccgg", H200, rows.append, launch), 400, rate)
     cluster.run()
     assert sum(type(row).__name__ == "RequestRow" for row in rows) == 400
     assert cluster.count_events() / 400 <= 9
