@@ -21,8 +21,8 @@ def main() -> int:
     world = MpiWorld()
     shape = PRESETS[model]
     own = f"{device}:{world.rank}"
-    collectives = executor_collectives(world.group(range(world.size)), world.size, own)
-    bench = EngineBench(shape, Place.of(shape, world.size, 1, world.rank), collectives, own)
+    place = Place.of(shape, world.size, 1, world.rank)
+    bench = EngineBench(shape, place, executor_collectives(world.group(range(world.size)), place, own), own)
     rows = bench.rows(quick == "1")
     if world.rank == 0:
         partial = Path(result + ".partial")

@@ -15,11 +15,21 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .peer_reduce import PeerReduce
+
 _HIDDEN_TAG: Final = 1
 
 
 class Collectives(Protocol):
     """Ranks are numbered pp_rank · tp + tp_rank."""
+
+    @property
+    def peers(self) -> PeerReduce | None:
+        """Sums of few rows through the other ranks' memory, where that can be had."""
+
+    @property
+    def description(self) -> str:
+        """How ranks sum, in words."""
 
     def tp_all_reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over the ranks of this stage, same shape and dtype; `x` may be overwritten."""
@@ -39,6 +49,9 @@ class Collectives(Protocol):
 
 class SingleRank:
     """An executor of one rank: nobody to talk to."""
+
+    peers: Final = None
+    description: Final = "one rank"
 
     def tp_all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -64,6 +77,9 @@ class MpiCollectives:
     Collective over `comm`: every rank constructs it. Buffers only. Tensors of other devices are staged
     through host memory, which is right everywhere and fast nowhere: a device's own collectives replace this class.
     """
+
+    peers: Final = None
+    description: Final = "MPI"
 
     def __init__(self, comm: MPI.Comm, tp: int) -> None:
         from mpi4py import MPI

@@ -36,16 +36,17 @@ class Built:
     free_bytes: int | None = None
 
 
-def executor_collectives(group: Any, tp: int, device: str) -> Collectives:
+def executor_collectives(group: Any, place: Place, device: str) -> Collectives:
     """How the ranks of one executor talk inside a step. Collective over `group` (None: one rank)."""
     if group is None:
         return SingleRank()
     if torch.device(device).type != "cuda":
-        return MpiCollectives(group, tp)
+        return MpiCollectives(group, place.tp)
     from .nccl import NcclCollectives
+    from .peer_start import peer_reduce
 
     torch.cuda.set_device(device)
-    return NcclCollectives(group, tp)
+    return NcclCollectives(group, place.tp, *peer_reduce(group, place, torch.device(device)))
 
 
 def build_stepper(

@@ -94,7 +94,7 @@ class ExecutorRank:
         check_device(device)
         self.post.start()
         check_weights_fit(self._place, device)
-        self._collectives = executor_collectives(self._group, self._place.tp, device)
+        self._collectives = executor_collectives(self._group, self._place, device)
         if spec.model.folder is not None:
             self._weights = load_weights(spec.model.folder, self._place, device)
         else:
@@ -136,6 +136,7 @@ class ExecutorRank:
             self._pages.num_blocks,
             built.free_bytes,
             None if self._transport is None else self._transport.description,
+            self._collectives.description,
         )
 
     def new_engine(self, *, sends_early: bool = True) -> None:

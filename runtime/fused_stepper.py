@@ -27,6 +27,7 @@ from .model_fused import FusedModel
 from .model_kernels import advance, argmax_rows
 from .model_place import Place
 from .model_sampling import margins, sample
+from .peer_reduce import PeerReduce
 from .prefill_attention import CUDNN_MULTIPLE, PrefillBatch, prefill_batch
 from .stepper import Launched, LayersHook
 from .weights import ModelWeights
@@ -291,6 +292,9 @@ class FusedStepper:
         start, stop = self._place.vocab
         if self._place.tp == 1:
             return self._broadcast(argmax_rows(logits, stop - start))
+        peers = self._collectives.peers
+        if peers is not None and num <= peers.max_rows:
+            return peers.argmax(logits, (start, stop))
         best, index = logits[:, : stop - start].max(dim=-1)
         both = torch.stack((best.float(), (index + start).float()), dim=-1)  # ids are far below 2²⁴
         everyone = self._collectives.tp_all_gather(both).view(num, self._place.tp, 2)
@@ -330,7 +334,7 @@ class FusedStepper:
         slot.copy_(sampled, non_blocking=True)
         event = _event()
         event.record()
-        launched = Launched(decodes, request_ids, _Reading(event, slot), lambda: seen)
+        launched = Launched(decodes, request_ids, _Reading(event, slot, self._collectives.peers), lambda: seen)
         self._unread.append(launched)
         return launched
 
@@ -351,11 +355,12 @@ def _event() -> Any:
 
 
 class _Reading:
-    """Waits for an event, then reads what was copied before it; keeps what it read."""
+    """Waits for an event, then reads what was copied before it; keeps what it read. Raises PeerReduceError."""
 
-    def __init__(self, event: Any, slot: Tensor) -> None:
+    def __init__(self, event: Any, slot: Tensor, peers: PeerReduce | None) -> None:
         self._event = event
         self._slot = slot
+        self._peers = peers
         self._lock = threading.Lock()
         self._tokens: list[int] | None = None
 
@@ -363,6 +368,8 @@ class _Reading:
         with self._lock:
             if self._tokens is None:
                 self._event.synchronize()
+                if self._peers is not None:
+                    self._peers.check()
                 self._tokens = self._slot.tolist()
             return self._tokens
 

@@ -21,6 +21,7 @@ from .kv_pages import TORCH_DTYPES, KvPages
 from .model_kernels import add_rms_norm, rms_norm, rope_write, silu_mul
 from .model_layers import inverse_frequencies, rotary
 from .model_place import Place
+from .peer_reduce import ATTENDED, EMBEDDED, GATED, PeerReduce
 from .prefill_attention import PrefillAttention, PrefillBatch
 from .weights import ModelWeights
 
@@ -109,13 +110,17 @@ class FusedModel:
             return self._forward_one(token_ids, positions, sequences, tables, sizes)
         space = {name: whole[:rows] for name, whole in self._space.items()}
         normed, qkv, attended, gated = (space[name] for name in ("normed", "qkv", "attended", "gated"))
-        residual = self._enter(token_ids, space["residual"])
-        delta: Tensor | None = None
+        peers = self._peers_for(rows)
+        # What each rank has of a sum; without peers one place serves for all.
+        parts = [space["delta"] if peers is None else peers.slot(which, rows) for which in (ATTENDED, GATED)]
+        residual = space["residual"]
+        if peers is None:
+            rms_norm(self._enter(token_ids, residual), self._weights.layers[0].input_norm, eps, normed)
+        else:
+            self._enter_by(peers, token_ids, residual, normed)
         for layer, weights in enumerate(self._weights.layers):
-            if delta is None:
-                rms_norm(residual, weights.input_norm, eps, normed)
-            else:
-                add_rms_norm(delta, residual, weights.input_norm, eps, normed)
+            if layer:
+                self._add_and_norm(peers, GATED, parts[1], residual, weights.input_norm, normed)
             if weights.qkv_bias is None:
                 torch.mm(normed, weights.qkv.t(), out=qkv)
             else:
@@ -140,16 +145,32 @@ class FusedModel:
                 )
             if on_layer is not None:
                 on_layer(layer)
-            delta = self._collectives.tp_all_reduce(torch.mm(attended, weights.o.t(), out=space["delta"]))
-            add_rms_norm(delta, residual, weights.post_norm, eps, normed)
+            torch.mm(attended, weights.o.t(), out=parts[0])
+            self._add_and_norm(peers, ATTENDED, parts[0], residual, weights.post_norm, normed)
             silu_mul(torch.mm(normed, weights.gate_up.t(), out=space["gate_up"]), gated)
-            delta = self._collectives.tp_all_reduce(torch.mm(gated, weights.down.t(), out=space["delta"]))
-        if delta is None:
-            raise RuntimeError("a pipeline stage without layers")
+            torch.mm(gated, weights.down.t(), out=parts[1])
+        if peers is not None:
+            return self._logits_by(peers, residual, normed, sampled_rows)
+        delta = self._collectives.tp_all_reduce(parts[1])
         if not place.is_last_stage:
             self._collectives.send_hidden(residual.add_(delta))
             return None
         return self._logits(delta, residual, sampled_rows)
+
+    def _peers_for(self, rows: int) -> PeerReduce | None:
+        """Who sums so many rows: the ranks in each other's memory, or (None) the collectives."""
+        peers = self._collectives.peers
+        return None if peers is None or rows > peers.max_rows else peers
+
+    def _add_and_norm(
+        self, peers: PeerReduce | None, slot: int, part: Tensor, residual: Tensor, weight: Tensor, out: Tensor
+    ) -> None:
+        """residual += the sum of all ranks' `part`, which with peers is their `slot`; then its norm into `out`."""
+        eps = self._shape.rms_norm_eps
+        if peers is None:
+            add_rms_norm(self._collectives.tp_all_reduce(part), residual, weight, eps, out)
+        else:
+            peers.add_rms_norm(slot, residual, weight, eps, out)
 
     def _enter(self, token_ids: Tensor, residual: Tensor) -> Tensor:
         """What goes into the first layer here: the tokens' embeddings, or what the stage before says; into `residual`."""
@@ -165,6 +186,14 @@ class FusedModel:
         elsewhere = (token_ids < start) | (token_ids >= stop)
         rows = functional.embedding((token_ids - start).masked_fill(elsewhere, 0), table)
         return residual.copy_(self._collectives.tp_all_reduce(rows.masked_fill(elsewhere[:, None], 0.0)))
+
+    def _enter_by(self, peers: PeerReduce, token_ids: Tensor, residual: Tensor, normed: Tensor) -> None:
+        """The tokens' embeddings into `residual`, and what the first layer makes of them first into `normed`."""
+        table = self._weights.embedding
+        if table is None:
+            raise RuntimeError(f"rank {self._place.rank} is the first stage but holds no embedding")
+        peers.embed(token_ids, table, self._place.vocab)
+        peers.rms_norm(EMBEDDED, residual, self._weights.layers[0].input_norm, self._shape.rms_norm_eps, normed)
 
     def _rotate_and_write(
         self, layer: int, qkv: Tensor, positions: Tensor, sequences: Tensor, tables: Tensor
@@ -206,16 +235,28 @@ class FusedModel:
         if not place.is_last_stage:
             self._collectives.send_hidden(residual)
             return None
-        norm, head = self._weights.final_norm, self._weights.head
-        if norm is None or head is None:
-            raise RuntimeError(f"rank {place.rank} is the last stage but holds no head")
+        norm, head = self._final()
         logits = torch.empty((1, head.shape[0]), dtype=self._dtype, device=self._device)
         return gemv(residual, head, logits, norm=norm, eps=eps)
 
-    def _logits(self, delta: Tensor, residual: Tensor, rows: Tensor | None) -> Tensor | None:
+    def _final(self) -> tuple[Tensor, Tensor]:
         norm, head = self._weights.final_norm, self._weights.head
         if norm is None or head is None:
             raise RuntimeError(f"rank {self._place.rank} is the last stage but holds no head")
+        return norm, head
+
+    def _logits_by(self, peers: PeerReduce, residual: Tensor, normed: Tensor, rows: Tensor | None) -> Tensor | None:
+        """As `_logits`. The sum is taken even where no row is wanted: slots must go on alternating."""
+        norm, head = self._final()
+        peers.add_rms_norm(GATED, residual, norm, self._shape.rms_norm_eps, normed)
+        if rows is not None:
+            if not len(rows):
+                return None
+            normed = normed.index_select(0, rows)
+        return functional.linear(normed, head)
+
+    def _logits(self, delta: Tensor, residual: Tensor, rows: Tensor | None) -> Tensor | None:
+        norm, head = self._final()
         if rows is not None:
             if not len(rows):
                 return None

@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
     rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
     _add_rms_norm[(rows,)](
-        x, x, weight, out, hidden, eps, ADD=False, BLOCK=block, num_warps=_norm_warps(block), **overlaps()
+        x, x, weight, out, hidden, eps, ADD=False, BLOCK=block, num_warps=norm_warps(block), **overlaps()
     )
     return out
 
@@ -51,12 +51,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     rows, hidden = x.shape
     block = triton.next_power_of_2(hidden)
     _add_rms_norm[(rows,)](
-        x, residual, weight, out, hidden, eps, ADD=True, BLOCK=block, num_warps=_norm_warps(block), **overlaps()
+        x, residual, weight, out, hidden, eps, ADD=True, BLOCK=block, num_warps=norm_warps(block), **overlaps()
     )
     return out
 
 
-def _norm_warps(block: int) -> int:
+def norm_warps(block: int) -> int:
+    """Warps of a program that norms a row of `block` elements."""
     return max(1, min(16, block // 512))
 
 
@@ -301,14 +302,21 @@ def _argmax_merge(best, index, out, SPLITS: tl.constexpr, PDL: tl.constexpr):  #
     tl.store(out + row, lowest.to(tl.int64))
 
 
-def argmax_rows(logits: Tensor, num: int) -> Tensor:
-    """int64 [rows]: where each row's first `num` logits are greatest, the first of equals. torch's takes 4 times as long."""
-    rows, splits = logits.shape[0], 32
+def argmax_parts(logits: Tensor, num: int, splits: int) -> tuple[Tensor, Tensor]:
+    """The greatest of each row's first `num` logits in each of `splits` parts of them, and where: float32 and int32."""
+    rows = logits.shape[0]
     best = torch.empty((rows, splits), dtype=torch.float32, device=logits.device)
     index = torch.empty((rows, splits), dtype=torch.int32, device=logits.device)
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _argmax_part[(rows, splits)](
         logits, logits.stride(0), num, best, index, SPLITS=splits, BLOCK=1024, num_warps=4, **overlaps()
     )
+    return best, index
+
+
+def argmax_rows(logits: Tensor, num: int) -> Tensor:
+    """int64 [rows]: where each row's first `num` logits are greatest, the first of equals. torch's takes 4 times as long."""
+    rows, splits = logits.shape[0], 32
+    best, index = argmax_parts(logits, num, splits)
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _argmax_merge[(rows,)](best, index, out, SPLITS=splits, num_warps=1, **overlaps())
     return out

@@ -18,6 +18,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from .peer_reduce import PeerReduce
+
 _UNIQUE_ID_BYTES: Final = 128
 _SUM: Final = 0
 _DTYPES: Final = {
@@ -133,13 +135,16 @@ def _stream() -> int:
 class NcclCollectives:
     """`Collectives` on the device: nothing is staged through the host, and all but `broadcast_tokens` fits in a graph.
 
-    Collective over `comm`, the executor's communicator, whose ranks have taken their devices.
+    Collective over `comm`, the executor's communicator, whose ranks have taken their devices. `peers`, where they can
+    reach each other's memory: sums of few rows; `description`: how they sum, in words.
     """
 
-    def __init__(self, comm: MPI.Comm, tp: int) -> None:
+    def __init__(self, comm: MPI.Comm, tp: int, peers: PeerReduce | None = None, description: str = "NCCL") -> None:
         size, rank = comm.Get_size(), comm.Get_rank()
         if tp < 1 or size % tp:
             raise ValueError(f"the executor's {size} ranks are not a multiple of tensor_parallel_size {tp}")
+        self.peers: Final = peers
+        self.description: Final = description
         self._tp = tp
         self._rank = rank
         self._last_stage = size - tp
@@ -183,6 +188,8 @@ class NcclCollectives:
 
     def revoke(self) -> None:
         """End every call of this rank with an error."""
+        if self.peers is not None:
+            self.peers.stop()
         self._whole.abort()
         if self._stage is not self._whole:
             self._stage.abort()

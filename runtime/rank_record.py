@@ -59,6 +59,7 @@ class RankInfo(Struct, frozen=True):
     num_blocks: int = 0
     free_bytes: int | None = None  # of the device, once everything has its place; None for host memory
     transport: str | None = None  # how KV travels here, and why so
+    collectives: str | None = None  # how the executor's ranks sum, and why so
 
 
 class RankRecord(Struct, frozen=True):

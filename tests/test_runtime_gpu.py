@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,30 @@ def test_an_aggregated_cluster_says_what_transformers_says(layout: Layout, model
     folder, asked, answers = model
     result = served(folder, [layout], asked, pipeline_depth=2, plan_ahead=True)
     assert [list(row.token_ids) for row in result.sends] == answers
+
+
+@TWO
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_ranks_that_sum_through_peer_memory_say_the_same_as_through_nccl(
+    switch: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked, answers = model
+    monkeypatch.setenv("DISAGG_PEER_REDUCE", switch)
+    result = served(folder, [mixed(tp=2)], asked, pipeline_depth=2, plan_ahead=True)
+    assert [list(row.token_ids) for row in result.sends] == answers
+    ways = [info.collectives or "" for info in result.ranks]
+    assert all(way.startswith("peer memory" if switch == "1" else "NCCL") for way in ways), ways
+
+
+@TWO
+def test_sums_through_peer_memory_are_those_of_nccl_bit_by_bit_and_the_same_on_all_ranks() -> None:
+    program = Path(__file__).parent / "gpu_programs" / "peer_sums.py"
+    done = subprocess.run([sys.executable, str(program), "check"], capture_output=True, text=True, timeout=150)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": 0 unlike NCCL, 0 unlike other ranks") == 2
+    assert done.stdout.count(": 0 greatest logits unlike torch's") == 2
+    assert "given up after" in done.stdout
 
 
 @pytest.mark.parametrize("transport", ["cuda_ipc", "host", "mpi"])

@@ -195,6 +195,9 @@ class Script:
 class ThreadCollectives:
     """Collectives of one rank among threads of this process, for tests: exact sums in rank order."""
 
+    peers = None
+    description = "threads"
+
     def __init__(self, shared: Threads, rank: int) -> None:
         self._shared = shared
         self._rank = rank
