@@ -142,17 +142,13 @@ class Run:
         """One row per record; an absent table that is not required is empty with the right columns."""
         import pandas as pd
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         path = self.path / f"{table}.parquet"
         known = [name for name in columns_of(table) if names is None or name in names]
         if not path.exists() and not required:
             return _typed(pd.DataFrame(columns=known), table)
         try:
-            there = None if names is None else [name for name in pq.read_schema(path).names if name in names]
-            # not kept as Arrow's column and as numpy's at the same time
-            lean = {} if names is None else {"split_blocks": True, "self_destruct": True}
-            frame = pd.read_parquet(path, "pyarrow", there, to_pandas_kwargs=lean)
+            frame = pd.read_parquet(path, "pyarrow") if names is None else _one_by_one(path, names)
         except FileNotFoundError as error:
             raise ReportError(f"{path}: is missing: the directory is not a complete run") from error
         except (OSError, ValueError, pa.ArrowException) as error:
@@ -263,6 +259,17 @@ class Run:
             return None
         size = DTYPE_BYTES.get(str(model.get("dtype", shape.dtype)))
         return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size if size else None
+
+
+def _one_by_one(path: Path, names: Sequence[str]) -> pd.DataFrame:
+    """The columns of `names` that the file has: one at a time is both Arrow's and numpy's while it is read."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        there = [name for name in file.schema_arrow.names if name in names]
+        columns = {name: file.read([name]).to_pandas()[name] for name in there}
+        return pd.DataFrame(columns, index=pd.RangeIndex(file.metadata.num_rows), copy=False)
 
 
 def _typed(frame: pd.DataFrame, table: str) -> pd.DataFrame:
