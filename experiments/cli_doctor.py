@@ -89,6 +89,8 @@ def _about(diagnosis: Diagnosis) -> list[tuple[str, str]]:
     rows.append(("driver", facts.driver or "none"))
     if facts.cuda_problem is not None:
         rows.append(("GPUs", f"none: {facts.cuda_problem}"))
+    if facts.sums is not None:
+        rows.append(("tensor-parallel ranks sum", facts.sums))
     rows += sorted(facts.settings.items())
     return rows
 

@@ -63,6 +63,7 @@ class MachineFacts(Struct, frozen=True):
     driver: str | None = None
     gpus: tuple[GpuFacts, ...] = ()
     shared_memory_bytes: int | None = None
+    sums: str | None = None  # how the tensor-parallel ranks of an executor on these GPUs sum
 
 
 def gather_machine() -> MachineFacts:
@@ -89,6 +90,7 @@ def gather_machine() -> MachineFacts:
         driver=_first_line(_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")),
         gpus=gpus,
         shared_memory_bytes=_shared_memory(),
+        sums=_sums(gpus),
         **_ompi(mpiexec),
     )
 
@@ -178,6 +180,15 @@ def _cuda() -> tuple[str | None, str | None, tuple[GpuFacts, ...]]:
         name = torch.cuda.get_device_name(index)
         gpus.append(GpuFacts(index, name, total, free, tuple(peers), nvlink.get(index), rate, words))
     return built_with, None, tuple(gpus)
+
+
+def _sums(gpus: tuple[GpuFacts, ...]) -> str | None:
+    """How ranks on any of these GPUs sum; None where there are not two."""
+    if len(gpus) < 2:
+        return None
+    from .peer_start import host_sums
+
+    return host_sums([gpu.index for gpu in gpus])
 
 
 def read_nvlink(text: str) -> dict[int, float]:

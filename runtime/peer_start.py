@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -45,6 +46,22 @@ def pair_problem(own: int, peer: int) -> str | None:
     return None if value.value else f"cuda:{own} and cuda:{peer} are not joined by NVLink"
 
 
+def host_sums(gpus: Sequence[int]) -> str:
+    """How the ranks of an executor on these GPUs of this process would sum, in words."""
+    if not is_wanted():
+        return f"NCCL: {_off()}"
+    for own in gpus:
+        for peer in gpus:
+            problem = None if own == peer else pair_problem(own, peer)
+            if problem is not None:
+                return f"NCCL: {problem}"
+    return "few rows through peer memory, more by NCCL"
+
+
+def _off() -> str:
+    return f"{SWITCH} is 0" if SWITCH in os.environ else f"{SWITCH} is not 1"
+
+
 def peer_reduce(comm: MPI.Comm, place: Place, device: torch.device) -> tuple[PeerReduce | None, str]:
     """The sums of this rank and how the executor sums, in words. Collective over `comm`, the executor's ranks.
 
@@ -62,7 +79,7 @@ def peer_reduce(comm: MPI.Comm, place: Place, device: torch.device) -> tuple[Pee
 
 def _problem_alone(comm: MPI.Comm, place: Place) -> str | None:
     if not is_wanted():
-        return f"{SWITCH} is 0" if SWITCH in os.environ else f"{SWITCH} is not 1"
+        return _off()
     if place.tp != comm.Get_size():
         return "the executor has pipeline stages"
     dtype = TORCH_DTYPES[place.shape.dtype]

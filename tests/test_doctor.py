@@ -11,6 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from disagg.experiments import cli
+from disagg.experiments.cli_doctor import _about
 from disagg.runtime.doctor import Diagnosis, TransportRow, advise
 from disagg.runtime.doctor_facts import (
     GpuFacts,
@@ -67,6 +68,12 @@ WORKS = [TransportRow("mpi", "cpu"), TransportRow("cuda_ipc", "cuda", "no GPU")]
 )
 def test_each_ucx_has_the_remedies_of_its_version(version: str | None, names: list[str]) -> None:
     assert sorted(ucx_remedies(version)) == names
+
+
+def test_how_tensor_parallel_ranks_sum_is_told_where_there_are_gpus_to_do_so() -> None:
+    facts = replace(MACHINE, sums="NCCL: cuda:0 and cuda:2 are not joined by NVLink")
+    told = [dict(_about(Diagnosis(each, [], [], []))) for each in (MACHINE, facts)]
+    assert [each.get("tensor-parallel ranks sum") for each in told] == [None, facts.sums]
 
 
 def test_only_remedies_that_are_not_set_are_missing() -> None:
