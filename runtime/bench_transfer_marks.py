@@ -49,7 +49,8 @@ class EndPair(Struct, frozen=True):
         return (_last(self.reader, _DATA_ENDS) - max(self._data_begins())) / 1e9
 
     def _data_begins(self) -> list[int]:
-        return [at for what, at in (*self.sender, *self.reader) if what in _DATA_BEGINS]
+        began = self.began  # what was packed before counts from then
+        return [max(at, began) for what, at in (*self.sender, *self.reader) if what in _DATA_BEGINS]
 
 
 def steps_of(pairs: Iterable[EndPair]) -> tuple[Step, ...]:

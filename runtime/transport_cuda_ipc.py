@@ -139,6 +139,9 @@ class PeerReadCarrier(OnLane):
             layout.dtype,
         )
 
+    def prepare(self, end: Sending, segment: Segment) -> None:
+        pass
+
     def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
         self._desk.announce(end, index, segment)
 

@@ -160,6 +160,9 @@ class Carrier(Protocol):
     def learn_pool(self, peer: int, pool: KvPoolAddress) -> None:
         """The same, of a sender."""
 
+    def prepare(self, end: Sending, segment: Segment) -> None:
+        """The receiver has not asked yet; this segment will be the first that is sent."""
+
     def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
         """Announce the segment and send it; `sent` when the receiver has it (not called where it reads by itself)."""
 

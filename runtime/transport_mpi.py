@@ -33,6 +33,10 @@ class Stager(Protocol):
     def first_segment_bytes(self) -> int:
         """See `Carrier`."""
 
+    @property
+    def packs_ahead(self) -> bool:
+        """There is room to pack a segment that nobody has asked for yet."""
+
     def pack(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> None:
         """`packed(buffer)` or `failed(error)`, or nothing if the end is over by then; holds the end while it reads."""
 
@@ -57,6 +61,17 @@ class Stager(Protocol):
     def close(self) -> None: ...
 
 
+class _Ahead:
+    """The first segment of a transfer that nobody has asked for yet, being packed or packed."""
+
+    def __init__(self, end: Sending, segment: Segment) -> None:
+        self.end = end
+        self.segment = segment
+        self.buffer: Any = None  # None: it is not packed yet
+        self.wanted: Callable[[Any], None] | None = None  # it has been asked for meanwhile
+        self.failed: Done | None = None
+
+
 class MpiCarrier:
     """See `Carrier`. What a message is made of, and in whose memory, is the stager's business."""
 
@@ -77,6 +92,7 @@ class MpiCarrier:
         self._make_stager = make_stager
         self._desk: Desk
         self._stager: Stager
+        self._ahead: _Ahead | None = None  # one at a time, so that all other buffers are for what was asked for
 
     @property
     def max_segment_bytes(self) -> int:
@@ -95,6 +111,41 @@ class MpiCarrier:
 
     def learn_pool(self, peer: int, pool: KvPoolAddress) -> None:
         pass
+
+    def prepare(self, end: Sending, segment: Segment) -> None:
+        held = self._ahead
+        if not self._stager.packs_ahead or (held is not None and not held.end.is_over):
+            return
+        if held is not None and held.buffer is not None:
+            self._stager.give_back(held.buffer)
+        ahead = self._ahead = _Ahead(end, segment)
+
+        def packed(buffer: Any) -> None:
+            ahead.buffer = buffer
+            if ahead.wanted is not None:
+                ahead.wanted(buffer)
+            elif self._ahead is not ahead:
+                self._stager.give_back(buffer)
+
+        def failed(error: str) -> None:
+            if self._ahead is ahead:
+                self._ahead = None  # whoever asks has it packed anew, and hears of it
+            if ahead.failed is not None:
+                ahead.failed(error)
+
+        end.mark("packing")
+        self._stager.pack(end, segment, packed, failed)
+
+    def _take_ahead(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> bool:
+        """Whether the segment has been packed, or is being packed, already; it is `packed`'s then."""
+        ahead = self._ahead
+        if ahead is None or ahead.end is not end or ahead.segment != segment:
+            return False
+        self._ahead = None
+        ahead.wanted, ahead.failed = packed, failed
+        if ahead.buffer is not None:
+            packed(ahead.buffer)
+        return True
 
     def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
         def packed(buffer: Any) -> None:
@@ -117,6 +168,8 @@ class MpiCarrier:
             sent(None if error is None else str(error))
 
         keep: list[Any] = []
+        if self._take_ahead(end, segment, packed, sent):
+            return
         end.mark("packing")
         self._stager.pack(end, segment, packed, sent)
         # What was packed meanwhile goes out before the next is launched; nothing is on its way before the first.
@@ -167,6 +220,7 @@ class CpuStager(OnLane):
 
     max_segment_bytes: Final = _MESSAGE_BYTES
     first_segment_bytes: Final = _MESSAGE_BYTES
+    packs_ahead: Final = False
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk

@@ -40,8 +40,12 @@ class SenderDesk(TransferDesk):
         ready = self._early.pop(key, None)
         if ready is not None:
             self._meet(end, ready)
-        else:
-            self._offer(end)
+            return
+        self._offer(end)
+        if end.offer < 0 and end.written.is_all and not end.is_over:
+            carrier, whole = self._carrier, end.outline.whole()[0]
+            first = end.outline.split(whole, carrier.max_segment_bytes, carrier.first_segment_bytes)[0]
+            carrier.prepare(end, first)
 
     def _on_advance(self, transfer_id: int, layers: Range, num_tokens: int) -> None:
         self._written_of(transfer_id).advance(layers, num_tokens)

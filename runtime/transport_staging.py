@@ -71,6 +71,8 @@ class _Pool:
 class DeviceStager(OnLane):
     """See `Stager`. `via_host`: messages from pinned host memory."""
 
+    packs_ahead: Final = True
+
     def __init__(self, desk: Desk, lane: Lane, copy: Copy, segment_bytes: int, *, via_host: bool) -> None:
         self.max_segment_bytes: Final = segment_bytes
         self.first_segment_bytes: Final = segment_bytes // _FIRST_PART

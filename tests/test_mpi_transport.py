@@ -179,7 +179,7 @@ def test_a_plan_between_layouts_moves_every_page_once_through_the_local_transpor
 
 @pytest.mark.mpi
 def test_many_transfers_in_both_directions_arrive_whole(capfd: pytest.CaptureFixture[str]) -> None:
-    ways = ["mpi:verify", "peer_read:verify", "peer_read:plain"]
+    ways = ["mpi:verify", "peer_read:verify", "peer_read:plain", "staged:plain"]
     assert launch(str(PROGRAMS / "transfers.py"), (",".join(ways),), 4, timeout_s=120) == 0
     out = capfd.readouterr().out
     for way in ways:

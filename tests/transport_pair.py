@@ -13,12 +13,15 @@ from disagg.runtime.kv_runs import copy_in_host_memory
 from disagg.runtime.transport import TransferOutcome, TransportCapabilities
 from disagg.runtime.transport_cuda_ipc import PeerReadCarrier
 from disagg.runtime.transport_lane import InlineLane
+from disagg.runtime.transport_mpi import MpiCarrier
+from disagg.runtime.transport_staging import DeviceStager
 from disagg.runtime.transport_wire import decode
 from disagg.runtime.transport_worker import SegmentTransport
 
 LAYOUT = KvLayout(1, 1, (2,), 2, 4, "float32")
 WHOLE = [Piece(0, 0, (0, 2), (0, 2))]
 NUM_TOKENS = 7
+STAGING_BYTES = 256  # of 896: a layer in two segments
 
 
 class Wire:
@@ -28,6 +31,18 @@ class Wire:
         self.frames: dict[int, deque[bytes]] = {0: deque(), 1: deque()}  # by sender
         self.told: dict[int, Counter[str]] = {0: Counter(), 1: Counter()}
         self.dead: set[int] = set()
+        self.sent: dict[tuple[int, int], deque[tuple[Any, Any]]] = {}  # (sender, tag): buffers and whom to tell
+        self.posted: dict[tuple[int, int], deque[tuple[Any, Any]]] = {}  # (sender, tag): the same of receives
+
+    def arrivals(self) -> list[tuple[int, int]]:
+        return [key for key, waiting in self.sent.items() if waiting and self.posted.get(key)]
+
+    def arrive(self, key: tuple[int, int]) -> None:
+        (sent, gone), (into, landed) = self.sent[key].popleft(), self.posted[key].popleft()
+        assert sent.shape == into.shape
+        into.copy_(sent)
+        gone(None)
+        landed(None)
 
 
 class OneThread:
@@ -61,6 +76,12 @@ class OneThread:
 
     def call(self, what: Callable[[], object]) -> None:
         self.calls.append(what)
+
+    def isend_buffer(self, rank: int, tag: int, buffer: Any, on_done: Any) -> None:
+        self._wire.sent.setdefault((self.rank, tag), deque()).append((buffer, on_done))
+
+    def irecv_buffer(self, rank: int, tag: int, buffer: Any, on_done: Any) -> None:
+        self._wire.posted.setdefault((rank, tag), deque()).append((buffer, on_done))
 
     def send(self, rank: int, frame: bytes, channel: int) -> bool:
         if rank in self._wire.dead:
@@ -103,11 +124,17 @@ class SameProcess:
 
 
 class Pair:
-    """Rank 0 sends to rank 1, which reads for itself. `outcomes[rank][id]` are the ends' outcomes, each told once."""
+    """Rank 0 sends to rank 1, which reads for itself, or (`is_staged`) by messages of staging buffers. `outcomes[rank][id]` are the ends' outcomes, each told once."""
 
     def __init__(
-        self, *, verify: bool = False, min_segment_bytes: int = 1, block_sizes: tuple[int, int] = (4, 2)
+        self,
+        *,
+        verify: bool = False,
+        min_segment_bytes: int = 1,
+        block_sizes: tuple[int, int] = (4, 2),
+        is_staged: bool = False,
     ) -> None:
+        self.is_staged = is_staged
         self.counts = [-(-NUM_TOKENS // size) for size in block_sizes]
         self.wire = Wire()
         self.progress = [OneThread(self.wire, rank) for rank in (0, 1)]
@@ -120,7 +147,7 @@ class Pair:
             SegmentTransport(
                 progress,  # type: ignore[arg-type]
                 pages,
-                self._carrier(lane),
+                self._staged(lane, progress) if is_staged else self._carrier(lane),
                 verify=verify,
                 min_segment_bytes=min_segment_bytes,
             )
@@ -128,18 +155,25 @@ class Pair:
         ]
         self.owner: tuple[dict[int, int], dict[int, int]] = ({}, {})  # block: the transfer that may touch it
 
-    def _carrier(self, lane: LateLane) -> PeerReadCarrier:
-        def copy(what: Any, source: Any, destination: Any) -> None:
-            for rank, blocks in ((0, source), (1, destination)):
-                self.touched_late += [f"block {b} of rank {rank}" for b in blocks if b not in self.owner[rank]]
-            copy_in_host_memory(what, source, destination)
+    def _copy(self, what: Any, source: Any, destination: Any) -> None:
+        for rank, blocks in ((0, source), (1, destination)):
+            self.touched_late += [f"block {b} of rank {rank}" for b in blocks if b not in self.owner[rank]]
+        copy_in_host_memory(what, source, destination)
 
+    def _staged(self, lane: LateLane, progress: OneThread) -> MpiCarrier:
+        def stager(desk: Any) -> DeviceStager:
+            return DeviceStager(desk, lane, self._copy, STAGING_BYTES, via_host=False)
+
+        capabilities = TransportCapabilities(False, True)
+        return MpiCarrier(progress, stager, "staged", "one process", capabilities)  # type: ignore[arg-type]
+
+    def _carrier(self, lane: LateLane) -> PeerReadCarrier:
         return PeerReadCarrier(
             "one process",
             TransportCapabilities(False, True),
             lambda desk: lane,
             SameProcess(),
-            lambda lane: (copy, copy),
+            lambda lane: (self._copy, self._copy),
         )
 
     def blocks(self, rank: int, ident: int) -> tuple[int, ...]:
@@ -192,6 +226,7 @@ class Pair:
                 deeds.append(lambda rank=rank, frames=frames: self.progress[rank].handler(1 - rank, frames.popleft()))
             if self.lanes[rank].work:
                 deeds.append(lambda rank=rank: self.transports[rank]._poll())
+        deeds += [lambda key=key: self.wire.arrive(key) for key in self.wire.arrivals()]
         if not deeds:
             return False
         (rng.choice(deeds) if rng is not None else deeds[0])()
@@ -207,4 +242,16 @@ class Pair:
     def left_overs(self, rank: int) -> dict[str, int]:
         """What a transport still keeps of transfers that are over."""
         names = ("_sends", "_receives", "_out", "_in", "_offered", "_offers", "_held", "_early")
-        return {name: len(kept) for name in names if (kept := getattr(self.transports[rank], name))}
+        found = {name: len(kept) for name in names if (kept := getattr(self.transports[rank], name))}
+        if self.is_staged and (num := self.num_lent_buffers(rank)):
+            found["buffers"] = num
+        return found
+
+    def num_lent_buffers(self, rank: int) -> int:
+        """Staging buffers that are not free, but for one with what nobody has asked for."""
+        carrier: Any = self.transports[rank]._carrier
+        held = carrier._ahead is not None and carrier._ahead.buffer is not None
+        return (
+            sum(pool._num_made - len(pool._free) for pool in (carrier._stager._outgoing, carrier._stager._incoming))
+            - held
+        )
