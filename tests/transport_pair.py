@@ -124,7 +124,10 @@ class SameProcess:
 
 
 class Pair:
-    """Rank 0 sends to rank 1, which reads for itself, or (`is_staged`) by messages of staging buffers. `outcomes[rank][id]` are the ends' outcomes, each told once."""
+    """Rank 0 sends to rank 1, which reads for itself, or (`is_staged`) by messages of staging buffers.
+
+    `outcomes[rank][id]` are the ends' outcomes, each told once.
+    """
 
     def __init__(
         self,
