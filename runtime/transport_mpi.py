@@ -127,7 +127,7 @@ class MpiCarrier:
             elif self._ahead is not ahead:
                 self._stager.give_back(buffer)
 
-        def failed(error: str) -> None:
+        def failed(error: str | None) -> None:
             if self._ahead is ahead:
                 self._ahead = None  # whoever asks has it packed anew, and hears of it
             if ahead.failed is not None:
