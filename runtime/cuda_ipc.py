@@ -16,6 +16,7 @@ from .kv_runs import Run
 # How many runs are handed to the copy engines at a time, the last of these again and again. They begin with what they
 # have while the rest is being handed over: a copy of 2 MiB takes 5 µs, handing over 64 of them up to 300.
 SUBMISSIONS: Final = (1, 2, 4, 8, 16, 32)
+SMALL: Final = 8  # runs that are handed over without letting other threads of the interpreter run meanwhile
 AT_ONCE: Final = (SUBMISSIONS[-1],)  # where they are at work already
 HANDLE_BYTES: Final = 64
 _LAZY_ENABLE_PEER_ACCESS: Final = 1
@@ -63,13 +64,17 @@ class Driver:
         if name is None:
             raise CudaError("libcuda.so.1 cannot be loaded: no NVIDIA driver is installed here")
         self._lib: Any = ctypes.CDLL(name) if library is None else library
+        quick: Any = ctypes.PyDLL(name) if library is None else library  # its calls do not let the interpreter go
         pointer, size, address = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
         # Bound once: what is looked up at every launch is looked up in cold caches.
-        self._copy: Any = self._lib.cuMemcpyAsync
-        self._copy.argtypes = (address, address, size, pointer)
+        self._copy: Any = quick.cuMemcpyAsync
+        for function in (self._copy, self._lib.cuMemcpyAsync):
+            function.argtypes = (address, address, size, pointer)
         self._batch: Any = getattr(self._lib, "cuMemcpyBatchAsync", None)  # None: drivers before 12.8
-        if self._batch is not None:
-            self._batch.argtypes = (pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer)
+        self._small_batch: Any = getattr(quick, "cuMemcpyBatchAsync", None)
+        batches: list[Any] = [self._batch, self._small_batch] if self._batch is not None else []
+        for function in batches:
+            function.argtypes = (pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer)
         self._attributes = _CopyAttributes(_SOURCE_ORDER_STREAM, flags=_PREFER_OVERLAP_WITH_COMPUTE)
         self._first, self._failed = ctypes.c_size_t(0), ctypes.c_size_t()
         self._fixed = tuple(ctypes.addressof(each) for each in (self._attributes, self._first, self._failed))
@@ -139,7 +144,10 @@ class Driver:
                 self._copy_batch(part, stream)
             else:
                 for source, destination, size in part:
-                    self.copy(destination, source, size, stream)
+                    if most == 1:
+                        self.copy(destination, source, size, stream)
+                    else:
+                        self.call("cuMemcpyAsync", destination, source, size, stream)
             if len(part) < most:
                 return
 
@@ -153,7 +161,10 @@ class Driver:
             sources[index], goals[index], sizes[index] = source, goal, size
         attributes, first, failed = self._fixed
         if count:
-            code = self._batch(goals, sources, sizes, count, attributes, first, 1, failed, stream)
+            # Taking the interpreter back from a busy thread may cost more than a small batch does; a large one may wait for
+            # the device.
+            batch = self._small_batch if count <= SMALL else self._batch
+            code = batch(goals, sources, sizes, count, attributes, first, 1, failed, stream)
             if code:
                 self._check("cuMemcpyBatchAsync", code)
 
