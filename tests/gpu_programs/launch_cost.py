@@ -77,7 +77,7 @@ class Reader:
         count = 2 * IN_FLIGHT * TOKENS // size
         self.pages = [KvPages(layout, 0, count, size, device) for device in ("cuda:0", self.device)]
         self.pools = [KvPool.of(pages) for pages in self.pages]
-        self.probe = torch.zeros(16, device="cuda:0").to(self.device)  # gives this context access to its peer
+        torch.zeros(16, device=self.device).to("cuda:0").to(self.device)  # gives either context access to its peer
         torch.cuda.set_device(self.device)
         self.stream: Any = torch.cuda.Stream()
         torch.cuda.set_stream(self.stream)

@@ -73,7 +73,7 @@ def main() -> None:
         handle = int(stream.cuda_stream)
         source = torch.randint(0, 255, (TOTAL,), dtype=torch.uint8, device="cuda:0")
         flat = torch.zeros(TOTAL, dtype=torch.uint8, device=own)
-        flat.copy_(source)  # gives this context access to its peer
+        source.copy_(flat.copy_(source))  # gives either context access to its peer
         torch.cuda.synchronize()
         plain, _ = device_us(lambda: driver.copy(flat.data_ptr(), source.data_ptr(), TOTAL, handle))
         print(f"one plain copy of {TOTAL >> 20} MiB: {plain:7.0f} us, {TOTAL / plain / 1e3:5.0f} GB/s", flush=True)
