@@ -278,14 +278,15 @@ class ExecutorCore:
         for request_id, hashes in event.block_hashes:
             if request_id in self.visits:
                 self.visits[request_id].output_hashes = hashes
-        for visit, reason, last_step in over.ended:
-            self._finish(visit, reason, now, last_step)
+        for end in over.ended:
+            self._finish(end.visit, end.reason, now, end.last_step)
         if over.ended:
             self._blocks_came_free()  # while the next plan may run already
         for visit in over.given_up:
             self._fail(visit, event.error or visit.doom or "", now)
         tokens = dict(event.first_tokens)
-        for visit, stopped in over.prefilled:
+        for prefilled in over.prefilled:
+            visit, stopped = prefilled.visit, prefilled.stopped
             if stopped or visit.num_generated >= visit.request.max_tokens:
                 reason = FinishReason.STOP if stopped else FinishReason.LENGTH
                 self._finish(visit, reason, now, self.scheduler.num_steps)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
-
-from msgspec import Struct
 
 from .chunk_sums import chunk_sums
 from .cost import ENDLESS, UNIT_BITS, StepFeatures, affine_span_time
+from .measured_range import Measured
 from .step_sizes import chunk_graph, padded_rows
 
 UNITS_PER_NS: Final = 1000 << UNIT_BITS
 
 
-class Curve(Struct, frozen=True):
+@dataclass(frozen=True)
+class Curve:
     """A monotone, continuous, piecewise linear function of a count. `slopes[i]` holds from `knots[i]` on.
 
     Integers in 2^-20 ps; `knots` ascend from 0; `values` are those at the knots, kept so that looking one up is cheap.
@@ -76,20 +77,8 @@ class Curve(Struct, frozen=True):
 ZERO: Final = Curve.line(0, 0)
 
 
-class Measured(Struct, frozen=True):
-    """How far measurements went: the largest of each feature, of decode steps and of steps with chunks."""
-
-    decodes: int = 0
-    kv_tokens: int = 0
-    rows: int = 0  # of steps with chunks, padded
-    chunks: int = 0
-    pairs: int = 0
-    cached_tokens: int = 0
-    mixed_decodes: int = 0
-    mixed_kv_tokens: int = 0
-
-
-class MeasuredCost(Struct, frozen=True):
+@dataclass(frozen=True)
+class MeasuredCost:
     """Times in 2^-20 ps; coefficients per one of the feature.
 
     A decode step: `decode_rows` of its batch, padded to the next of `graph_sizes` (none: not padded), `decode_kv` of all

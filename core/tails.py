@@ -7,44 +7,54 @@ plans made meanwhile still name it; what they compute for it is surplus.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..policies.vocabulary import FinishReason
 from .commands import RunSteps
 from .epochs import Epoch
 from .visit import Visit
 
 
-class Stop(NamedTuple):
+class Stop:
     """Where the world ended a sequence, in the counts of the executor's decode steps and of all its steps."""
 
-    reason: FinishReason
-    decode_step: int
-    last_step: int
+    __slots__ = ("decode_step", "last_step", "reason")
+
+    def __init__(self, reason: FinishReason, decode_step: int, last_step: int) -> None:
+        self.reason = reason
+        self.decode_step = decode_step
+        self.last_step = last_step
 
 
-class Ended(NamedTuple):
+class Ended:
     """A sequence whose last token came in a plan. `last_step` is a running count of the executor's steps."""
 
-    visit: Visit
-    reason: FinishReason
-    last_step: int
+    __slots__ = ("last_step", "reason", "visit")
+
+    def __init__(self, visit: Visit, reason: FinishReason, last_step: int) -> None:
+        self.visit = visit
+        self.reason = reason
+        self.last_step = last_step
 
 
-class Prefilled(NamedTuple):
+class Prefilled:
     """A prompt whose last chunk was computed; `stopped` if the world ended the sequence at the token it gave."""
 
-    visit: Visit
-    stopped: bool
+    __slots__ = ("stopped", "visit")
+
+    def __init__(self, visit: Visit, stopped: bool) -> None:
+        self.visit = visit
+        self.stopped = stopped
 
 
-class Over(NamedTuple):
+class Over:
     """What the end of a plan brings about. `given_up`: cancelled or failed, and from now on nothing touches their blocks."""
 
-    run: RunSteps
-    ended: list[Ended]
-    prefilled: list[Prefilled]
-    given_up: list[Visit]
+    __slots__ = ("ended", "given_up", "prefilled", "run")
+
+    def __init__(self, run: RunSteps, ended: list[Ended], prefilled: list[Prefilled], given_up: list[Visit]) -> None:
+        self.run = run
+        self.ended = ended
+        self.prefilled = prefilled
+        self.given_up = given_up
 
 
 class Tail:

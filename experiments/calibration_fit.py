@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.measured_cost import Measured
+from ..core.measured_range import Measured
 from ..core.overheads import LaunchGaps
 from ..core.step_sizes import CHUNK_GRAPH_ROWS, chunk_graph, graph_sizes
 from .calibration_samples import CONTINUED, FIRST, FOLLOWING, NOTHING, StepSample, as_arrays

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..core.cost import StepFeatures
-from ..core.measured_cost import Measured, MeasuredCost
+from ..core.measured_cost import MeasuredCost
+from ..core.measured_range import Measured
 from .errors import ConfigError
 from .profile_file import EngineEntry, Profile, load_profile, measured_cost, profile_path
 

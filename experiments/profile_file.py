@@ -18,7 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from ..core.devices import Device
-from ..core.measured_cost import UNITS_PER_NS, ZERO, Curve, Measured, MeasuredCost
+from ..core.measured_cost import UNITS_PER_NS, ZERO, Curve, MeasuredCost
+from ..core.measured_range import Measured
 from ..core.model_shapes import ModelShape
 from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
 from ..core.step_sizes import graph_sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -108,15 +109,18 @@ def costs_of(config: Experiment) -> dict[int, CostModel]:
     """The cost model of each executor, by id."""
     shape, profile, device = shape_of(config), profile_of(config), device_of(config)
     costs: dict[int, CostModel] = {}
+    shared: dict[tuple[object, ...], CostModel] = {}  # executors alike have one model, which stays in a processor's caches
     for placement in placements_of(config):
         tp, pp = placement.tensor_parallel_size, placement.pipeline_parallel_size
-        if profile is None:
-            costs[placement.id] = roofline(shape, device, tp, pp)
-        else:
-            entry = find_engine(profile, placement.role.value, tp, pp)
-            cost = measured_cost(profile, entry, placement.keys.scheduler.max_batch_size)
+        most = placement.keys.scheduler.max_batch_size
+        kind = (placement.role, tp, pp, most)
+        if kind not in shared and profile is None:
+            shared[kind] = roofline(shape, device, tp, pp)
+        elif kind not in shared and profile is not None:
+            cost = measured_cost(profile, find_engine(profile, placement.role.value, tp, pp), most)
             # A step that tells of its layers runs kernel by kernel, whatever the executor's role.
-            costs[placement.id] = replace(cost, chunk_graphs=cost.chunk_graphs and not _sends_layers(config))
+            shared[kind] = dataclasses.replace(cost, chunk_graphs=cost.chunk_graphs and not _sends_layers(config))
+        costs[placement.id] = shared[kind]
     return costs
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from random import Random
@@ -141,7 +142,9 @@ def create(name: str, kind: str, params: dict[str, Any], *, seed: str, root: str
     return policy(rng=Random(seed), **params)
 
 
+@cache
 def _import_built_in() -> None:
+    """Once: a cluster of a thousand executors asks for thousands of policies."""
     for module in _BUILT_IN:
         importlib.import_module(f".{module}", __package__)
 

@@ -15,7 +15,8 @@ from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, R
 from disagg.core.cost import UNIT_BITS, ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step
 from disagg.core.event_log import Frame, read_log
 from disagg.core.events import StepsCommitted, StepsDone
-from disagg.core.measured_cost import Curve, Measured, MeasuredCost
+from disagg.core.measured_cost import Curve, MeasuredCost
+from disagg.core.measured_range import Measured
 from disagg.core.tables import StayRow, StepRow
 from disagg.policies.interfaces import RoutingPolicy
 from disagg.policies.registry import register

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from disagg.core.devices import DEVICES
-from disagg.core.measured_cost import Measured
+from disagg.core.measured_range import Measured
 from disagg.core.model_shapes import preset
 from disagg.core.overheads import LaunchGaps, LinkCost, MessageLatency
 from disagg.experiments.profile_file import (

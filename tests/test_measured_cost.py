@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.cost import StepFeatures, end_of_step
 from disagg.core.epoch_times import EpochTimes
-from disagg.core.measured_cost import Curve, Measured, MeasuredCost
+from disagg.core.measured_cost import Curve, MeasuredCost
+from disagg.core.measured_range import Measured
 from disagg.core.step_sizes import graph_sizes, padded_rows
 
 SMALL = st.integers(0, 1 << 40)
@@ -51,7 +53,7 @@ def test_the_total_of_a_curve_is_the_sum_of_its_terms(curve: Curve, first: int, 
 
 
 def with_graphs(cost: MeasuredCost) -> MeasuredCost:
-    return msgspec.structs.replace(cost, chunk_graphs=bool(cost.graph_sizes), launch_floor=3 << 40)
+    return replace(cost, chunk_graphs=bool(cost.graph_sizes), launch_floor=3 << 40)
 
 
 @given(costs() | costs().map(with_graphs), FEATURES, st.integers(1, 50))
