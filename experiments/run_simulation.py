@@ -109,7 +109,8 @@ def costs_of(config: Experiment) -> dict[int, CostModel]:
     """The cost model of each executor, by id."""
     shape, profile, device = shape_of(config), profile_of(config), device_of(config)
     costs: dict[int, CostModel] = {}
-    shared: dict[tuple[object, ...], CostModel] = {}  # executors alike have one model, which stays in a processor's caches
+    # executors alike share one model, which stays in a processor's caches
+    shared: dict[tuple[object, ...], CostModel] = {}
     for placement in placements_of(config):
         tp, pp = placement.tensor_parallel_size, placement.pipeline_parallel_size
         most = placement.keys.scheduler.max_batch_size
