@@ -17,8 +17,10 @@ from disagg.experiments.config import Experiment, validate_mapping
 from disagg.experiments.load_source import LoadSource
 from disagg.experiments.run_directory import RunDirectory
 from disagg.experiments.run_point import NoProgress, RunPoint
-from disagg.experiments.run_simulation import SimulatedLoad, build_cluster, run_simulation
+from disagg.experiments.run_simulation import build_cluster, run_simulation
+from disagg.experiments.simulated_load import SimulatedLoad
 from disagg.experiments.workload import Workload
+from disagg.policies.registry import available
 
 PROMPT, OUTPUT, MAX_TOKENS = 1000, 200, 512
 TOKENS_PER_BLOCK, MAX_BATCH_SIZE, MAX_NUM_TOKENS, MIXED_MAX_NUM_TOKENS = 32, 256, 8192, 2048
@@ -69,6 +71,7 @@ def experiment(workload: str, num_requests: int, rate: float, executors: int = 4
 
 def simulate(config: Experiment) -> dict[str, Any]:
     """One simulation in this process; its rows stay in memory. Building the cluster and drawing the load count."""
+    available()  # policies are imported when first asked for, and imports do not count
     began = time.process_time()
     rows: list[Any] = []
     source = LoadSource(Workload(config))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import numpy as np
-
 from ..policies.views import ExecutorPool
 from ..policies.vocabulary import Hold, Reject, Route, RouteMixed
 from .tables import DecisionRow
@@ -29,11 +27,9 @@ def decision_row(request_id: int, stage: str, answer: Any, pool: ExecutorPool | 
     versions: tuple[int, ...] = ()
     age = None
     if pool is not None and len(pool):
-        if pool.vectorised:
-            age = now - int(np.min(pool.received_at))
-        else:
-            versions = tuple(pool.num_reports)
-            age = now - min(pool.received_at)
+        age = now - pool.oldest_report()
+        if not pool.vectorised:
+            versions = pool.report_versions()
     return DecisionRow(
         request_id,
         stage,

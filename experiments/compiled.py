@@ -32,6 +32,7 @@ MODULES: Final = {
         " step_sizes tails task timers visit visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link sequences timing",
+    "experiments": "load_source simulated_load",
 }
 
 _SETUP: Final = """

@@ -21,7 +21,8 @@ from ..reports.statistics import t_quantile
 from .config import Experiment, Slo
 from .load_source import LoadSource
 from .run_point import NoProgress
-from .run_simulation import SimulatedLoad, build_cluster
+from .run_simulation import build_cluster
+from .simulated_load import SimulatedLoad
 from .workload import PlannedRequest, Workload
 
 GROWTH_THAT_MATTERS: Final = 0.05  # of the arrivals: the backlog grows by so much of what comes

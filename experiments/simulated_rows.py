@@ -15,7 +15,8 @@ from .errors import ExperimentError
 from .load_source import LoadSource
 from .policy_failure import policy_failure
 from .run_point import NoProgress
-from .run_simulation import SimulatedLoad, build_cluster
+from .run_simulation import build_cluster
+from .simulated_load import SimulatedLoad
 from .tables_writer import EXCLUDED, frame_of
 from .workload import PlannedRequest, Workload
 

@@ -194,6 +194,15 @@ class ExecutorPool:
         part = self.healthy_part(column)
         return (part.min(), part.max()) if self.vectorised else (min(part), max(part))
 
+    def report_versions(self) -> tuple[int, ...]:
+        """`num_reports` of all."""
+        return tuple(self._cells["num_reports"])
+
+    def oldest_report(self) -> int:
+        """When the oldest of the last reports was received; of a pool that has executors."""
+        cells = self._cells["received_at"]
+        return int(cells.min()) if self.vectorised else min(cells)
+
     def age(self, index: int) -> int:
         """Picoseconds since the last report of the executor in this row was received."""
         return self.now - int(self.received_at[index])

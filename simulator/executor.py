@@ -396,7 +396,11 @@ class SimulatedExecutor:
                     stopped.append(Stopped(chunk.request_id, 1, FinishReason.STOP))
                 if self._cluster.names_outputs:
                     hashes += self._cluster.output_hashes(((chunk.request_id, generated),))
-        self.give(StepsDone(run.plan, run.epoch, self._end_step, stops_in_order(stopped), block_hashes=hashes))
+        self.give(
+            StepsDone(
+                run.plan, run.epoch, self._end_step, stops_in_order(stopped) if stopped else (), block_hashes=hashes
+            )
+        )
 
     def _close(self, run: RunSteps, reported: int) -> tuple[list[Stopped], list[Stopped], BlockHashes]:
         """All its steps are done, or certain: sequences that stop in those up to `reported`, and in those after it; and
@@ -449,7 +453,7 @@ class SimulatedExecutor:
         self._tails.append(_Tail(run, last, ends, late, hashes))
         if ends[0] == now:  # in this very instant, before the core plans
             self._call_at_grant()
-        return StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped))
+        return StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped) if stopped else ())
 
     def _await_grant(self) -> None:
         """The next grant to be reported is of the first committed plan. Where nobody can act upon it, it is told late.
@@ -474,7 +478,7 @@ class SimulatedExecutor:
             self._grant_serial = self._calendar.call_at(at, STEP_END + self.id, self._grant_ends, None)
 
     def _end_of(self, tail: _Tail) -> StepsDone:
-        stopped = stops_in_order(tail.stopped)
+        stopped = stops_in_order(tail.stopped) if tail.stopped else ()
         return StepsDone(tail.run.plan, tail.run.epoch, tail.num_steps, stopped, block_hashes=tail.block_hashes)
 
     def _grant_ends(self, _: None) -> None:
