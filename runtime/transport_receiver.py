@@ -63,15 +63,17 @@ class ReceiverDesk(TransferDesk):
 
     def _on_arrived(self, end: Receiving, index: int, segment: Segment, error: str | None) -> None:
         end.num_fetching -= 1
-        if end.offer >= 0:
-            self._read_of_offer(end, error)
-        elif self._carrier.receiver_reads:
-            self._tell(end.key[0], KvTaken(end.line, index))
+        try:
+            if error is None and not end.is_over:
+                end.incoming.arrive(segment)
+                self._complete(end)
+        finally:  # the sender hears after whoever waits for the pages here
+            if end.offer >= 0:
+                self._read_of_offer(end, error)
+            elif self._carrier.receiver_reads:
+                self._tell(end.key[0], KvTaken(end.line, index))
         if error is not None:
             self._fail_receive(end, f"transfer {end.key[1]}: {error}")
-        elif not end.is_over:
-            end.incoming.arrive(segment)
-            self._complete(end)
         self._leave_line(end)
 
     def _complete(self, end: Receiving) -> None:
