@@ -23,6 +23,8 @@ class Fleet:
         self._rows: dict[int, ExecutorRow] = {}
         self._sent: dict[int, list[int]] = {}  # executor: [requests, tokens] ever sent
         self._gone: set[int] = set()
+        # what was received since the view was last asked for: the last report of each executor, when, and how many there were
+        self._unread: dict[int, tuple[Report, int, int]] = {}
         self.prefixes = PrefixIndex(
             {e.id: e.num_blocks for e in executors}, [e.id for e in executors if e.enable_block_reuse]
         )
@@ -51,13 +53,22 @@ class Fleet:
 
     def at(self, now: int) -> FleetView:
         """The view, as of `now`."""
+        if self._unread:
+            self._read()
         view = self.view
         view.now = view.context.now = view.generation.now = view.mixed.now = view.parked.now = now
         view.context_executor = None
         return view
 
     def is_healthy(self, executor: int) -> bool:
+        if self._unread:
+            self._read()
         return bool(self._rows[executor].healthy)
+
+    def row(self, executor: int) -> ExecutorRow:
+        if self._unread:
+            self._read()
+        return self._rows[executor]
 
     def dispatched(self, executor: int, num_tokens: int, block_hashes: Sequence[int] = ()) -> None:
         """A phase was sent there, of so many tokens; it will hold the KV of these prompt blocks."""
@@ -80,8 +91,21 @@ class Fleet:
         row = self._rows[executor]
         row._cells["active_requests"][row.index] -= 1
 
-    def reported(self, report: Report, now: int) -> ExecutorRow:
-        """Write a report into the view. What it has not seen is still on the wire."""
+    def reported(self, report: Report, now: int) -> None:
+        """A report was received. It is written into the view when that is asked for: a third are followed by another first."""
+        executor = report.executor
+        before = self._unread.get(executor)
+        self._unread[executor] = (report, now, 1 if before is None else before[2] + 1)
+        if report.cache_events and executor not in self._gone:  # what was on its way when it died is of no use
+            self.prefixes.heard(executor, report.cache_events)
+
+    def _read(self) -> None:
+        for report, now, number in self._unread.values():
+            self._write(report, now, number)
+        self._unread.clear()
+
+    def _write(self, report: Report, now: int, number: int) -> None:
+        """The last of `number` reports. What it has not seen is still on the wire."""
         executor = report.executor
         row = self._rows[executor]
         cells, i = row._cells, row.index
@@ -98,15 +122,13 @@ class Fleet:
         cells["kv_blocks_reserved"][i] = report.blocks_reserved
         cells["kv_blocks_held"][i] = report.blocks_held
         cells["step_time_ps"][i] = report.step_time
-        if report.cache_events and executor not in self._gone:  # what was on its way when it died is of no use
-            self.prefixes.heard(executor, report.cache_events)
         cells["received_at"][i] = now
-        cells["num_reports"][i] += 1
+        cells["num_reports"][i] += number
         self._set_healthy(executor, report.healthy and executor not in self._gone)
-        return row
 
     def lost(self, executor: int) -> None:
         """It is gone for good."""
+        self._read()
         self._gone.add(executor)
         self.prefixes.lost(executor)
         row = self._rows[executor]
@@ -118,6 +140,7 @@ class Fleet:
 
     def change_role(self, executor: int, role: Role) -> None:
         """Its row goes, as it is, from one pool to another; rows of both are new ones."""
+        self._read()
         row = self._rows[executor]
         old, new = row.pool, self.view.pool(role)
         left = [other for other in old if other is not row]

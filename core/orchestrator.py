@@ -167,6 +167,15 @@ class OrchestratorCore:
         """`can_wait` of the answers to requests that ended by themselves."""
         return self.config.generation_binding == AT_CONTEXT_DONE and not self._closing
 
+    @property
+    def only_notes_reports(self) -> bool:
+        """Whether a report by itself changes nothing but the view: no policy is told of it, and nothing is held back."""
+        return not self._report_hooks and not self.is_holding
+
+    def note(self, report: Report, now: int) -> None:
+        """`handle` of a report where that is so, and the instant is not logged: no command follows."""
+        self._reported(report, now)
+
     def _take(self, event: OrchestratorEvent, now: int) -> None:
         # exact types, the most frequent first: a class pattern costs a compiled core a call of the metaclass each
         if type(event) is Report:
@@ -216,11 +225,11 @@ class OrchestratorCore:
             self._start(task, now)
 
     def _reported(self, report: Report, now: int) -> None:
-        row = self.fleet.reported(report, now)
+        self.fleet.reported(report, now)
         self._num_changes += 1
         self._roles.reported()
         for router in self._report_hooks:
-            router.on_report(row, self.fleet.at(now))
+            router.on_report(self.fleet.row(report.executor), self.fleet.at(now))
 
     def _answered(self, response: Response, now: int) -> None:
         if response.report is not None:

@@ -92,6 +92,7 @@ class SimulatedCluster:
         core: Any = OrchestratorCore(config)
         self._is_holding = core.is_holding
         self._orchestrator: OrchestratorCore = core  # to ask it, past the log, what can wait
+        self._is_logged = sink is not None
         self.core = core if sink is None else LoggedCore(core, LogHeader(FORMAT, orchestrator=config), sink)
         self.executors: dict[int, SimulatedExecutor] = {}
         for executor in config.executors:
@@ -199,19 +200,25 @@ class SimulatedCluster:
         if late or self._reports_due:
             self._hear_late(now, calendar.priority, calendar.serial)
         if self._polling:
-            self._obey(self.core.handle(event, now, True), now)
+            self._obey(self._handle(event, now, True), now)
         elif self._users_act or calendar.peek() == now:
-            self._obey(self.core.handle(event, now, True), now)
+            self._obey(self._handle(event, now, True), now)
             if calendar.peek() == now:  # by now a user may have more to say
                 self._polling = True
                 calendar.call_at(now, POLL, self._poll, None)
             else:
                 self._end_instant(now)
         elif late and late[0][0] == now:
-            self._obey(self.core.handle(event, now, True), now)
+            self._obey(self._handle(event, now, True), now)
             self._end_instant(now)
         else:
-            self._obey(self.core.handle(event, now), now)
+            self._obey(self._handle(event, now, False), now)
+
+    def _handle(self, event: Any, now: int, more: bool) -> list[Any]:
+        if self._is_logged:
+            commands: list[Any] = self.core.handle(event, now, more)
+            return commands
+        return self._orchestrator.handle(event, now, more)  # known to be a core, which a compiled caller calls directly
 
     def _poll(self, _: None) -> None:
         self._polling = False
@@ -220,8 +227,8 @@ class SimulatedCluster:
     def _end_instant(self, now: int) -> None:
         late = self._late
         while late and late[0][0] == now:
-            self._obey(self.core.handle(heappop(late)[3], now, True), now)
-        self._obey(self.core.handle(None, now), now)
+            self._obey(self._handle(heappop(late)[3], now, True), now)
+        self._obey(self._handle(None, now, False), now)
 
     # What nobody waits for is heard late: the report of an executor, and the end of a request where no user acts upon it,
     # lie ready, each with its instant and its place in it, until the orchestrator is next given anything. It hears them
@@ -233,10 +240,17 @@ class SimulatedCluster:
         due, late = self._reports_due, self._late
         while due and due[0][0] < now:
             self.executors[heappop(due)[1]].report_if_due(now)
-        before = (now, priority, serial)
-        while late and late[0] < before:
+        only_notes = not self._is_logged and self._orchestrator.only_notes_reports
+        while late:
+            first = late[0]
+            if first[0] >= now and (first[0] > now or (first[1], first[2]) >= (priority, serial)):
+                return
             at, _, _, message = heappop(late)
-            commands = self.core.handle(message, at, at == now or (bool(late) and late[0][0] == at))
+            if only_notes and type(message) is Report:
+                self._orchestrator.note(message, at)
+                continue
+            more = at == now or (bool(late) and late[0][0] == at and not only_notes)
+            commands = self._handle(message, at, more)
             if commands:
                 self._obey(commands, at)
 
@@ -362,7 +376,7 @@ class SimulatedCluster:
 
     def tell(self, core: int, event: Any) -> None:
         """Give `event` to a core now, as if the world had seen it happen."""
-        if isinstance(event, PeerDown):
+        if type(event) is PeerDown:
             self._mourned.add((core, event.executor))
         if core == ORCHESTRATOR:
             self._give(event)

@@ -71,6 +71,7 @@ class SimulatedExecutor:
         self.id = config.id
         self.core = core
         self._core: ExecutorCore = getattr(core, "core", core)  # to ask it, past the log, what may be told late
+        self._is_logged = core is not self._core
         self.is_alive = True
         self._cluster = cluster
         self._calendar = cluster.env.calendar
@@ -108,17 +109,23 @@ class SimulatedExecutor:
             self._sequences.received(event.request.id)
         if self._run is not None or self._polling or calendar.peek() == now or self._report_at == now:
             # a plan that is asked to stop may end, or be committed, in this very instant
-            self._obey(self.core.handle(event, now, True), now)
+            self._obey(self._handle(event, now, True), now)
             self._settle()
         else:
-            self._obey(self.core.handle(event, now), now)
+            self._obey(self._handle(event, now, False), now)
             self._commit_those_launched(now)
 
     def _take(self, event: Any) -> None:
         """Hand an event of the driver's own to the core, which plans later."""
         now = self._calendar.now
         self._catch_up(now, self._calendar.priority)
-        self._obey(self.core.handle(event, now, True), now)
+        self._obey(self._handle(event, now, True), now)
+
+    def _handle(self, event: Any, now: int, more: bool) -> list[Any]:
+        if self._is_logged:
+            commands: list[Any] = self.core.handle(event, now, more)
+            return commands
+        return self._core.handle(event, now, more)  # known to be a core, which a compiled caller calls directly
 
     def _settle(self) -> None:
         """Let the core plan, now or when the other events of the instant have been given."""
@@ -140,7 +147,7 @@ class SimulatedExecutor:
         now = self._calendar.now
         if self._report_at is not None:
             self._catch_up(now, POLL)
-        self._obey(self.core.handle(None, now), now)
+        self._obey(self._handle(None, now, False), now)
         self._commit_those_launched(now)
 
     def kill(self) -> None:
@@ -210,7 +217,7 @@ class SimulatedExecutor:
                 return
 
     def _give_late(self, event: Any, at: int, more: bool) -> None:
-        commands = self.core.handle(event, at, more)
+        commands = self._handle(event, at, more)
         for command in commands:
             kind = type(command)
             if kind is Send:
@@ -432,7 +439,7 @@ class SimulatedExecutor:
     def _commit_those_launched(self, now: int) -> None:
         """After a planning pass: plans whose steps are all launched are committed, and others are made."""
         while self._may_commit:
-            self._obey(self.core.handle(self._commit(self._done), now), now)
+            self._obey(self._handle(self._commit(self._done), now, False), now)
         if self._tails and not self._grant_serial and self._late_end is None:
             self._await_grant()
 

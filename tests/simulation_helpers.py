@@ -56,6 +56,7 @@ class World:
         kv_bytes_per_token: int = 1000,
         launch: tuple[int, int] | tuple[int, int, bool] | None = None,
         is_late: bool | None = None,
+        is_logged: bool = True,
         **config: Any,
     ) -> None:
         fleet = executors(fleet) if isinstance(fleet, str) else fleet
@@ -80,7 +81,7 @@ class World:
             launch=None if launch is None else {e.id: launch for e in fleet},
             records=self.rows.append,
             delivered=self.delivered.append,
-            log_sink=lambda core: self.logs[core].append,
+            log_sink=(lambda core: self.logs[core].append) if is_logged else None,
             users_act=None if is_late is None else not is_late,
         )
 
@@ -92,7 +93,7 @@ class World:
         """Run to the end and check that nothing is left in any living core."""
         self.cluster.run()
         for executor in self.cluster.executors.values():
-            core = executor.core.core
+            core = getattr(executor.core, "core", executor.core)
             core.check()
             if executor.is_alive and (core.visits or core.blocks.num_free != core.config.num_blocks):
                 raise RuntimeError(f"executor {executor.id} still has {list(core.visits)}")
@@ -122,7 +123,12 @@ class World:
 
 
 def random_world(
-    seed: int, lengths: Mapping[int, int] | None = None, *, faults: bool = True, is_late: bool | None = None
+    seed: int,
+    lengths: Mapping[int, int] | None = None,
+    *,
+    faults: bool = True,
+    is_late: bool | None = None,
+    is_logged: bool = True,
 ) -> World:
     """A cluster and a load drawn from `seed`. `lengths` replaces hidden output lengths, and nothing else."""
     draw = random.Random(seed)
@@ -144,6 +150,7 @@ def random_world(
         latency=draw.choice([1, 3 * PS_PER_US, 50 * PS_PER_US]),
         launch=draw.choice([None, (1, 2), (1, 2, True), (4, 2, True)]),
         is_late=is_late,
+        is_logged=is_logged,
         context_router=PolicySpec(draw.choice(routers)),
         generation_router=PolicySpec(draw.choice(routers)),
         generation_binding=draw.choice(["at_context_done", "at_arrival"]),

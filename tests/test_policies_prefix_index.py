@@ -176,7 +176,7 @@ def test_executors_that_report_their_blocks_hold_what_they_say_and_nothing_that_
     pool, request = fleet.at(0).context, prompt((1, 2, 3))
     report(fleet, 1, cache_events=(0, 1, 2, 3, 8), blocks_free=90, blocks_cached=4)  # before anybody has asked
     assert list(pool.prefix_match(request)) == [3, 0]
-    assert list(pool.kv_blocks_free) == [94, 100]
+    assert list(fleet.at(0).context.kv_blocks_free) == [94, 100]
     other = prompt((1, 2, 5))
     for executor in (1, 2):
         fleet.dispatched(executor, 35, other.block_hashes)

@@ -302,6 +302,7 @@ def test_what_is_on_the_wire_is_what_was_sent_less_what_a_report_has_seen() -> N
         fleet.dispatched(1, tokens)
     assert (row.active_requests, row.wire_requests, row.wire_tokens) == (3, 3, 600)
     fleet.reported(Report(1, seen_requests=2, seen_tokens=300, queued_requests=2, queued_prefill_tokens=300), 5)
+    assert fleet.at(5).executor(1) is row
     assert (row.active_requests, row.wire_requests, row.wire_tokens) == (3, 1, 300)
     assert (row.queued_requests, row.queued_prefill_tokens) == (2, 300)
     fleet.answered(1)

@@ -123,6 +123,8 @@ def test_cores_do_and_log_the_same_whether_they_hear_late_or_in_time() -> None:
     saved = 0
     for seed in range(30):
         late, in_time = (random_world(seed, is_late=is_late).run() for is_late in (True, False))
+        unlogged = random_world(seed, is_late=True, is_logged=False).run()
+        assert unlogged.rows == late.rows, seed  # though several reports of an executor are read as one
         for core in late.logs:
             for one, other in zip(late.frames(core), in_time.frames(core)):
                 assert one == other, f"seed {seed}, core {core}"
