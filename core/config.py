@@ -79,3 +79,4 @@ class OrchestratorConfig(Struct, frozen=True):
     seed: int = 0
     policy_root: str = "."  # where relative paths of user policies start
     roles: PolicySpec | None = None  # changes executors' roles; None: only an operator does
+    migration: PolicySpec | None = None  # moves running requests between executors; None: nobody does

@@ -13,7 +13,7 @@ _ANSWERS: Final[dict[type, str]] = {Route: "route", RouteMixed: "mixed", Hold: "
 
 
 def decision_row(request_id: int, stage: str, answer: Any, pool: ExecutorPool | None, now: int) -> DecisionRow:
-    """`stage` is admission, context or generation; `pool` the candidates, None where there were none to choose from.
+    """`stage` is admission, context, generation or migration; `pool` the candidates, None where there were none to choose from.
 
     Report versions are listed for small pools only; a large one gives the age of its oldest report.
     """

@@ -63,6 +63,14 @@ class RoleChanged(Struct, frozen=True, gc=False, tag="role_changed", array_like=
     role: str  # a value of `Role`
 
 
+class MoveOut(Struct, frozen=True, gc=False, tag="move_out", array_like=True):
+    """A generation phase that runs goes on elsewhere: at the next step boundary it leaves the batch, its KV is held, and it
+    is answered as a context phase is. Ignored where it does not run, or has ended while this was on the wire.
+    """
+
+    request_id: int
+
+
 class Shutdown(Struct, frozen=True, gc=False, tag="shutdown", array_like=True):
     """Take no more requests; `drain` finishes what is there, otherwise everything fails, held KV included."""
 
@@ -119,7 +127,7 @@ class Response(Struct, frozen=True, gc=False, tag="response", array_like=True):
 
     request_id: int
     executor: int
-    finish_reason: FinishReason | None  # None: the context phase is done and a generation phase is due
+    finish_reason: FinishReason | None  # None: the context phase is done, or it moves, and a generation phase is due
     num_output_tokens: int
     error: str | None = None
     recomputable: bool = False  # the error lost the KV or the executor, not the request: it may run again elsewhere
@@ -242,6 +250,7 @@ Message = (
     | ContextStarted
     | FirstTokenOut
     | RoleChanged
+    | MoveOut
 )
 ExecutorEvent = (
     Enqueue
@@ -258,6 +267,7 @@ ExecutorEvent = (
     | PeerDown
     | Wake
     | RoleChanged
+    | MoveOut
 )
 OrchestratorEvent = (
     Arrive | Response | Report | ContextStarted | FirstTokenOut | Cancel | PeerDown | RoleChanged | Shutdown | Wake
@@ -282,4 +292,5 @@ Event = (
     | Wake
     | Arrive
     | RoleChanged
+    | MoveOut
 )

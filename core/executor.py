@@ -46,6 +46,7 @@ from .events import (
     KvTaken,
     KvWithdrawn,
     LeaseRenewed,
+    MoveOut,
     PeerDown,
     Report,
     Response,
@@ -181,6 +182,8 @@ class ExecutorCore:
             self._source.withdrawn(event, self.visits.get(event.request_id))
         elif type(event) is Cancel:
             self._give_up(self.visits.get(event.request_id), CANCELLED, now)
+        elif type(event) is MoveOut:
+            self._move_out(self.visits.get(event.request_id))
         elif type(event) is PeerDown:
             self._peer_down(event.executor, now)
         elif type(event) is RoleChanged:
@@ -224,10 +227,12 @@ class ExecutorCore:
         )
         self.visits[request.id] = visit
         if generation_only:
-            visit.num_generated = 1
+            params = params_of(request)
+            visit.num_generated = params.num_generated
+            visit.num_to_compute = params.num_kv_tokens  # what it brings; once preempted, what it must compute again
             visit.num_blocks = self.scheduler.blocks_to_admit(visit)
-            self._has_canned = self._has_canned or params_of(request).executor == ORCHESTRATOR
-            visit.awaits_token = params_of(request).is_promised
+            self._has_canned = self._has_canned or params.executor == ORCHESTRATOR
+            visit.awaits_token = params.is_promised
             self._queue_pull(visit, now)
             self._num_pulls += 1
             self._pending_kv += request.num_prompt_tokens
@@ -283,7 +288,10 @@ class ExecutorCore:
         if over.ended:
             self._blocks_came_free()  # while the next plan may run already
         for visit in over.given_up:
-            self._fail(visit, event.error or visit.doom or "", now)
+            if visit.is_moving and visit.doom is None:
+                self._move(visit, now)
+            else:
+                self._fail(visit, event.error or visit.doom or "", now)
         tokens = dict(event.first_tokens)
         for prefilled in over.prefilled:
             visit, stopped = prefilled.visit, prefilled.stopped
@@ -316,6 +324,27 @@ class ExecutorCore:
         params = ContextPhaseParams(visit.id, self.id, visit.request.num_prompt_tokens, first_tokens)
         self._respond(visit, None, 1, context_phase_params=params, last_token=now, kv_overlap=overlap)
         self._record_stay(visit, now, self.scheduler.num_steps)
+
+    def _move_out(self, visit: Visit | None) -> None:
+        """It goes on elsewhere, from the next boundary at which it runs; what does not run here stays."""
+        if visit is None or visit.state is not State.GENERATION_RUNNING or visit.doom is not None or visit.is_moving:
+            return
+        visit.is_moving = self.scheduler.has_doomed = True
+        self.scheduler.ask_to_stop()
+
+    def _move(self, visit: Visit, now: int) -> None:
+        """No plan names it any more: its KV waits for the executor where it goes on, as that of a context phase does."""
+        self._dirty = True
+        self.scheduler.remove(visit, visit.state)
+        visit.advance(Cause.MOVE)
+        self.blocks.trim(visit.id, self.scheduler.blocks_for(visit.num_kv_tokens))
+        self.blocks.hold(visit.id)
+        visit.lease_until = now + self.config.lease
+        self._timers.set(visit.lease_until, "lease", visit.id)
+        params = ContextPhaseParams(visit.id, self.id, visit.num_kv_tokens, num_generated=visit.num_generated)
+        self._respond(visit, None, visit.num_generated, context_phase_params=params, last_token=now)
+        self._record_stay(visit, now, self.scheduler.num_steps if visit.left_at is None else visit.left_at)
+        self._blocks_came_free()
 
     def _kv_taken(self, event: KvTaken, now: int) -> None:
         visit = self.visits.get(event.request_id)
@@ -351,7 +380,7 @@ class ExecutorCore:
             self._fail(visit, event.error or "the KV transfer failed", now, recomputable=True)
 
     def _arrived(self, visit: Visit, now: int) -> None:
-        visit.num_kv_tokens = visit.request.num_prompt_tokens
+        visit.num_kv_tokens = params_of(visit.request).num_kv_tokens
         cache = self.scheduler.cache
         if cache is not None and not _is_canned(visit.request):
             cache.arrived(visit.id)
@@ -385,7 +414,7 @@ class ExecutorCore:
                 self.scheduler.ask_to_stop()
 
     def _limit_transfer(self, visit: Visit, now: int) -> None:
-        config, tokens = self.config, visit.request.num_prompt_tokens
+        config, tokens = self.config, params_of(visit.request).num_kv_tokens
         limit = config.transfer_timeout_base + config.transfer_timeout_per_token * tokens
         self._timers.set(now + limit, "transfer", visit.id)
 
@@ -557,7 +586,7 @@ class ExecutorCore:
         self._out.append(Record(stay_row(self.id, visit, now, last_step)))
 
     def _record_transfer(self, visit: Visit, now: int, ok: bool, error: str | None) -> None:
-        num_blocks = self.scheduler.blocks_for(visit.request.num_prompt_tokens - visit.num_cached_tokens)
+        num_blocks = self.scheduler.blocks_for(params_of(visit.request).num_kv_tokens - visit.num_cached_tokens)
         self._out.append(Record(transfer_row(self.id, visit, num_blocks, now, ok, error)))
 
     # ---- planning ---------------------------------------------------------------------------------------------------
@@ -567,8 +596,13 @@ class ExecutorCore:
         scheduler = self.scheduler
         if scheduler.is_idle and not self._pulls and not self._local:
             return
-        for visit in scheduler.doomed():
-            self._fail(visit, visit.doom or "", now)
+        leaving = scheduler.doomed()
+        for visit in leaving:
+            if visit.doom is not None:
+                self._fail(visit, visit.doom, now)
+        for visit in leaving:
+            if visit.doom is None:
+                self._move(visit, now)
         self._fill_places(now)
         if scheduler.must_wait():
             scheduler.close_epoch()

@@ -38,6 +38,7 @@ class Cause(Enum):
     KV_COMES_FIRST = "every rank has its part of the KV, and the first token is still to come"
     FIRST_TOKEN = "its context phase is done, and the first token is here"
     JOIN = "it enters the decode batch"
+    MOVE = "its KV is held for another executor, where it goes on"
     PREEMPT = "its blocks are taken away; it will be recomputed"
     RETRY = "executor or KV were lost; it is run again from its prompt"
     FINISH = "its last token is out, or its held KV has been read"
@@ -76,6 +77,9 @@ TRANSITIONS: Final[dict[tuple[State, Cause], State]] = {
     (_S.KV_READY, _C.JOIN): _S.GENERATION_RUNNING,
     (_S.GENERATION_RUNNING, _C.FINISH): _S.DONE,
     (_S.GENERATION_RUNNING, _C.PREEMPT): _S.QUEUED,
+    (_S.GENERATION_RUNNING, _C.MOVE): _S.CONTEXT_DONE,
+    (_S.GENERATION_QUEUED, _C.MOVE): _S.CONTEXT_DONE,  # as the orchestrator sees it
+    (_S.CONTEXT_RUNNING, _C.MOVE): _S.CONTEXT_DONE,  # likewise, of one that a mixed executor serves
     (_S.CONTEXT_RUNNING, _C.RETRY): _S.QUEUED,
     (_S.GENERATION_QUEUED, _C.RETRY): _S.QUEUED,
     (_S.GENERATION_RUNNING, _C.RETRY): _S.QUEUED,

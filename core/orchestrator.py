@@ -11,13 +11,14 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from ..policies import registry
-from ..policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RolePolicy, RoutingPolicy
+from ..policies.interfaces import AdmissionPolicy, MigrationPolicy, PolicyError, QueueOrder, RolePolicy, RoutingPolicy
 from ..policies.views import ExecutorPool
 from ..policies.vocabulary import (
     Admit,
     ContextPhaseParams,
     FinishReason,
     Hold,
+    MoveRequest,
     Reject,
     Request,
     RequestType,
@@ -39,6 +40,7 @@ from .events import (
     FirstTokenOut,
     FirstTokens,
     LeaseRenewed,
+    MoveOut,
     OrchestratorEvent,
     PeerDown,
     Report,
@@ -50,6 +52,8 @@ from .events import (
 from .fleet import Fleet
 from .held_tasks import HeldTasks
 from .life_cycle import Cause, State, advance
+from .moves import TIMER as MOVES
+from .moves import Moves
 from .prediction import TablePredictor
 from .roles import TIMER as ROLES
 from .roles import Roles
@@ -98,6 +102,10 @@ class OrchestratorCore:
         self._out: list[OrchestratorCommand] = []
         policy: RolePolicy | None = None if config.roles is None else self._make(config.roles, "roles", "roles")
         self._roles = Roles(policy, self.fleet, self._timers, self._stages_at, self._routers, self._emit)
+        moving: MigrationPolicy | None = None
+        if config.migration is not None:
+            moving = self._make(config.migration, "migration", "migration")
+        self._moves = Moves(moving, self.fleet, self._timers, self._movable)
 
     def _emit(self, command: OrchestratorCommand) -> None:
         self._out.append(command)
@@ -136,6 +144,8 @@ class OrchestratorCore:
         if not more:
             if self._roles.ask(now, bool(self.tasks)):
                 self._num_changes += 1
+            for move in self._moves.ask(now, bool(self.tasks)):
+                self._move(move, now)
             if len(self._held):
                 self._try_held(now)
             if self._closing and not self._drained and not self.tasks:
@@ -197,7 +207,7 @@ class OrchestratorCore:
                 self._num_changes += 1
         elif type(event) is Shutdown:
             self._closing = True
-            self._roles.policy = None
+            self._roles.policy = self._moves.policy = None
             if not event.drain:
                 for task in list(self.tasks.values()):
                     self._abandon(task, "the orchestrator was shut down", now)
@@ -216,6 +226,8 @@ class OrchestratorCore:
         self.tasks[request.id] = task
         if self._roles.policy is not None:
             self._roles.arrived(task.shown, now)
+        if self._moves.policy is not None:
+            self._moves.arrived(now)
         if request.allotted_time is not None:
             self._timers.set(now + request.allotted_time, "allotted", request.id)
         first = self._held.first(Stage.CONTEXT)
@@ -246,12 +258,14 @@ class OrchestratorCore:
         self._visit_over(response.request_id, task, stage, executor, ok, now)
         if response.context_start is not None:
             task.context_start = response.context_start
-        if stage is Stage.GENERATION:
+        if stage is not Stage.GENERATION:
+            task.num_cached_tokens = response.num_cached_tokens
+        elif task.prompt_executor is None:  # else it has moved before: that is part of its decode time
             task.transfer_start = response.transfer_start
             task.kv_usable = response.kv_usable
-        else:
-            task.num_cached_tokens = response.num_cached_tokens
-        if response.finish_reason is None:
+        if response.finish_reason is None and stage is not Stage.CONTEXT:
+            self._moved(task, response, now)
+        elif response.finish_reason is None:
             task.kv_overlap = response.kv_overlap
             self._context_done(task, response, now)
         elif response.finish_reason is FinishReason.CANCELLED:
@@ -290,6 +304,48 @@ class OrchestratorCore:
             self._keep_promise(task)
         elif task.generation_executor is not None and self._may_generate(task.generation_executor):
             self._dispatch(task, Stage.GENERATION, task.generation_executor, now)
+        else:
+            self._route_generation(task, now)
+
+    # ---- moves: generation phases that go on at another executor -----------------------------------------------------
+
+    def _movable(self) -> dict[int, list[Request]]:
+        """By executor, the requests that could be told to move: sent to generate, and their KV is not still to come."""
+        found: dict[int, list[Request]] = {}
+        for executor, visits in self._by_executor.items():
+            tasks = [self._visits[request_id] for request_id in visits]
+            found[executor] = [
+                task.shown
+                for task, stage, _ in tasks
+                if (stage is Stage.MIXED or (stage is Stage.GENERATION and task.state is State.GENERATION_QUEUED))
+                and not task.cancelled
+            ]
+        return found
+
+    def _move(self, move: MoveRequest, now: int) -> None:
+        task = self.tasks[move.request_id]
+        request_id = task.context_id if task.generation_id is None else task.generation_id
+        if request_id is None or task.generation_executor is None:
+            return
+        task.moves_to = move.executor
+        self._decided(task, "migration", Route(generation=move.executor), None, now)
+        self._out.append(Send(task.generation_executor, MoveOut(request_id)))
+
+    def _moved(self, task: Task, response: Response, now: int) -> None:
+        """Its executor holds the KV that it has so far, as a context phase's would; it goes on where it was to, or may."""
+        if task.prompt_executor is None:
+            task.prompt_executor = task.context_executor
+        task.context_executor, task.context_id = response.executor, response.request_id
+        task.generation_executor = task.generation_id = None
+        task.params = response.context_phase_params
+        task.num_tokens = response.num_output_tokens
+        task.state = advance(task.state, Cause.MOVE)
+        self._first_token(task, response.executor, response, now)
+        target, task.moves_to = task.moves_to, None
+        if task.cancelled:
+            self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
+        elif target is not None and self._may_generate(target):
+            self._dispatch(task, Stage.GENERATION, target, now)
         else:
             self._route_generation(task, now)
 
@@ -378,6 +434,8 @@ class OrchestratorCore:
             self._renew(now)
         elif what == ROLES:
             self._roles.woken(subject)
+        elif what == MOVES:
+            self._moves.woken()
 
     def _abandon(self, task: Task, error: str, now: int) -> None:
         """Fail a task at once, without waiting for the answers of executors that work on it."""

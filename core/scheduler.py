@@ -123,7 +123,7 @@ class Scheduler:
         return any(visit.id in tail.leaving for tail in self.tails)
 
     def doomed(self) -> list[Visit]:
-        """Visits given up while a plan named them, and that nothing touches now. For use between plans.
+        """Visits given up, or to be moved, while a plan named them, and that nothing touches now. For use between plans.
 
         Where committed steps still touch them they only leave the batch; the end of those steps tells of them.
         """
@@ -131,11 +131,12 @@ class Scheduler:
             return []
         self.has_doomed = False
         if self.tails:
-            for visit in [visit for visit in self.batch.members.values() if visit.doom is not None]:
-                self._leave_batch(visit)
-                self.tails[-1].take(visit, has_ended=False)
+            for visit in [v for v in self.batch.members.values() if v.doom is not None or v.is_moving]:
+                if visit.joined_step < self.tails[-1].decode_step:  # else it has joined since, and is in no steps yet
+                    self._leave_batch(visit)
+                    self.tails[-1].take(visit, has_ended=False)
         groups = (self.batch.members.values(), self.joining, self.prefilling.values())
-        return [visit for group in groups for visit in group if visit.doom is not None]
+        return [v for group in groups for v in group if v.doom is not None or v.is_moving]
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.tokens_per_block)

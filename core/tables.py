@@ -98,10 +98,10 @@ class TransferRow(Struct, frozen=True, gc=False, tag="transfer", array_like=True
 
 
 class DecisionRow(Struct, frozen=True, gc=False, tag="decision", array_like=True):
-    """decisions.parquet: one row per answer of a routing or admission policy, and per change of an executor's role."""
+    """decisions.parquet: one row per answer of a routing or admission policy, per move and per change of a role."""
 
     request_id: int  # -1 for a role
-    stage: str  # admission, context, generation, role
+    stage: str  # admission, context, generation, migration, role
     answer: (
         str  # route, mixed, hold, reject; of a role: the new one, refused, or drained: nothing of the old one is left
     )

@@ -29,10 +29,12 @@ class Task:
         "held_for",
         "kv_overlap",
         "kv_usable",
+        "moves_to",
         "num_cached_tokens",
         "num_tokens",
         "order_key",
         "params",
+        "prompt_executor",
         "request",
         "serial",
         "shown",
@@ -62,7 +64,10 @@ class Task:
         self.forget_attempt()
 
     def forget_attempt(self) -> None:
-        self.context_executor: int | None = None
+        self.prompt_executor: int | None = None  # that computed the prompt
+        self.context_executor: int | None = (
+            None  # whose KV its generation phase goes on from: after a move, another one
+        )
         self.context_id: int | None = None
         self.generation_executor: int | None = None
         self.generation_id: int | None = None
@@ -71,6 +76,7 @@ class Task:
         self.transfer_start: int | None = None
         self.kv_usable: int | None = None
         self.kv_overlap: int | None = None
+        self.moves_to: int | None = None  # where its executor was told to let it go on
         self.num_cached_tokens = 0
 
     def row(self, reason: FinishReason, error: str | None, now: int) -> RequestRow:
@@ -87,7 +93,7 @@ class Task:
             reason.value,
             error,
             self.attempts,
-            self.context_executor,
+            self.prompt_executor if self.prompt_executor is not None else self.context_executor,
             self.generation_executor,
             request.arrival,
             self.dispatch_at,

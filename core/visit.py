@@ -22,6 +22,7 @@ class Visit:
         "first_step",
         "first_token_at",
         "id",
+        "is_moving",
         "is_read",
         "is_withdrawn",
         "joined_step",
@@ -82,6 +83,7 @@ class Visit:
         self.awaits_token = False  # its context phase is not known to be done
         self.first_token_at: int | None = None
         self.is_withdrawn = False  # has asked the source to forget its question
+        self.is_moving = False  # to another executor, as soon as no plan names it
         self.lease_until = 0
         self.num_blocks = 0  # what admitting it would take; 0 once it has begun
         self.output_hashes: tuple[int, ...] = ()  # of its blocks behind those of the prompt, when it has ended

@@ -34,7 +34,7 @@ def transfer_row(executor: int, visit: Visit, num_blocks: int, now: int, ok: boo
         visit.id,
         params.executor if params is not None else 0,
         executor,
-        visit.request.num_prompt_tokens - visit.num_cached_tokens,
+        (visit.request.num_prompt_tokens if params is None else params.num_kv_tokens) - visit.num_cached_tokens,
         num_blocks,
         start,
         now,

@@ -178,7 +178,12 @@ def _check_profile(profile: Profile, config: Experiment) -> None:
             )
     for source_role, *source in kinds:
         for reader_role, *reader in kinds:
-            if config.policy.roles is not None or (source_role is Role.CONTEXT and reader_role is not Role.CONTEXT):
+            moves = config.policy.migration is not None and Role.CONTEXT not in (source_role, reader_role)
+            if (
+                config.policy.roles is not None
+                or moves
+                or (source_role is Role.CONTEXT and reader_role is not Role.CONTEXT)
+            ):
                 link_of(profile, config, (*source, *reader))
 
 
@@ -340,7 +345,9 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
         executors=tuple(executors),
         context_router=_router(policy.context_router, Role.CONTEXT in roles),
         # without generation executors mixed ones go on where a context executor ended
-        generation_router=_router(policy.generation_router, bool(roles & {Role.GENERATION, Role.CONTEXT})),
+        generation_router=_router(
+            policy.generation_router, bool(roles & {Role.GENERATION, Role.CONTEXT}) or policy.migration is not None
+        ),
         mixed_router=_router(policy.mixed_router, Role.MIXED in roles),
         router=_router(policy.router, True),
         admission=spec_of(policy.admission),
@@ -352,6 +359,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
         seed=config.seed,
         policy_root=str(config.root),
         roles=None if policy.roles is None else spec_of(policy.roles),
+        migration=None if policy.migration is None else spec_of(policy.migration),
     )
 
 

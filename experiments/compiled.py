@@ -28,7 +28,7 @@ FLOORS: Final = ("policies", "core", "simulator", "runtime", "reports", "experim
 MODULES: Final = {
     "core": (
         "batch_view blocks chunk_sums decisions decode_batch epoch_times epochs executor fleet free_blocks grants held_tasks"
-        " kv_source life_cycle local_kv measured_cost orchestrator prefix_cache prefix_index refusal roles scheduler"
+        " kv_source life_cycle local_kv measured_cost moves orchestrator prefix_cache prefix_index refusal roles scheduler"
         " step_sizes tails task timers visit visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link sequences timing",

@@ -189,6 +189,9 @@ class Policies(Keys):
     roles: Policy | None = Field(
         None, description="changes executors' roles while the cluster runs; default: they stay"
     )
+    migration: Policy | None = Field(
+        None, description="moves running requests between executors that generate; default: they stay"
+    )
 
 
 # ---- workload -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..core.devices import Device
 from ..core.model_shapes import ModelError, ModelShape
 from ..policies.interfaces import PolicyError
 from ..policies.registry import create, load
+from ..policies.vocabulary import Stage
 from .cluster import (
     Placement,
     blocks_beside_weights,
@@ -102,7 +103,8 @@ def _roles(config: Experiment) -> Iterator[Problem]:
             ("cluster",), "generation servers without context servers; allowed: add context_servers or mixed_servers"
         )
     transceiver = cluster.cache_transceiver
-    if (roles != {"mixed"} or config.policy.roles is not None) and (transceiver is None or transceiver.backend is None):
+    travels = roles != {"mixed"} or config.policy.roles is not None or config.policy.migration is not None
+    if travels and (transceiver is None or transceiver.backend is None):
         yield Problem(
             ("cluster", "cache_transceiver", "backend"),
             f"{NOT_ENABLED}: no cache transceiver backend is given and KV must travel between executors"
@@ -129,9 +131,10 @@ def _routers(config: Experiment, roles: set[str]) -> Iterator[Problem]:
             continue
         if changes:
             continue
-        takes_over = role == "generation" and {"context", "mixed"} <= roles  # mixed executors go on where others began
+        others = {"context", "mixed"} if policy.migration is None else {"mixed"}
+        takes_over = role == "generation" and others <= roles  # mixed executors go on where others began
         if (needed or takes_over) and getattr(policy, name) is None:
-            why = f"there are {role} servers" if needed else "mixed servers generate after context servers"
+            why = f"there are {role} servers" if needed else "mixed servers generate after other servers"
             yield Problem(("policy", name), f"required key is missing: {why} (or give policy.router)")
         if role not in roles and not takes_over and getattr(policy, name) is not None:
             yield Problem(("policy", name), f"has no effect: there are no {role} servers", "warning")
@@ -294,6 +297,13 @@ def _policies(config: Experiment) -> Iterator[Problem]:
     if config.policy.roles is not None:
         wrong = list(_policy(config.policy.roles, "roles", ("policy", "roles"), config))
         yield from wrong or (Problem(*found) for found in check_roles(config))
+    if config.policy.migration is not None:
+        yield from _policy(config.policy.migration, "migration", ("policy", "migration"), config)
+        generates = [role for role, *_ in executor_groups(config.cluster) if role.serves(Stage.GENERATION)]
+        if len(generates) < 2 and config.policy.roles is None:
+            yield Problem(
+                ("policy", "migration"), f"requests move between executors that generate; there is {len(generates)}"
+            )
     yield from _policy(config.policy.admission, "admission", ("policy", "admission"), config)
     yield from _policy(config.policy.queue_order, "queue_order", ("policy", "queue_order"), config)
     seen: set[tuple[str | int, ...]] = set()

@@ -150,6 +150,7 @@ class Recorded:
                 "mixed_router": None,
                 "admission": PolicyChoice.model_validate({"name": ADMISSION, **admission}),
                 "roles": None,
+                "migration": None,
             }
         )
         return config.model_copy(update={"policy": policy})
@@ -166,6 +167,8 @@ def choices_of(decisions: pd.DataFrame, requests: pd.DataFrame) -> Recorded:
     """The same from the two tables of a run."""
     if (decisions["stage"] == "role").any():
         raise ReportError("executors changed roles in that run (policy.roles): its routes cannot be taken elsewhere")
+    if (decisions["stage"] == "migration").any():
+        raise ReportError("requests moved in that run (policy.migration): its routes cannot be taken elsewhere")
     stages: dict[str, dict[str, list[Choice]]] = {"context": {}, "generation": {}, "admission": {}}
     asked: dict[tuple[str, str], int] = {}
     columns = ("request_id", "stage", "answer", "executor", "generation_executor", "at_s")

@@ -6,7 +6,7 @@ no clock (`fleet.now` is the time) and takes chance from the seeded generator it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 from typing import Any, ClassVar, Protocol
 
@@ -14,10 +14,12 @@ import numpy as np
 
 from .views import ExecutorPool, ExecutorRow, FleetView
 from .vocabulary import (
+    PS_PER_MS,
     Admission,
     BatchPlan,
     ChangeRole,
     Hold,
+    MoveRequest,
     Request,
     Role,
     Route,
@@ -259,3 +261,23 @@ class RolePolicy:
 
     def on_ended(self, request: Request, num_output_tokens: int, fleet: FleetView) -> None:
         """`request` has ended, for whatever reason."""
+
+
+class MigrationPolicy:
+    """Which running requests go on elsewhere: live migration.
+
+    Asked each time that `interval_ps` has passed while there are requests. A request that is moved leaves its executor's
+    batch at the next step boundary; its KV is read by the other executor as that of a context phase is, and it goes on there
+    with the tokens that it has. One that is not decoding when its executor hears of this stays where it is.
+    """
+
+    interval_ps: int = 100 * PS_PER_MS
+
+    def __init__(self, *, rng: Random) -> None:
+        self.rng = rng
+
+    def migrate(self, fleet: FleetView, movable: Mapping[int, Sequence[Request]]) -> Sequence[MoveRequest]:
+        """The moves to begin now; usually none. `movable`: by executor, the requests that it was sent to generate, first sent
+        first; those that were told to move are among them until they have.
+        """
+        raise _undefined(self, "migrate")

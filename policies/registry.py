@@ -21,6 +21,7 @@ from .interfaces import (
     AdmissionPolicy,
     BatchPolicy,
     CapacityPolicy,
+    MigrationPolicy,
     PolicyError,
     QueueOrder,
     RolePolicy,
@@ -35,6 +36,7 @@ KINDS: Final[dict[str, type]] = {
     "batching": BatchPolicy,
     "capacity": CapacityPolicy,
     "roles": RolePolicy,
+    "migration": MigrationPolicy,
 }
 _BUILT_IN: Final = (  # modules beside this one
     "routing",
@@ -52,6 +54,7 @@ _BUILT_IN: Final = (  # modules beside this one
     "queue_order",
     "batching",
     "capacity",
+    "migration",
     "roles",
     "roles_planning",
     "roles_pools",

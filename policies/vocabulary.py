@@ -70,7 +70,8 @@ class ContextPhaseParams(Struct, frozen=True, gc=False, array_like=True):
 
     `first_gen_tokens` is empty in simulation, where no token ids exist. `state` is opaque to everyone but the two
     executors: who holds the KV (`executor`, `req_id`) and how many tokens of it there are. `is_promised`: the context
-    phase is not done yet (early binding); its first token follows by itself.
+    phase is not done yet (early binding); its first token follows by itself. `num_generated`: of a request that moves from
+    one generation phase to another, the tokens that it has so far, all of them in `first_gen_tokens`.
     """
 
     req_id: int
@@ -79,6 +80,7 @@ class ContextPhaseParams(Struct, frozen=True, gc=False, array_like=True):
     first_gen_tokens: tuple[int, ...] = ()
     state: bytes = b""
     is_promised: bool = False
+    num_generated: int = 1
 
 
 class Request(Struct, frozen=True, gc=False, array_like=True):
@@ -182,6 +184,16 @@ class ChangeRole(Struct, frozen=True, gc=False, array_like=True):
 
     executor: int
     role: Role
+
+
+# ---- what a migration policy may answer -----------------------------------------------------------------------------
+
+
+class MoveRequest(Struct, frozen=True, gc=False, array_like=True):
+    """The generation phase of `request_id` goes on at `executor`, from the KV and the tokens that it has by then."""
+
+    request_id: int
+    executor: int
 
 
 # ---- what a batch policy may answer ---------------------------------------------------------------------------------

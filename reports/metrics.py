@@ -516,7 +516,7 @@ def warnings_of(run: Run, summary: dict[str, Any]) -> list[str]:
     if summary["num_requests_without_itl"]:
         found.append(
             f"ITL leaves out {summary['num_requests_without_itl']} requests whose token times do not follow from the "
-            "records (preempted or retried)."
+            "records (preempted, retried or moved)."
         )
     if summary["num_failed_transfers"]:
         found.append(f"{summary['num_failed_transfers']} of {summary['num_transfers']} KV transfers failed.")

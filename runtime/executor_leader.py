@@ -36,6 +36,7 @@ from ..core.events import (
     KvRequested,
     KvWithdrawn,
     LeaseRenewed,
+    MoveOut,
     PeerDown,
     Report,
     Response,
@@ -71,7 +72,7 @@ from .wire import (
 )
 
 _WAKE: Final = Wake()
-_CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, RoleChanged, Shutdown)
+_CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, MoveOut, RoleChanged, Shutdown)
 _encoder: Final = msgspec.msgpack.Encoder()
 
 
@@ -285,6 +286,11 @@ class LeaderSession:
             if sequence is not None and sequence.num_sent < len(sequence.generated) and message.error is None:
                 tokens = tuple(sequence.generated[sequence.num_sent :])
                 self._to_user(TokenChunk(message.request_id, sequence.num_sent, tokens))
+            params = message.context_phase_params
+            if sequence is not None and params is not None and not params.first_gen_tokens:  # it goes on elsewhere
+                tokens = tuple(sequence.generated[: params.num_generated])
+                params = msgspec.structs.replace(params, first_gen_tokens=tokens)
+                message = msgspec.structs.replace(message, context_phase_params=params)
         if not isinstance(message, FirstTokenOut) or not self._roster.spec.leader_mode:  # there its token says as much
             self._to_user(message)
 

@@ -170,7 +170,8 @@ def check_spec(spec: HardwareSpec) -> Roster:
 
 def _check_transport(spec: HardwareSpec) -> None:
     orchestrator = spec.orchestrator
-    hands_over = orchestrator.roles is not None or any(e.role is not Role.MIXED for e in orchestrator.executors)
+    changes = orchestrator.roles is not None or orchestrator.migration is not None
+    hands_over = changes or any(e.role is not Role.MIXED for e in orchestrator.executors)
     if spec.transport is None and hands_over:
         raise TransportError(NOT_ENABLED)
     if spec.transport is not None and check_backend(spec.transport) == "cuda_ipc" and spec.device == "cpu":

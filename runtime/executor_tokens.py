@@ -33,12 +33,13 @@ def check_tokens(request: Request, vocab_size: int) -> None:
     if given and not 0 <= min(given) <= max(given) < vocab_size:
         raise TokenError(f"request {request.id} has a token id outside 0 to {vocab_size - 1}")
     if request.request_type is RequestType.GENERATION_ONLY and params is not None:
-        num_first = 0 if params.is_promised else 1
-        if len(params.first_gen_tokens) != num_first or params.num_kv_tokens != request.num_prompt_tokens:
+        num_first = 0 if params.is_promised else params.num_generated
+        num_kv = request.num_prompt_tokens + params.num_generated - 1
+        if len(params.first_gen_tokens) != num_first or params.num_kv_tokens != num_kv or params.num_generated < 1:
             raise TokenError(
                 f"request {request.id}: context_phase_params with {len(params.first_gen_tokens)} tokens and KV of "
-                f"{params.num_kv_tokens}; allowed: {num_first} token, and KV of the whole prompt"
-                f" ({request.num_prompt_tokens})"
+                f"{params.num_kv_tokens}; allowed: {num_first} token, and KV of the whole prompt and all tokens but the last"
+                f" ({num_kv})"
             )
     if request.sampling is not None:
         from .model_sampling import SamplingError, check_sampling
@@ -65,6 +66,7 @@ class Sequence:
         params = request.context_phase_params
         if request.request_type is RequestType.GENERATION_ONLY and params is not None:
             self.generated += params.first_gen_tokens
+            self.num_sent = max(0, len(self.generated) - 1)  # of one that has moved, all but the last
 
     def part(self, start: int, stop: int) -> tuple[int, ...]:
         """Tokens [start, stop) of prompt + generated."""

@@ -190,13 +190,14 @@ class WarmUp:
 
 def warm_up(driver: OrchestratorDriver) -> None:
     """One small request over every context × generation pair and on every mixed executor, in a session of its own; where
-    roles may change, over every pair and on everyone.
+    roles may change or requests move, over every pair and on everyone.
 
     The first transfer between a pair pays for their connection, and the first step for the engine's.
     """
     roster: Roster = driver.roster
     by_role = {role: [c.id for c in roster.configs.values() if c.role is role] for role in Role}
-    if roster.spec.orchestrator.roles is not None:  # anybody may come to do anything
+    orchestrator = roster.spec.orchestrator
+    if orchestrator.roles is not None or orchestrator.migration is not None:  # anybody may read from anybody
         by_role = {key: list(roster.configs) for key in Role}
     warmer = WarmUp(driver)
     driver.listener = warmer

@@ -106,7 +106,8 @@ class SimulatedExecutor:
             self._catch_up(now, calendar.priority)
             self._tell_end_in_time()
         if type(event) is Enqueue and event.request.request_type is RequestType.GENERATION_ONLY:
-            self._sequences.received(event.request.id)
+            params = event.request.context_phase_params  # its first token, or all that it has, come with the KV
+            self._sequences.received(event.request.id, 1 if params is None else params.num_generated)
         if self._run is not None or self._polling or calendar.peek() == now or self._report_at == now:
             # a plan that is asked to stop may end, or be committed, in this very instant
             self._obey(self._handle(event, now, True), now)

@@ -133,7 +133,7 @@ class Recording:
                 return
         for sender in sorted(self.frames):
             queue = sent.get((sender, core))
-            if queue and queue[0][0] < now and queue[0][1] == event:
+            if queue and queue[0][0] < now and _is_that(queue[0][1], event):
                 queue.popleft()
                 self._arrivals.setdefault((sender, core), deque()).append((now, place))
                 return
@@ -218,6 +218,11 @@ def conform(recording: Recording, launch: Mapping[int, tuple[int, int] | tuple[i
     if problem is not None:
         raise problem
     return compared
+
+
+def _is_that(sent: Any, heard: Any) -> bool:
+    """Whether `sent` is what was heard: the tokens of a request that moves are the driver's to add on the way."""
+    return bool(sent == heard or (type(heard) is Response and _tokenless(sent) == _tokenless(heard)))
 
 
 def _plain(frame: Frame) -> Frame:

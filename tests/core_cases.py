@@ -18,9 +18,9 @@ from disagg.core.events import StepsCommitted, StepsDone
 from disagg.core.measured_cost import Curve, MeasuredCost
 from disagg.core.measured_range import Measured
 from disagg.core.tables import StayRow, StepRow
-from disagg.policies.interfaces import RoutingPolicy
+from disagg.policies.interfaces import MigrationPolicy, RoutingPolicy
 from disagg.policies.registry import register
-from disagg.policies.vocabulary import Hold, Reject, Request, Role, Route, RouteMixed
+from disagg.policies.vocabulary import Hold, MoveRequest, Reject, Request, Role, Route, RouteMixed, Stage
 from disagg.simulator.cluster import SimulatedCluster
 from disagg.simulator.timing import ModelTiming
 
@@ -50,6 +50,27 @@ class Chaos(RoutingPolicy):
             return Hold(fleet.now + self.rng.randint(1, 200))
         rows = [*fleet.generation.healthy_rows, *fleet.mixed.healthy_rows]  # where its KV is, too
         return Route(generation=self.rng.choice(rows).executor_id)
+
+
+@register("test_restless", kind="migration", source="tests")
+class Restless(MigrationPolicy):
+    """Anything that is allowed, often: some of what runs somewhere goes on anywhere else, back again too."""
+
+    def __init__(self, *, rng: Random, interval_ps: int = 20) -> None:
+        super().__init__(rng=rng)
+        self.interval_ps = interval_ps
+
+    def migrate(self, fleet: Any, movable: Any) -> Any:
+        ids = [int(row.executor_id) for pool in (fleet.generation, fleet.mixed) for row in pool.healthy_rows]
+        found = []
+        for executor, requests in movable.items():
+            others = [each for each in ids if each != executor]
+            found += [
+                MoveRequest(request.id, self.rng.choice(others))
+                for request in requests
+                if others and self.rng.random() < 0.4
+            ]
+        return found
 
 
 @dataclass(frozen=True)
@@ -232,6 +253,20 @@ def make_switching_case(rng: Random) -> Case:
         (at, with_(request, allotted_time=rng.randint(500, 40_000)), length) for at, request, length in case.arrivals
     )
     return replace(case, config=config, arrivals=arrivals, switches=tuple(sorted(switches)))
+
+
+def make_moving_case(rng: Random) -> Case:
+    """A random cluster whose running requests are moved between executors again and again."""
+    while True:
+        case = rng.choice((make_case, make_case, make_reuse_case, make_early_case, make_switching_case))(rng)
+        if sum(executor.role.serves(Stage.GENERATION) for executor in case.config.executors) > 1:
+            break
+    restless = PolicySpec("test_restless", {"interval_ps": rng.choice((20, 60, 200))})
+    # as with roles: executors that hold what others wait for may wait for each other
+    arrivals = tuple(
+        (at, with_(request, allotted_time=rng.randint(500, 40_000)), length) for at, request, length in case.arrivals
+    )
+    return replace(case, config=with_(case.config, migration=restless), arrivals=arrivals)
 
 
 def make_reuse_case(rng: Random) -> Case:

@@ -24,6 +24,7 @@ from disagg.core.events import (
     FirstTokens,
     KvWithdrawn,
     LeaseRenewed,
+    MoveOut,
     Report,
     Response,
     RoleChanged,
@@ -59,6 +60,7 @@ class Visitor:
         self.kv_usable: int | None = None
         self.reader: int | None = None
         self.doom: str | None = None  # "cancelled" or ERROR
+        self.moving = False  # goes on elsewhere once no step that it is in is left
         self.lease_until = 0
         self.stay_tokens = 0
         # early binding, as a context phase: who has asked, and the transfer that runs before the phase is done
@@ -234,6 +236,10 @@ class NaiveExecutor:
             for v in self.visitors:
                 if v.id == message.request_id and v.asker == (message.reader, message.reader_id):
                     self.turn_away(v)
+        elif isinstance(message, MoveOut):
+            for v in self.visitors:
+                if v.id == message.request_id and v.place in (DECODE, JOINING, ENDING) and v.doom is None:
+                    v.moving = True
         elif isinstance(message, Cancel):
             for v in list(self.visitors):
                 if v.id == message.request_id:
@@ -255,7 +261,7 @@ class NaiveExecutor:
         self.visitors.append(v)
         v.found = len(self.found(v)) * self.config.tokens_per_block
         if v.type is RequestType.GENERATION_ONLY:
-            v.place, v.generated = PULLING, 1
+            v.place, v.generated, v.to_compute = PULLING, v.params.num_generated, v.params.num_kv_tokens
             if not v.awaits:
                 self.cluster.later(now + self.config.pull_timeout, MESSAGE, self.id, self.waits_too_long, v)
             if not self.heartbeat:
@@ -369,7 +375,7 @@ class NaiveExecutor:
             if v.doom is not None:
                 self.forget(v)
             elif ok:
-                v.kv, v.is_arriving = v.request.num_prompt_tokens, False
+                v.kv, v.is_arriving = v.params.num_kv_tokens, False
                 self.register(v, v.request.block_hashes, v.kv)
                 if v.awaits:
                     v.place = EARLY
@@ -494,6 +500,29 @@ class NaiveExecutor:
         )
         self.stay(v)
 
+    def move(self, v: Visitor) -> None:
+        """No step has it any more: its KV waits to be read from where it goes on."""
+        for group in (self.decodes, self.joining):
+            if v in group:
+                group.remove(v)
+        v.place, v.blocks = HELD, self.blocks_for(v.kv)
+        self.renew(v, self.cluster.now)
+        self.responses.append(
+            Response(
+                v.id,
+                self.id,
+                None,
+                v.generated,
+                context_phase_params=ContextPhaseParams(v.id, self.id, v.kv, num_generated=v.generated),
+                context_start=v.started_at,
+                transfer_start=v.transfer_start,
+                kv_usable=v.kv_usable,
+                num_cached_tokens=v.cached,
+                last_token=self.cluster.now,
+            )
+        )
+        self.stay(v)
+
     def stay(self, v: Visitor) -> None:
         started = v.started_at if v.started_at is not None else v.kv_usable
         tokens = v.generated - (v.type is RequestType.GENERATION_ONLY)
@@ -528,7 +557,10 @@ class NaiveExecutor:
                 self.finish(v)
         for v in over:
             if v.place == ENDING and not self.has_ended(v):
-                self.fail(v, v.doom or "", recomputable=False)
+                if v.doom is None:
+                    self.move(v)
+                else:
+                    self.fail(v, v.doom, recomputable=False)
         for v, _, _ in chunks:
             if v.left:
                 continue
@@ -583,12 +615,14 @@ class NaiveExecutor:
 
     def plan_step(self) -> None:
         for v in list(self.decodes):
-            if v.doom or self.has_ended(v) or v.generated + v.ahead >= v.request.max_tokens:
+            if v.doom or v.moving or self.has_ended(v) or v.generated + v.ahead >= v.request.max_tokens:
                 if v.ahead:
                     self.decodes.remove(v)
                     v.place, v.kv_at_leave = ENDING, v.kv + v.ahead
         for v in [v for v in self.decodes if v.doom] + [v for v in (*self.joining, *self.prefill) if v.doom]:
             self.fail(v, v.doom or "", recomputable=False)
+        for v in [v for v in (*self.decodes, *self.joining) if v.moving]:
+            self.move(v)
         self.join()
         if self.steps and self.decodes and self.wanted_by_decodes() > self.free:
             self.close_epoch()  # whose blocks are to be taken is not decided while steps write to them
@@ -659,7 +693,7 @@ class NaiveExecutor:
             v.blocks = self.to_admit(v)
             self.evict()
             v.transfer_start = v.kv_usable = self.cluster.now
-            v.place, v.kv = READY, v.request.num_prompt_tokens
+            v.place, v.kv = READY, v.params.num_kv_tokens
             self.ready.append(v)
 
     def join(self) -> None:

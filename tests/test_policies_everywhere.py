@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from random import Random
@@ -34,6 +35,7 @@ CATALOGUE = {
     "batching": "chunked_prefill prefill_first context_fcfs generation_pull",
     "capacity": "guaranteed_no_evict max_utilization",
     "roles": "scheduled mixed_pool switch_by_load rate_matching planner",
+    "migration": "pair_by_load",
 }
 
 
@@ -150,6 +152,18 @@ def test_each_role_policy_changes_roles_of_a_cluster_that_serves_on(name: str, r
     )
     check(made)
     assert [row for row in made.table("Decision") if row.stage == "role"], "it was never of another mind"
+
+
+@pytest.mark.parametrize("roles", ["cccggg", "ccgm", "mmm"])
+@pytest.mark.parametrize("name", names("migration"))
+def test_each_migration_policy_moves_requests_of_a_cluster_that_serves_on(name: str, roles: str) -> None:
+    params = {"interval_s": 1e-5, "least_difference": 0.0}
+    made = world(roles, router=PolicySpec("random"), migration=PolicySpec(name, params))
+    check(made)
+    told = [row for row in made.table("Decision") if row.stage == "migration"]
+    stays = Counter(row.request_id for row in made.table("Stay") if row.stage != "context" and row.num_tokens)
+    assert told
+    assert max(stays.values()) > 1, "nothing has moved"
 
 
 @pytest.mark.parametrize("name", names("admission"))

@@ -14,7 +14,7 @@ from tests.every_policy import names
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "policies.md").read_text()
 TITLES = {"routing": "Routing", "admission": "Admission", "queue_order": "Queue order", "batching": "Batching"}
-TITLES |= {"capacity": "Capacity", "roles": "Roles"}
+TITLES |= {"capacity": "Capacity", "roles": "Roles", "migration": "Migration"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
