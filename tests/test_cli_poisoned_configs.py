@@ -76,6 +76,11 @@ POISON = {
         "  roles: {name: mixed_pool, max_kv: 7}\n  generation_router:",
         ["{f}:16:29: policy.roles.max_kv", "at most 1, got 7"],
     ),
+    "requests that could move nowhere": (
+        "    num_instances: 2\n  cache_transceiver: {backend: mpi}\npolicy:\n",
+        "    num_instances: 1\n  cache_transceiver: {backend: mpi}\npolicy:\n  migration: pair_by_load\n",
+        ["{f}:15:3: policy.migration", "requests move between executors that generate; there is 1"],
+    ),
     "roles without a router for what may come": (
         "  generation_router: {name: power_of_two, d: 2}",
         "  roles: scheduled",
