@@ -122,7 +122,7 @@ def test_an_answer_that_can_never_be_obeyed_breaks_the_contract(tmp_path: Path, 
 
 def test_requests_that_move_again_and_again_do_what_the_naive_reference_says() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in range(30):
         case = make_moving_case(Random(seed))
         for launch in ((1, 1, False), (1, 2, True)):
             case = replace(case, launch=launch)
@@ -132,7 +132,7 @@ def test_requests_that_move_again_and_again_do_what_the_naive_reference_says() -
                 seen["told"] += sum(isinstance(c, Send) and isinstance(c.message, MoveOut) for c in frame.commands)
                 params = [e.context_phase_params for e in frame.events if isinstance(e, Response)]
                 seen["moved"] += sum(each is not None and each.num_generated > 1 for each in params)
-    assert seen["moved"] > 300, seen
+    assert seen["moved"] > 150, seen
 
 
 def test_each_request_ends_once_and_nothing_leaks_where_executors_die_while_requests_move() -> None:

