@@ -9,12 +9,13 @@ from .visit import Visit
 
 def stay_row(executor: int, visit: Visit, now: int, last_step: int) -> StayRow:
     """Its stay, which ends now; `last_step`: with which step of the executor its last token came."""
-    request_type = visit.request.request_type
+    request_type, params = visit.request.request_type, visit.request.context_phase_params
+    brought = params.num_generated if request_type is RequestType.GENERATION_ONLY and params is not None else 0
     return StayRow(
         executor,
         visit.id,
         ("mixed", "context", "generation")[request_type],
-        visit.num_generated - (request_type is RequestType.GENERATION_ONLY),
+        visit.num_generated - brought,
         visit.first_step,
         last_step if visit.first_step is not None else None,
         visit.num_preemptions,

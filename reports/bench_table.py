@@ -269,13 +269,14 @@ def _generation_start(run: Run, rows: pd.DataFrame, first_token_ms: Floats) -> F
 def _second_token(run: Run, rows: pd.DataFrame) -> pd.Series[Any]:
     """When the second output token was made, in seconds by request id: the end less the steps after it.
 
-    Missing for requests whose token times do not follow from one stay (preempted, retried).
+    Missing for requests whose token times do not follow from one stay (preempted, retried, moved).
     """
     import pandas as pd
 
     found = rows[["request_id", "num_output_tokens", "num_attempts", "end_s"]].merge(visits(run), on="request_id")
     steps = pd.to_numeric(found["first_step"]).notna() & pd.to_numeric(found["last_step"]).notna()
-    found = found[steps & (found["num_preemptions"] == 0) & (found["num_attempts"] <= 1)]
+    whole = found["num_tokens"] == found["num_output_tokens"] - (found["stage"] == "generation")
+    found = found[steps & whole & (found["num_preemptions"] == 0) & (found["num_attempts"] <= 1)]
     times: dict[int, float] = {}
     visited = dict(by_executor(found))
     for executor, steps_of_it in by_executor(run.columns("steps", STEP_TIMES)):

@@ -96,7 +96,7 @@ def visits(run: Run) -> pd.DataFrame:
 def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
     """Gaps of the `completed` requests, whose columns are those of `metrics.measure`.
 
-    Requests whose token times do not follow from their stay (preempted, retried) are left out and counted.
+    Requests whose token times do not follow from one stay (preempted, retried, moved) are left out and counted.
     """
     import pandas as pd
 

@@ -525,7 +525,7 @@ class NaiveExecutor:
 
     def stay(self, v: Visitor) -> None:
         started = v.started_at if v.started_at is not None else v.kv_usable
-        tokens = v.generated - (v.type is RequestType.GENERATION_ONLY)
+        tokens = v.generated - (v.params.num_generated if v.type is RequestType.GENERATION_ONLY else 0)
         self.cluster.trace.stays.append((self.id, v.id, tokens, started, self.cluster.now, v.num_preemptions))
 
     # ---- steps ------------------------------------------------------------------------------------------------------

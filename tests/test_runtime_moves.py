@@ -67,6 +67,7 @@ def test_requests_that_moved_while_they_ran_have_the_tokens_of_those_that_stayed
     transfers = [row for row in moved.rows if isinstance(row, TransferRow)]
     assert len(told) >= len(stays) - len(moved.sends) > len(moved.sends)  # most moved more than once
     assert len(transfers) == len(stays)
+    assert sum(row.num_tokens for row in stays) == len(moved.sends) * (NUM_TOKENS - 1)
     assert all(row.ok for row in transfers)
     assert max(row.num_tokens for row in transfers) > 23  # of more than a prompt
 
