@@ -22,10 +22,11 @@ from .batch_view import WaitingPrompts
 from .blocks import BlockManager
 from .errors import BlockError
 from .life_cycle import State
+from .prefix_names import Name
 from .visit import Visit
 
 # the references to a block by state, counted in one number: who has it assigned, held, in quarantine; 0 is cached
-_BITS: Final = 32
+_BITS: Final = 20  # all in 60, which compiled code computes with as a machine word
 _ASSIGNED: Final = 1
 _HELD: Final = 1 << _BITS
 _QUARANTINED: Final = 1 << 2 * _BITS
@@ -43,14 +44,14 @@ class PrefixCache(BlockManager):
     def __init__(self, num_blocks: int, tokens_per_block: int) -> None:
         super().__init__(num_blocks)
         self._tokens_per_block = tokens_per_block
-        self._block_of: dict[int, int] = {}  # by hash
-        self._hash_of: dict[int, int] = {}  # by registered block
-        self._references: dict[int, int] = {}  # of a registered block
-        self._cached: OrderedDict[int, None] = OrderedDict()  # registered blocks without references, first to go first
+        self._block_of: dict[Name, Name] = {}  # by hash
+        self._hash_of: dict[Name, Name] = {}  # by registered block
+        self._references: dict[Name, int] = {}  # of a registered block
+        self._cached: OrderedDict[Name, None] = OrderedDict()  # registered blocks without references, first to go first
         self._num_registered: dict[int, int] = {}  # leading blocks of an owner's table
         self._num_arriving: dict[int, int] = {}  # of those, whose owner waits for the KV of its other blocks
-        self._stored: dict[int, None] = {}  # hashes, since the last forget_news
-        self._removed: dict[int, None] = {}
+        self._stored: dict[Name, None] = {}  # hashes, since the last forget_news
+        self._removed: dict[Name, None] = {}
         self.num_in_use = 0  # registered blocks that an assigned owner refers to
         self.num_written_references = 0  # references of assigned owners, but for those that wait for KV
 
@@ -95,7 +96,7 @@ class PrefixCache(BlockManager):
         visit.num_kv_tokens, visit.num_blocks = 0, num_blocks
         return False
 
-    def _depth(self, hashes: Sequence[int], most: int, in_use: bool = False) -> int:
+    def _depth(self, hashes: Sequence[Name], most: int, in_use: bool = False) -> int:
         """How many of the first `most` blocks are here (`in_use`: and referred to)."""
         low, block_of, cached = 0, self._block_of, self._cached
         while low < most:
@@ -143,7 +144,7 @@ class PrefixCache(BlockManager):
         self._assigned[owner] = had + more
         return more
 
-    def register(self, owner: int, hashes: Sequence[int], num_full: int, may_exchange: bool) -> None:
+    def register(self, owner: int, hashes: Sequence[Name], num_full: int, may_exchange: bool) -> None:
         """The first `num_full` blocks of `owner` are written, and `hashes` names them.
 
         A block that is here already takes the place of the owner's own, if it `may_exchange` them; else what follows of
@@ -153,7 +154,8 @@ class PrefixCache(BlockManager):
         num_full = min(num_full, len(hashes))
         if num_full <= done:
             return
-        table, block_of = self._assigned[owner], self._block_of
+        table: Sequence[Name] = self._assigned[owner]
+        block_of = self._block_of
         there: list[int] = []  # places in the table
         for i in range(done, num_full):
             if hashes[i] not in block_of:
@@ -225,7 +227,7 @@ class PrefixCache(BlockManager):
 
     # ---- registered blocks ------------------------------------------------------------------------------------------
 
-    def _shift(self, blocks: Sequence[int], change: int) -> None:
+    def _shift(self, blocks: Sequence[Name], change: int) -> None:
         """Change the references to each block by `change`, one by one: the order is that in which cached ones will go."""
         references, cached = self._references, self._cached
         in_use = held = quarantined = 0
@@ -260,7 +262,7 @@ class PrefixCache(BlockManager):
         elif state == _QUARANTINED:
             self.num_quarantined += n
 
-    def _store(self, block: int, name: int) -> None:
+    def _store(self, block: Name, name: Name) -> None:
         self._block_of[name] = block
         self._hash_of[block] = name
         self._references[block] = _ASSIGNED

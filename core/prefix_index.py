@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
+from .prefix_names import Name
+
 
 class PrefixIndex:
     """Of dispatches idle, at no cost, until it is asked for the first time: it knows those from then on."""
@@ -24,8 +26,8 @@ class PrefixIndex:
         self._num_blocks = dict(num_blocks)
         self._reporting = frozenset(reporting)
         self._place = {executor: i for i, executor in enumerate(num_blocks)}
-        self._holders: dict[int, int] = {}  # block hash: bit set of executors' places
-        self._blocks: dict[int, OrderedDict[int, None]] = {e: OrderedDict() for e in num_blocks}  # oldest use first
+        self._holders: dict[Name, int] = {}  # block hash: bit set of executors' places
+        self._blocks: dict[int, OrderedDict[Name, None]] = {e: OrderedDict() for e in num_blocks}  # oldest use first
 
     def place(self, executor: int) -> int:
         """The executor's bit in the sets of `levels`."""
@@ -35,7 +37,7 @@ class PrefixIndex:
         """Blocks it is believed to hold."""
         return len(self._blocks[executor])
 
-    def levels(self, hashes: Sequence[int]) -> list[tuple[int, int]]:
+    def levels(self, hashes: Sequence[Name]) -> list[tuple[int, int]]:
         """(depth, bit set of the executors that hold at least the first `depth` blocks), deeper each time, sets shrinking.
 
         A binary search for each depth at which somebody drops out: a long prompt costs few look-ups.
@@ -60,7 +62,7 @@ class PrefixIndex:
             least = low + 1
         return found
 
-    def used(self, executor: int, hashes: Sequence[int]) -> None:
+    def used(self, executor: int, hashes: Sequence[Name]) -> None:
         """`executor` was sent a prompt of these blocks."""
         if not (self.is_asked and hashes) or executor in self._reporting:
             return
@@ -69,7 +71,7 @@ class PrefixIndex:
         while len(blocks) > room:
             self._drop(executor, blocks.popitem(last=False)[0])
 
-    def stored(self, executor: int, hashes: Sequence[int]) -> None:
+    def stored(self, executor: int, hashes: Sequence[Name]) -> None:
         """It holds these blocks, used just now; in the order in which they follow each other."""
         self.version += 1
         blocks, holders, bit = self._blocks[executor], self._holders, 1 << self._place[executor]
@@ -80,13 +82,13 @@ class PrefixIndex:
                 blocks[block] = None
                 holders[block] = holders.get(block, 0) | bit
 
-    def heard(self, executor: int, events: Sequence[int]) -> None:
+    def heard(self, executor: int, events: Sequence[Name]) -> None:
         """It has reported these `cache_events`."""
         first_stored = 1 + events[0]
         self.removed(executor, events[1:first_stored])
         self.stored(executor, events[first_stored:])
 
-    def removed(self, executor: int, hashes: Sequence[int]) -> None:
+    def removed(self, executor: int, hashes: Sequence[Name]) -> None:
         """It holds these blocks no longer."""
         self.version += 1
         blocks = self._blocks[executor]
@@ -99,7 +101,7 @@ class PrefixIndex:
         """It is gone, and its blocks with it."""
         self.removed(executor, list(self._blocks[executor]))
 
-    def _drop(self, executor: int, block: int) -> None:
+    def _drop(self, executor: int, block: Name) -> None:
         left = self._holders[block] & ~(1 << self._place[executor])
         if left:
             self._holders[block] = left

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any, TypeAlias
 
 import numpy as np
+
+# A name of a block, or its number, that is passed on and looked up, not computed with. It is an int; said to be any object, a
+# compiled caller passes the very object on, where it would unbox it and make another, which a dictionary finds more slowly.
+Name: TypeAlias = Any
 
 
 def token_hashes(token_ids: Sequence[int], tokens_per_block: int, before: int = 0) -> tuple[int, ...]:
