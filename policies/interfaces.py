@@ -135,16 +135,21 @@ class ScoringPolicy(SelectingPolicy):
         scores = np.asarray(self.score(request, pool))
         if not scores.ndim:  # it read no column: one number for all
             scores = np.full(len(pool), scores)
+        candidates = None
         if pool.num_unhealthy:
             candidates = np.flatnonzero(pool.healthy)
             scores = scores[candidates]
-            equals = candidates[scores == scores.min()]
-        else:
-            equals = np.flatnonzero(scores == scores.min())
-        if not len(equals):  # the minimum of anything and NaN is NaN, which equals nothing
-            raise self._not_a_number(pool.executor_id[pool.healthy == 1][np.isnan(scores)][0])
-        later = int(np.searchsorted(equals, turn))
-        return int(equals[later if later < len(equals) else 0])
+            turn = int(candidates.searchsorted(turn))
+        # the first of the least from `turn` on, if none before is less; argmin finds NaN before anything else
+        chosen = turn + int(scores[turn:].argmin()) if turn < len(scores) else 0
+        if turn:
+            first = int(scores[:turn].argmin())
+            if not scores[first] >= scores[chosen]:
+                chosen = first
+        if scores[chosen] != scores[chosen]:
+            ids = pool.executor_id if candidates is None else pool.executor_id[candidates]
+            raise self._not_a_number(ids[np.isnan(scores)][0])
+        return chosen if candidates is None else int(candidates[chosen])
 
     def _not_a_number(self, executor: int) -> PolicyError:
         return PolicyError(f"{type(self).__name__}: the score of executor {executor} is not a number")

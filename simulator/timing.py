@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Protocol
 
-from ..core.commands import RunSteps, ServeKv
+from ..core.commands import ORCHESTRATOR, RunSteps, ServeKv
 from ..core.cost import UNIT_BITS, CostModel, StepFeatures
 from ..core.epoch_times import EpochTimes
 from ..core.measured_cost import MeasuredCost
@@ -49,6 +49,29 @@ class Timing(Protocol):
         ...
 
 
+class _Clock:
+    """One executor: its open epoch and when that began, the last end of a step that was asked for, what ran before."""
+
+    def __init__(self, cost: CostModel, gaps: LaunchGaps) -> None:
+        self.cost = cost
+        self.measured = cost if isinstance(cost, MeasuredCost) else None
+        self.gaps = gaps
+        self.epoch = EpochTimes(cost, StepFeatures(0, 0), 1 << UNIT_BITS)
+        self.began = 0
+        self.ended = 0
+        self._before = "idle"
+
+    def gap(self, run: RunSteps, now: int) -> int:
+        """What lies between the plan before and `run`, which is to begin at `now`."""
+        gaps = self.gaps
+        if gaps is NO_GAPS:
+            return 0
+        before = "idle" if self.ended < now else self._before
+        self.ended = now
+        self._before = "chunk" if run.chunks else "decode"
+        return gaps.of(before, bool(run.chunks), len(run.joined), len(run.left))
+
+
 class ModelTiming:
     """Step times from a cost model per executor, constant message latencies, optional noise of the steps.
 
@@ -72,37 +95,28 @@ class ModelTiming:
             message_latency = MessageLatency.same(message_latency)
         self.num_epochs = 0
         self.num_outside = 0
-        self._costs = costs
-        self._latency = message_latency
         self._jitter = jitter
         self._seed = seed
-        self._gaps = gaps or {}
-        self._latencies: dict[tuple[int, int], int] = {}
-        self._open: dict[int, EpochTimes] = {}
-        self._began: dict[int, int] = {}
-        self._before: dict[int, tuple[str, int]] = {}  # what the last epoch was, and when it ended
+        self._into, self._from, self._between = (
+            max(1, at)
+            for at in (message_latency.into_executor, message_latency.from_executor, message_latency.between_executors)
+        )
+        gaps = gaps or {}
+        self._clocks = {executor: _Clock(cost, gaps.get(executor, NO_GAPS)) for executor, cost in costs.items()}
 
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
+        clock = self._clocks[executor]
         if run.first_step > 1:
-            self._began[executor] += self._gaps.get(executor, NO_GAPS).continued
+            clock.began += clock.gaps.continued
             return
         chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
         features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks)
         factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
-        cost = self._costs[executor]
         self.num_epochs += 1
-        if isinstance(cost, MeasuredCost) and not cost.covers(features):
+        if clock.measured is not None and not clock.measured.covers(features):
             self.num_outside += 1
-        self._open[executor] = EpochTimes(cost, features, factor)
-        self._began[executor] = now + self._gap(executor, run, now)
-
-    def _gap(self, executor: int, run: RunSteps, now: int) -> int:
-        gaps = self._gaps.get(executor, NO_GAPS)
-        if gaps is NO_GAPS:
-            return 0
-        before, ended = self._before.get(executor, ("idle", now))
-        self._before[executor] = ("chunk" if run.chunks else "decode", now)
-        return gaps.of("idle" if ended < now else before, bool(run.chunks), len(run.joined), len(run.left))
+        clock.epoch = EpochTimes(clock.cost, features, factor)
+        clock.began = now + clock.gap(run, now)
 
     def _factor(self, executor: int, epoch: int) -> int:
         key = hashlib.blake2b(f"{self._seed}/{executor}/{epoch}".encode(), digest_size=8).digest()
@@ -110,19 +124,18 @@ class ModelTiming:
         return round((1 + self._jitter * (2 * uniform - 1) * 3**0.5) * (1 << UNIT_BITS))
 
     def end_of_step(self, executor: int, k: int) -> int:
-        at = self._began[executor] + self._open[executor].end_of(k)
-        if executor in self._before:
-            self._before[executor] = (self._before[executor][0], at)  # the last one asked for is the one that comes
+        clock = self._clocks[executor]
+        at = clock.ended = clock.began + clock.epoch.end_of(k)  # the last one asked for is the one that comes
         return at
 
     def step_by(self, executor: int, done: int, at: int, last: int) -> int:
-        return max(done + 1, self._open[executor].step_by(at - self._began[executor], last))
+        clock = self._clocks[executor]
+        return max(done + 1, clock.epoch.step_by(at - clock.began, last))
 
     def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
-        latency = self._latencies.get((sender, receiver))
-        if latency is None:
-            latency = self._latencies[sender, receiver] = max(1, self._latency.of(sender, receiver))
-        return now + latency, sender
+        if sender == ORCHESTRATOR:
+            return now + self._into, sender
+        return now + (self._from if receiver == ORCHESTRATOR else self._between), sender
 
     def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
         return max(at, now + 1), core

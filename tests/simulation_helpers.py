@@ -13,6 +13,7 @@ from disagg.core.commands import Deliver, Dispatched
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
 from disagg.core.cost import ConstantCost
 from disagg.core.event_log import Frame, read_log
+from disagg.core.overheads import LaunchGaps
 from disagg.policies import registry
 from disagg.policies.vocabulary import PS_PER_MS, PS_PER_S, PS_PER_US, Request, Role
 from disagg.simulator import ModelTiming, SimulatedCluster
@@ -57,6 +58,7 @@ class World:
         launch: tuple[int, int] | tuple[int, int, bool] | None = None,
         is_late: bool | None = None,
         is_logged: bool = True,
+        gaps: LaunchGaps | None = None,
         **config: Any,
     ) -> None:
         fleet = executors(fleet) if isinstance(fleet, str) else fleet
@@ -69,7 +71,9 @@ class World:
         self.rows: list[Any] = []
         self.delivered: list[Deliver] = []
         self.logs: dict[int, list[bytes]] = {i: [] for i in range(len(fleet) + 1)}
-        timing = ModelTiming({e.id: cost for e in fleet}, latency, jitter)
+        timing = ModelTiming(
+            {e.id: cost for e in fleet}, latency, jitter, gaps=None if gaps is None else {e.id: gaps for e in fleet}
+        )
         if is_late is not None:
             timing.may_be_late = is_late
         self.cluster = SimulatedCluster(
@@ -151,6 +155,7 @@ def random_world(
         launch=draw.choice([None, (1, 2), (1, 2, True), (4, 2, True)]),
         is_late=is_late,
         is_logged=is_logged,
+        gaps=LaunchGaps(*(i * PS_PER_US for i in range(1, 10))) if seed % 3 == 0 else None,
         context_router=PolicySpec(draw.choice(routers)),
         generation_router=PolicySpec(draw.choice(routers)),
         generation_binding=draw.choice(["at_context_done", "at_arrival"]),
