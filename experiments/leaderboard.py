@@ -111,14 +111,13 @@ def compute(
                 continue
             config = scenario.with_entry(entry)
             runs += _runs(scenario, entry, config, size, _is_chosen(scenario, scenarios, size.stale_scenarios))
-            if scenario.experiment.policy.roles is not None:
+            if _no_regret(scenario.experiment):
                 continue
             if _is_chosen(scenario, scenarios, size.regret_scenarios):
                 short = cut_short(config, size.regret_run, -(-size.regret_run // 3))
                 text = task_text(short, entry.digest, num_requests=size.regret_requests)
                 regrets.append((scenario.name, entry.label, text))
-        no_regret = "" if scenario.experiment.policy.roles is None else "no regret: executors change roles"
-        board[number] = replace(board[number], left_out=left_out, no_regret=no_regret)
+        board[number] = replace(board[number], left_out=left_out, no_regret=_no_regret(scenario.experiment))
     texts = [task_text(run.experiment, run.digest) for run in runs]
     book = begin()
     answers = book.look_up(run_task, texts, "simulations", _failed, "runs")
@@ -134,6 +133,13 @@ def compute(
         if any(run.place.policy == e.label for run in runs)
     ]
     return Board(metric, quick, git_commit(), tuple(board), tuple(policies), tuple(samples), tuple(found))
+
+
+def _no_regret(config: Experiment) -> str:
+    """Why one decision of its runs cannot be changed with all others as they were, or nothing."""
+    if config.policy.roles is not None:
+        return "no regret: executors change roles"
+    return "no regret: requests move while they run" if config.policy.migration is not None else ""
 
 
 def _is_chosen(scenario: Scenario, scenarios: Sequence[Scenario], names: Sequence[str]) -> bool:
