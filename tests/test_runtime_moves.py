@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from disagg.core.config import PolicySpec
 from disagg.core.event_log import replay
 from disagg.core.tables import DecisionRow, StayRow, TransferRow
-from disagg.runtime.executor_spec import HardwareSpec, ModelSource
+from disagg.runtime.executor_spec import ModelSource
 from disagg.runtime.hardware_run import HardwareResult, run_cluster
 from disagg.simulator.recorded import Recording, conform
 from tests.runtime_programs.clusters import cluster, context, generation, submissions
@@ -20,62 +20,53 @@ from tests.tiny_models import SHAPES, prompts
 pytestmark = pytest.mark.mpi
 GRANTS, DEPTH = 2, 2
 NUM_TOKENS = 40
-RESTLESS = """
+MOVED = 6  # requests 1 to 6 move, 7 to 12 ask the same and stay
+RESTLESS = f"""
 from disagg.policies import MigrationPolicy, MoveRequest
 
 
 class ToAndFro(MigrationPolicy):
-    '''Every 8 ms whatever generates at one executor goes to the other.'''
+    '''Every 8 ms the first requests go from one executor to the other.'''
 
     interval_ps = 8 * 10**9
 
     def migrate(self, fleet, movable):
-        other = {2: 3, 3: 2}
-        return [MoveRequest(request.id, other[e]) for e in other for request in movable.get(e, ())]
+        other = {{2: 3, 3: 2}}
+        return [MoveRequest(r.id, other[e]) for e in other for r in movable.get(e, ()) if r.id <= {MOVED}]
 """
 
 
-def served(spec: HardwareSpec) -> HardwareResult:
-    texts = prompts(SHAPES["llama"], [5, 19, 12, 7, 23, 9], seed=5)
-    result = run_cluster(spec, submissions(texts, NUM_TOKENS), timeout_s=120)
-    assert isinstance(result, HardwareResult)
-    assert [row.error for row in result.sends] == [None] * len(texts)
-    return result
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[HardwareResult, HardwareResult]:
-    """The same load where everybody stays, and where everybody moves again and again."""
+def result(tmp_path_factory: pytest.TempPathFactory) -> HardwareResult:
     folder: Path = tmp_path_factory.mktemp("moves")
     (folder / "moves.py").write_text(RESTLESS)
+    layouts = [context(), generation(), generation()]
     model = ModelSource(SHAPES["llama"], seed=3)
-    spec = cluster(
-        model, [context(), generation(), generation()], steps_per_grant=GRANTS, pipeline_depth=DEPTH, plan_ahead=True
-    )
+    spec = cluster(model, layouts, steps_per_grant=GRANTS, pipeline_depth=DEPTH, plan_ahead=True)
     moving = replace(spec.orchestrator, migration=PolicySpec("moves.py:ToAndFro"), policy_root=str(folder))
-    return served(cluster(model, [context(), generation()])), served(replace(spec, orchestrator=moving))
+    texts = prompts(SHAPES["llama"], [5, 19, 12, 7, 23, 9], seed=5)
+    done = run_cluster(replace(spec, orchestrator=moving), submissions(texts * 2, NUM_TOKENS), timeout_s=120)
+    assert isinstance(done, HardwareResult)
+    return done
 
 
-def test_requests_that_moved_while_they_ran_have_the_tokens_of_those_that_stayed(
-    results: tuple[HardwareResult, HardwareResult],
-) -> None:
-    stayed, moved = results
-    assert [row.token_ids for row in moved.sends] == [row.token_ids for row in stayed.sends]
-    assert {len(row.token_ids) for row in moved.sends} == {NUM_TOKENS}
-    told = [row for row in moved.rows if isinstance(row, DecisionRow) and row.stage == "migration"]
-    stays = [row for row in moved.rows if isinstance(row, StayRow) and row.stage == "generation"]
-    transfers = [row for row in moved.rows if isinstance(row, TransferRow)]
-    assert len(told) >= len(stays) - len(moved.sends) > len(moved.sends)  # most moved more than once
+def test_requests_that_move_while_they_run_have_the_tokens_of_those_that_stay(result: HardwareResult) -> None:
+    assert [row.error for row in result.sends] == [None] * 2 * MOVED
+    tokens = [row.token_ids for row in result.sends]
+    assert tokens[:MOVED] == tokens[MOVED:]
+    assert {len(each) for each in tokens} == {NUM_TOKENS}
+    told = [row for row in result.rows if isinstance(row, DecisionRow) and row.stage == "migration"]
+    stays = [row for row in result.rows if isinstance(row, StayRow) and row.stage == "generation"]
+    transfers = [row for row in result.rows if isinstance(row, TransferRow)]
+    assert len(told) >= len(stays) - 2 * MOVED > MOVED  # most moved more than once
+    assert len([row for row in stays if row.request_id is not None and row.request_id > MOVED]) == MOVED
+    assert sum(row.num_tokens for row in stays) == 2 * MOVED * (NUM_TOKENS - 1)
     assert len(transfers) == len(stays)
-    assert sum(row.num_tokens for row in stays) == len(moved.sends) * (NUM_TOKENS - 1)
     assert all(row.ok for row in transfers)
     assert max(row.num_tokens for row in transfers) > 23  # of more than a prompt
 
 
-def test_what_moved_can_be_replayed_and_simulated_on_its_own_times(
-    results: tuple[HardwareResult, HardwareResult],
-) -> None:
-    _, moved = results
-    for log in moved.logs.values():
+def test_what_moved_can_be_replayed_and_simulated_on_its_own_times(result: HardwareResult) -> None:
+    for log in result.logs.values():
         assert replay(log) > 6
-    assert conform(Recording(moved.logs, step_ends(moved)), dict.fromkeys((1, 2, 3), (GRANTS, DEPTH, True))) > 100
+    assert conform(Recording(result.logs, step_ends(result)), dict.fromkeys((1, 2, 3), (GRANTS, DEPTH, True))) > 100
