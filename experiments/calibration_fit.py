@@ -22,26 +22,10 @@ from .profile_file import ChunkFit, CurveFit, DecodeFit, Residual, row_multiple
 
 Floats = NDArray[np.float64]
 _KV_KNOTS: Final = (0, 512, 2048, 8192, 32_768, 131_072, 524_288, 2_097_152)
+# Rows of the engine's own steps, which are a staircase: between two of them lies nothing to interpolate.
 _ROW_KNOTS: Final = (
-    0,
-    16,
-    32,
-    64,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-    3072,
-    4096,
-    6144,
-    8192,
-    12_288,
-    16_384,
+    *(0, 16, 32, *CHUNK_GRAPH_ROWS, *range(1152, 2049, 128)),
+    *(2304, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 12_288, 16_384),
 )
 _BATCH_KNOTS: Final = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 _FAR: Final = 5.0  # standard deviations, by the median of deviations
@@ -50,7 +34,7 @@ _STALLED: Final = 10.0  # times the median
 _LEAST_SAMPLES: Final = 3
 _ROUNDS: Final = 5
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
-_LEAST_RATIO: Final = 1.1  # of a knot to the one before
+_LEAST_RATIO: Final = 1.05  # of a knot to the one before
 
 
 class Points(NamedTuple):

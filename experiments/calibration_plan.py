@@ -29,7 +29,10 @@ from .workload import Workload
 _TOKEN_IDS: Final = 128  # prompts draw from so many ids: one byte each on the way, and no matter to a device
 _MOST_KV_TOKENS: Final = 1 << 18  # in one decode batch
 _LEVELS: Final = (16, 128, 512, 1024, 2048, 4096, 8192, 16384)
-_PROMPTS: Final = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_PROMPTS: Final = (
+    *(16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048),
+    *(2304, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
+)
 _BURSTS: Final = ((2, 32), (4, 128), (8, 128), (2, 512), (4, 512), (8, 1024), (16, 64), (32, 256))
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
@@ -124,14 +127,26 @@ def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
 
 
 def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
-    """Full batches at several context lengths whose sequences end one batch size after another."""
+    """Full batches at several mean context lengths whose sequences end one batch size after another.
+
+    Lengths are unlike in each, as users' are: attention over such a batch takes longer than over one of equal lengths.
+    """
     for number in range(effort.rounds):
+        random = Random(17 + number)
         for level in _LEVELS[:: effort.share if number % 2 == 0 else -effort.share]:
             ends = _staggered(_batch_at(cluster, level, effort), effort.hold)
             if ends and level <= effort.most_tokens and level + max(ends) + 2 <= cluster.longest:
-                asks = [_Ask(level, end) for end in ends for _ in range(cluster.num_decoding)]
+                lengths = _spread(level, len(ends), cluster.longest - max(ends) - 2, random)
+                asks = [_Ask(n, end) for n, end in zip(lengths, ends, strict=True) for _ in range(cluster.num_decoding)]
                 yield f"decodes at {level} tokens", asks, None, True
         yield "decodes at mixed lengths", list(_unlike(cluster, effort, Random(7 + number))), None, True
+
+
+def _spread(mean: int, count: int, most: int, random: Random) -> list[int]:
+    """Lengths about a mean, a third of it to twice as long: their sum is not above that of as many of the mean."""
+    shares = [min(2.0, max(1 / 3, random.lognormvariate(0, 0.6))) for _ in range(count)]
+    scale = mean * count / sum(shares)
+    return [max(1, min(most, int(share * scale))) for share in shares]
 
 
 def _unlike(cluster: _Cluster, effort: Effort, random: Random) -> Iterator[_Ask]:

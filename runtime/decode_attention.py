@@ -1,9 +1,10 @@
 """Attention of one new token per sequence over its pages: split-KV flash decoding (Dao et al., 2023), in Triton.
 
-A sequence's KV is cut into at most `max_splits` parts of at least `min_split` tokens, so that one long sequence does not
-wait for one program; the parts are merged by their log-sum-exp, in a small batch by the program that ends last, in a large
-one, where that costs the many programs registers, by a kernel of its own. All sizes of the launch are fixed by the batch
-size alone, so that a CUDA graph can hold it while lengths grow.
+A sequence's KV is cut into at most `max_splits` parts, so that one long sequence does not wait for one program: in a small
+batch of at least `min_split` tokens, in a large one of as many as make some waves of programs of all KV there is, which one
+program finds out once a step. The parts are merged by their log-sum-exp, in a small batch by the program that ends last, in
+a large one, where that costs the many programs registers, by a kernel of its own. All sizes of the launch are fixed by the
+batch size alone, so that a CUDA graph can hold it while lengths grow.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from .dependent_launch import overlaps, wait_for_kernel_before
 
 
 @triton.jit
+def _even_part(span, cut, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tokens of each of the parts, about as long as `cut`, that a sequence is cut into."""
+    parts = tl.minimum(tl.maximum((span + cut // 2) // cut, 1), SPLITS)
+    return tl.cdiv(tl.cdiv(span, parts), BLOCK) * BLOCK
+
+
+@triton.jit
 def _split(  # type: ignore[no-untyped-def]
     q,
     q_stride,
@@ -31,6 +39,7 @@ def _split(  # type: ignore[no-untyped-def]
     partial,
     sums,
     arrived,
+    cut,
     out,
     scale,
     num_kv,
@@ -51,11 +60,14 @@ def _split(  # type: ignore[no-untyped-def]
     wait_for_kernel_before(PDL)
     head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    split = SPLITS - 1 - tl.program_id(2)  # the parts of long sequences first: what is short fills the gaps at the end
     length = tl.load(positions + sequence) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+    if FUSED:
+        per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+    else:
+        per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     start = oldest + split * per_split
     stop = tl.minimum(start + per_split, length)
     row = tl.arange(0, ROWS)
@@ -151,13 +163,13 @@ def _merge(  # type: ignore[no-untyped-def]
     positions,
     partial,
     sums,
+    cut,
     out,
     num_kv,
     window,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
     PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -168,10 +180,37 @@ def _merge(  # type: ignore[no-untyped-def]
     length = tl.load(positions + sequence) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+    per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     if span > per_split:
         pair = sequence * num_kv + tl.program_id(0)
         _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, PADDED, GROUP_PADDED)
+
+
+@triton.jit
+def _find_cut(  # type: ignore[no-untyped-def]
+    positions,
+    batch,
+    num_kv,
+    window,
+    programs,
+    cut,
+    LEAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_kernel_before(PDL)
+    total = 0
+    for first in range(0, batch, WIDTH):
+        place = first + tl.arange(0, WIDTH)
+        length = tl.load(positions + place, mask=place < batch, other=-1) + 1
+        total += tl.sum(tl.minimum(length, window), 0)
+    tl.store(cut, tl.maximum(LEAST, tl.cdiv(total * num_kv, programs)))
+
+
+_LEAST_CUT = 512  # tokens: shorter parts cost more in partial results than they balance (33 × 300: 28 µs, whole 18)
+_WAVES = (
+    4  # programs a multiprocessor, in all: sequences of one length make whole parts up to 1,024 tokens and 64 of them
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +222,7 @@ class SplitSizes:
     max_splits: int = 16
     num_warps: int = 4
     num_stages: int = 3
-    fused: bool = False  # the merge is done by the last part
+    fused: bool = False  # the merge is done by the last part; else `min_split` is found on the device
 
 
 def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
@@ -195,7 +234,7 @@ def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
     min_split = max(64, min(2048, triton.next_power_of_2(1024 // wanted)))
     max_splits = max(8, min(32, triton.next_power_of_2(wanted)))
     if batch * num_kv >= 2 * num_sms:
-        return SplitSizes(64, 2 * min_split if min_split >= 1024 else min_split, max_splits, num_warps=8, num_stages=2)
+        return SplitSizes(64, 0, max_splits, num_warps=8, num_stages=2)
     return SplitSizes(64, min_split, max_splits, num_warps=4, num_stages=2, fused=True)
 
 
@@ -215,10 +254,23 @@ class DecodeAttention:
         self._partial = torch.empty(slots * dim, dtype=torch.float32, device=device)
         self._sums = torch.empty(slots * 2, dtype=torch.float32, device=device)
         self._arrived = torch.zeros(max_batch * num_kv, dtype=torch.int32, device=device)
+        self._cut = torch.full((1,), _LEAST_CUT, dtype=torch.int32, device=device)
 
     def sizes(self, batch: int) -> SplitSizes:
         """How a launch for `batch` sequences is cut."""
         return split_sizes(batch, self._num_kv, self._num_sms)
+
+    def find_cut(self, positions: Tensor, sizes: SplitSizes | None = None) -> None:
+        """Once a step, before its layers: how long parts are to be, by all KV of the batch.
+
+        Sequences of unlike lengths would wait for the longest if each were one part; of one length they are one part each.
+        """
+        batch = positions.shape[0]
+        sizes = self.sizes(batch) if sizes is None else sizes
+        if not sizes.fused:
+            programs, width = _WAVES * self._num_sms, min(1024, triton.next_power_of_2(batch))
+            more = {"LEAST": _LEAST_CUT, "WIDTH": width, "num_warps": 1, **overlaps()}
+            _find_cut[(1,)](positions, batch, self._num_kv, self._window, programs, self._cut, **more)
 
     def __call__(
         self,
@@ -234,12 +286,12 @@ class DecodeAttention:
 
         q [sequences, ≥ query heads · head_dim] with rows of any stride; positions int32 [sequences]; tables int32
         [sequences, width]; k_pages, v_pages [blocks, KV heads, tokens, head_dim], each block
-        contiguous; out [sequences, query heads · head_dim], contiguous.
+        contiguous; out [sequences, query heads · head_dim], contiguous. `find_cut` comes before.
         """
         batch = positions.shape[0]
         sizes = self.sizes(batch) if sizes is None else sizes
         shared = {"GROUP": self._group, "DIM": self._dim, "BLOCK": sizes.block}
-        shared |= {"MIN_SPLIT": sizes.min_split, "SPLITS": sizes.max_splits}
+        shared["SPLITS"] = sizes.max_splits
         shared["PADDED"] = triton.next_power_of_2(sizes.max_splits)
         shared["GROUP_PADDED"] = triton.next_power_of_2(self._group)
         _split[(self._num_kv, batch, sizes.max_splits)](
@@ -254,12 +306,14 @@ class DecodeAttention:
             self._partial,
             self._sums,
             self._arrived,
+            self._cut,
             out,
             self._scale,
             self._num_kv,
             self._window,
             ROWS=max(16, triton.next_power_of_2(self._group)),
             TOKENS=k_pages.shape[2],
+            MIN_SPLIT=sizes.min_split,
             FUSED=sizes.fused,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps,
@@ -272,6 +326,7 @@ class DecodeAttention:
                 positions,
                 self._partial,
                 self._sums,
+                self._cut,
                 out,
                 self._num_kv,
                 self._window,

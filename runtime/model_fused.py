@@ -114,6 +114,8 @@ class FusedModel:
         # What each rank has of a sum; without peers one place serves for all.
         parts = [space["delta"] if peers is None else peers.slot(which, rows) for which in (ATTENDED, GATED)]
         residual = space["residual"]
+        if num_decodes:
+            self.decode_attention.find_cut(positions[:num_decodes], sizes)
         if peers is None:
             rms_norm(self._enter(token_ids, residual), self._weights.layers[0].input_norm, eps, normed)
         else:
@@ -225,6 +227,7 @@ class FusedModel:
         place, eps = self._place, self._shape.rms_norm_eps
         residual = self._enter(token_ids, self._space["residual"][:1])
         qkv, attended, gated = (self._space[name][:1] for name in ("qkv", "attended", "gated"))
+        self.decode_attention.find_cut(positions, sizes)
         for layer, weights in enumerate(self._weights.layers):
             gemv(residual, weights.qkv, qkv, bias=weights.qkv_bias, norm=weights.input_norm, eps=eps)
             k_pages, v_pages = self._rotate_and_write(layer, qkv, positions, sequences, tables)

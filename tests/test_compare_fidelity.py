@@ -214,7 +214,8 @@ def test_disaggregated_held_out_clusters_are_the_calibrated_one() -> None:
                 ("context_servers", base.context_servers),
                 ("generation_servers", base.generation_servers),
             ):
-                assert getattr(cluster, servers).model_copy(update={"num_instances": theirs.num_instances}) == theirs
+                sizes = {"num_instances": theirs.num_instances, "tensor_parallel_size": theirs.tensor_parallel_size}
+                assert getattr(cluster, servers).model_copy(update=sizes) == theirs
             if not path.stem.startswith("4gpu"):
                 assert cluster.context_servers.num_instances == cluster.generation_servers.num_instances == 1
             assert cluster.cache_transceiver.backend == base.cache_transceiver.backend

@@ -166,7 +166,7 @@ def test_what_is_no_monotone_curve_is_refused(start: int, knots: tuple[int, ...]
 
 
 def test_steps_with_chunks_are_padded_above_the_first_multiple() -> None:
-    assert [padded_rows(rows) for rows in (1, 63, 64, 65, 128, 129, 8191)] == [1, 63, 64, 128, 128, 192, 8192]
+    assert [padded_rows(rows) for rows in (1, 63, 64, 65, 128, 129, 8191)] == [1, 63, 64, 65, 128, 256, 8192]
 
 
 @settings(deadline=None)

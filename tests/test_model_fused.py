@@ -11,6 +11,7 @@ import torch
 
 from disagg.core.step_sizes import graph_sizes
 from disagg.policies.vocabulary import SamplingConfig
+from disagg.runtime import decode_attention
 from disagg.runtime.decode_attention import DecodeAttention, SplitSizes, split_sizes
 from disagg.runtime.model_kernels import argmax_rows
 from disagg.runtime.model_place import Place
@@ -25,8 +26,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("sizes", [SplitSizes(16, 16, 4), SplitSizes(16, 64, 4), SplitSizes(16, 16, 2)])
 def test_decode_attention_over_scattered_pages_equals_softmax_over_the_tokens(
-    window: int | None, sizes: SplitSizes, fused: bool
+    window: int | None, sizes: SplitSizes, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(decode_attention, "_LEAST_CUT", sizes.min_split)
     torch.manual_seed(0)
     num_query, num_kv, dim, tokens, blocks = 8, 2, 16, 4, 40
     k_pages, v_pages = torch.randn(2, blocks, num_kv, tokens, dim, device=DEVICE)
@@ -37,6 +39,7 @@ def test_decode_attention_over_scattered_pages_equals_softmax_over_the_tokens(
     attention = DecodeAttention(8, num_query, num_kv, dim, window, torch.device(DEVICE))
     out = torch.full((len(lengths), num_query * dim), torch.nan, device=DEVICE)
     for _ in range(2):  # the second finds the counters as the first left them
+        attention.find_cut(positions, replace(sizes, fused=fused))
         attention(qkv, positions, tables, k_pages, v_pages, out, replace(sizes, fused=fused))
     for i, length in enumerate(lengths):
         if length == 0:
@@ -62,8 +65,28 @@ def test_the_greatest_logit_is_found_and_of_equals_the_first() -> None:
     assert found.tolist() == logits[:, :3000].argmax(dim=-1).tolist()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "window", "cut"),
+    [
+        ([1024] * 64, None, 993),  # of one length: whole
+        ([900] * 39 + [9000], None, 669),  # (39 · 900 + 9000) · 8 heads in 4 · 132 programs
+        ([900] * 39 + [9000], 1000, 547),
+        ([16] * 40, None, 512),
+        ([512] * 1500, None, 11637),  # more than one look at the positions
+    ],
+)
+def test_in_a_large_batch_long_sequences_are_cut_by_what_there_is_to_read_in_all(
+    lengths: list[int], window: int | None, cut: int
+) -> None:
+    attention = DecodeAttention(40, 32, 8, 16, window, torch.device(DEVICE))
+    attention._num_sms = 132
+    positions = torch.tensor(lengths, dtype=torch.int32, device=DEVICE) - 1
+    attention.find_cut(positions)
+    assert attention._cut.item() == cut
+
+
 def test_a_launch_is_cut_by_the_batch_size_alone_and_fills_the_device() -> None:
-    for batch in (1, 4, 16, 64, 256):
+    for batch in (1, 4, 16, 32):
         sizes = split_sizes(batch, 8)
         parts = min(sizes.max_splits, max(1, 1024 // sizes.min_split))
         assert batch * 8 * parts >= 64
