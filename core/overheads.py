@@ -13,7 +13,8 @@ class LaunchGaps(Struct, frozen=True):
     """Picoseconds that the first step of a plan takes longer than such a step takes inside a plan.
 
     By what the executor did before (nothing, decodes, chunks) and what it does now; `joined` and `left` are for each
-    sequence that enters and leaves the decode batch. A plan that goes on with its epoch has `continued`.
+    sequence that enters and leaves the decode batch, `sequence_after_chunk` for each in it where a step with chunks came
+    before: the host sees to all of them then. A plan that goes on with its epoch has `continued`.
     """
 
     decode_after_idle: int = 0
@@ -25,8 +26,9 @@ class LaunchGaps(Struct, frozen=True):
     continued: int = 0
     joined: int = 0
     left: int = 0
+    sequence_after_chunk: int = 0
 
-    def of(self, before: str, has_chunks: bool, num_joined: int, num_left: int) -> int:
+    def of(self, before: str, has_chunks: bool, num_joined: int, num_left: int, num_decodes: int) -> int:
         """`before`: idle, decode or chunk."""
         if has_chunks:
             if before == "decode":
@@ -35,7 +37,9 @@ class LaunchGaps(Struct, frozen=True):
         gap = self.joined * num_joined + self.left * num_left
         if before == "decode":
             return gap + self.decode_after_decode
-        return gap + (self.decode_after_chunk if before == "chunk" else self.decode_after_idle)
+        if before == "chunk":
+            return gap + self.decode_after_chunk + self.sequence_after_chunk * num_decodes
+        return gap + self.decode_after_idle
 
 
 class MessageLatency(Struct, frozen=True):

@@ -278,9 +278,13 @@ def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int
         chosen = (columns["kind"] == FIRST) & (columns["before"] == before)
         if chosen.sum() >= _LEAST_SAMPLES:
             kept = np.flatnonzero(chosen)[keep_near(ns[chosen])]
-            gaps[f"decode_after_{before}"] = max(0, round(float(gap[kept].mean()) * 1000))
+            each = _slope(columns["num_decodes"][kept], gap[kept]) if before == "chunk" else 0.0
+            own = gap[kept] - each * columns["num_decodes"][kept]
+            gaps[f"decode_after_{before}"] = max(0, round(float(own.mean()) * 1000))
+            if each:
+                gaps["sequence_after_chunk"] = round(each * 1000)
             told[kept] = True
-    known = [value for name, value in gaps.items()]
+    known = [value for name, value in gaps.items() if name.startswith("decode_after")]
     for before in ("idle", "decode", "chunk"):  # what never happened is like what did
         if known:
             gaps.setdefault(f"decode_after_{before}", round(sum(known) / len(known)))
@@ -289,9 +293,19 @@ def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int
         gaps["continued"] = max(0, round(float(gap[chosen][keep_near(ns[chosen])].mean()) * 1000))
     if not told.any():
         return gaps, []
-    with_gap = fitted_ns[told] + [gaps[f"decode_after_{before}"] / 1000 for before in columns["before"][told]]
+    found = LaunchGaps(**gaps)
+    beside = zip(columns["before"][told], columns["num_decodes"][told].tolist(), strict=True)
+    with_gap = fitted_ns[told] + [found.of(before, False, 0, 0, decodes) / 1000 for before, decodes in beside]
     num_first = int((columns["kind"] == FIRST).sum())
     return gaps, [_residual_of_samples("first decode steps of plans", ns[told], with_gap, num_first)]
+
+
+def _slope(values: NDArray[Any], ns: Floats) -> float:
+    """Nanoseconds more for one more of `values`, by least squares; none where it is not told, or fewer."""
+    off = values - values.mean()
+    if len(values) < 2 * _LEAST_SAMPLES or not off.any():
+        return 0.0
+    return max(0.0, float(off @ ns / (off @ off)))
 
 
 def _residual_of_samples(family: str, ns: Floats, fitted: Floats, num_samples: int) -> Residual:

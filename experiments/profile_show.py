@@ -140,7 +140,8 @@ def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -
         units = cost.time_of_sums(num_decodes, num_kv, *chunks)
         gap = 0
         if row["kind"] == FIRST:
-            gap = entry.gaps.of(row["before"], bool(row["num_chunks"]), int(row["num_joined"]), int(row["num_left"]))
+            joined, left, decodes = (int(row[name]) for name in ("num_joined", "num_left", "num_decodes"))
+            gap = entry.gaps.of(row["before"], bool(row["num_chunks"]), joined, left, decodes)
         elif row["kind"] != FOLLOWING:
             gap = entry.gaps.continued
         found.append(units / UNITS_PER_NS + gap / 1000)

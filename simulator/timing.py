@@ -69,7 +69,7 @@ class _Clock:
         before = "idle" if self.ended < now else self._before
         self.ended = now
         self._before = "chunk" if run.chunks else "decode"
-        return gaps.of(before, bool(run.chunks), len(run.joined), len(run.left))
+        return gaps.of(before, bool(run.chunks), len(run.joined), len(run.left), run.num_decodes)
 
 
 class ModelTiming:

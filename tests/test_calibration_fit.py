@@ -69,7 +69,7 @@ def test_decode_steps_are_told_to_half_a_percent_in_spite_of_outliers() -> None:
             for i in range(12):
                 slow = 30_000 if i == 5 and batch in (4, 32) else 0
                 samples.append(decode_sample(batch, batch * context + i * batch, FOLLOWING, "same", slow, random))
-        for before, gap in (("idle", 900), ("decode", 1200), ("chunk", 700)):
+        for before, gap in (("idle", 900), ("decode", 1200), ("chunk", 700 + 20 * batch)):
             samples += [decode_sample(batch, batch * 500, FIRST, before, gap, random) for _ in range(5)]
         samples += [decode_sample(batch, batch * 500, CONTINUED, "decode", 400, random) for _ in range(5)]
     fit = fit_engine(samples, "cuda", 64)
@@ -82,6 +82,7 @@ def test_decode_steps_are_told_to_half_a_percent_in_spite_of_outliers() -> None:
     assert fit.gaps.decode_after_idle == pytest.approx(900 * US, rel=0.06)
     assert fit.gaps.decode_after_decode == pytest.approx(1200 * US, rel=0.06)
     assert fit.gaps.decode_after_chunk == pytest.approx(700 * US, rel=0.06)
+    assert fit.gaps.sequence_after_chunk == pytest.approx(20 * US, rel=0.06)
     assert fit.gaps.continued == pytest.approx(400 * US, rel=0.1)
     residual = fit.residuals[0]
     assert 8 <= residual.num_outliers <= 12  # those, and what is left of the noise's tails

@@ -26,6 +26,7 @@ GAPS = LaunchGaps(
     chunk_after_chunk=6 * MS,
     continued=7 * MS,
     joined=MS // 10,
+    sequence_after_chunk=MS // 100,
 )
 
 
@@ -52,7 +53,7 @@ def test_the_first_step_of_an_epoch_waits_for_its_launch_by_what_was_before_it()
     assert timing.end_of_step(1, 1) == ended + 16 * MS
     ended = timing.end_of_step(1, 1)
     timing.begin(1, decodes(5), ended)
-    assert timing.end_of_step(1, 1) == ended + 13 * MS
+    assert timing.end_of_step(1, 1) == ended + 13 * MS + MS // 100  # and the one sequence's part
     ended = timing.end_of_step(1, 1)
     timing.begin(1, chunk(6), ended + 1)  # after a rest
     assert timing.end_of_step(1, 1) == ended + 1 + 14 * MS
