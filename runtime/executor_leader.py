@@ -69,8 +69,10 @@ from .wire import (
     ReceiveKvOrder,
     ServeKvOrder,
     TokenChunk,
+    TokenChunks,
 )
 
+ToUser = Response | Report | TokenChunk | TokenChunks
 _WAKE: Final = Wake()
 _CORE_MESSAGES: Final = (Cancel, FirstTokens, KvWithdrawn, LeaseRenewed, MoveOut, RoleChanged, Shutdown)
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -100,7 +102,7 @@ class LeaderSession:
         engine: EngineThread,
         transfers: RankTransfers,
         send: Callable[[int, Body], object],
-        to_user: Callable[[Response | Report | TokenChunk], None],
+        to_user: Callable[[ToUser], None],
         *,
         log: bool = True,
         on_record: Callable[[Any], None] | None = None,
@@ -374,12 +376,15 @@ class LeaderSession:
             self._refused = span.run
 
     def _stream(self, request_ids: list[int]) -> None:
+        chunks = []
         for request_id in request_ids:
             sequence = self._sequences.get(request_id)
             if sequence is not None and sequence.request.streaming and sequence.num_sent < len(sequence.generated):
                 tokens = tuple(sequence.generated[sequence.num_sent :])
-                self._to_user(TokenChunk(request_id, sequence.num_sent, tokens))
+                chunks.append(TokenChunk(request_id, sequence.num_sent, tokens))
                 sequence.num_sent = len(sequence.generated)
+        if chunks:
+            self._to_user(TokenChunks(tuple(chunks)))
 
 
 def obey_kv_order(transfers: RankTransfers, order: Body) -> bool:

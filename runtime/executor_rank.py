@@ -9,7 +9,6 @@ from typing import Any, Final
 
 import msgspec
 
-from ..core.events import Report, Response
 from .clock import Clock
 from .clock_offsets import answer_probes
 from .collectives import Collectives, SingleRank
@@ -19,7 +18,7 @@ from .engine_build import build_stepper, executor_collectives
 from .executor_engine import EngineThread
 from .executor_inbox import Arrived, Inbox, RankDown, StepReport
 from .executor_kv import RankTransfers
-from .executor_leader import ExecutorRecord, LeaderSession, obey_kv_order
+from .executor_leader import ExecutorRecord, LeaderSession, ToUser, obey_kv_order
 from .executor_post import Post
 from .executor_spec import Roster
 from .kernel_profile import KernelProfile
@@ -30,7 +29,7 @@ from .stepper import Stepper
 from .transport import KvTransport, make_transport
 from .transport_world import throttle_of
 from .weights import load_weights, random_weights
-from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, KvPart, PlanGrant, Ready, RecordsChunk, TokenChunk
+from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, KvPart, PlanGrant, Ready, RecordsChunk
 
 ORCHESTRATOR_RANK: Final = 0
 _PIECE_BYTES: Final = 16 << 20
@@ -161,7 +160,7 @@ class ExecutorRank:
     def open_session(
         self,
         config: SessionConfig,
-        to_user: Callable[[Response | Report | TokenChunk], None],
+        to_user: Callable[[ToUser], None],
         on_record: Callable[[Any], None] | None = None,
     ) -> LeaderSession:
         """Begin a session as leader: a fresh core, and a fresh engine on every rank of the executor."""
@@ -315,7 +314,7 @@ class ExecutorRank:
         self.post.send(ORCHESTRATOR_RANK, Fault(_text(error)))
         self._await_goodbye()  # so that the fault gets there: this process is about to kill itself
 
-    def _to_orchestrator(self, body: Response | Report | TokenChunk) -> None:
+    def _to_orchestrator(self, body: ToUser) -> None:
         self.post.send(ORCHESTRATOR_RANK, body)
 
     def _ship_record(self, record: ExecutorRecord) -> None:

@@ -14,20 +14,19 @@ from msgspec.structs import replace
 
 from ..core.config import ExecutorConfig
 from ..core.events import Cancel, Report, Shutdown
-from ..core.events import Response as CoreResponse
 from ..core.tables import StayRow, StepRow
 from ..policies.vocabulary import FinishReason, Request
 from .clock import monotonic_ns
 from .executor_answers import Answers, Response
 from .executor_inbox import Arrived, Asked, RankDown, Submitted
-from .executor_leader import LeaderSession
+from .executor_leader import LeaderSession, ToUser
 from .executor_rank import ExecutorRank
 from .executor_spec import HardwareSpec, Roster, SpecError, check_spec
 from .executor_tokens import check_tokens
 from .launcher import LaunchError
 from .mpi_world import MpiWorld
 from .rank_record import RankInfo, SessionConfig
-from .wire import Goodbye, Ready, TokenChunk
+from .wire import Goodbye, Ready, TokenChunk, TokenChunks
 
 _MAX_STATS: Final = 1000  # rows kept until someone asks
 
@@ -203,9 +202,10 @@ class Executor(Closing):
             self._failure = error
             self._answers.broken(f"{type(error).__name__}: {error}")
 
-    def _said(self, body: CoreResponse | Report | TokenChunk) -> None:
-        if isinstance(body, TokenChunk):
-            self._answers.tokens(body.request_id, body.first_index, body.token_ids)
+    def _said(self, body: ToUser) -> None:
+        if isinstance(body, TokenChunk | TokenChunks):
+            for chunk in body.chunks if isinstance(body, TokenChunks) else (body,):
+                self._answers.tokens(chunk.request_id, chunk.first_index, chunk.token_ids)
         elif isinstance(body, Report):
             self._report = body
         else:

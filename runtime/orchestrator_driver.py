@@ -43,7 +43,18 @@ from .executor_spec import EXIT_CONFIGURATION, Roster
 from .launcher import EXIT_RESOURCES
 from .mpi_world import MpiWorld
 from .rank_record import DRAINED, RankInfo, RankRecord, session_config
-from .wire import PROTOCOL_VERSION, Fault, Goodbye, Hello, HiddenStop, KvPart, Ready, RecordsChunk, TokenChunk
+from .wire import (
+    PROTOCOL_VERSION,
+    Fault,
+    Goodbye,
+    Hello,
+    HiddenStop,
+    KvPart,
+    Ready,
+    RecordsChunk,
+    TokenChunk,
+    TokenChunks,
+)
 
 FIRST_DIRECT_ID: Final = 1 << 40  # ids of requests that go past the core
 _DRAIN_S: Final = 5.0  # held KV that nobody will read is given up after so long
@@ -342,6 +353,9 @@ class OrchestratorDriver:
             return
         if isinstance(body, TokenChunk):
             self._tokens(body)
+        elif isinstance(body, TokenChunks):
+            for chunk in body.chunks:
+                self._tokens(chunk)
         elif isinstance(body, Response):
             if body.report is not None:
                 self.reports[executor] = body.report

@@ -21,7 +21,7 @@ from ..core.events import (
 )
 
 MAX_FRAME_BYTES: Final = 64 << 20
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 _MAX_ITEMS: Final = 1 << 22  # of any list: block ids, token ids, request ids
 _MAX_TEXT: Final = 1 << 16
 _MAX_COUNT: Final = 1 << 40
@@ -177,6 +177,12 @@ class TokenChunk(Struct, frozen=True, tag="token_chunk", array_like=True):
     token_ids: TokenIds
 
 
+class TokenChunks(Struct, frozen=True, tag="token_chunks", array_like=True):
+    """What one step yielded, of several requests: a frame each would keep both ends busier than the tokens do."""
+
+    chunks: tuple[TokenChunk, ...]
+
+
 class RecordsChunk(Struct, frozen=True, tag="records_chunk", array_like=True):
     """Encoded rows of a table, or a piece of an event log, for rank 0 to write."""
 
@@ -223,6 +229,7 @@ Control = (
     | AbortKvOrder
     | KvPart
     | TokenChunk
+    | TokenChunks
     | RecordsChunk
     | HiddenStop
     | HealthPing

@@ -65,6 +65,7 @@ BODIES: list[wire.Body] = [
     wire.AbortKvOrder(3, "time-out"),
     wire.KvPart(3, True, True, 4096, 10, 64),
     wire.TokenChunk(7, 1, (5, 6)),
+    wire.TokenChunks((wire.TokenChunk(7, 1, (5, 6)), wire.TokenChunk(8, 0, (3,)))),
     wire.RecordsChunk("steps", b"rows"),
     wire.HiddenStop(7, 12),
     wire.HealthPing(4),
