@@ -27,7 +27,11 @@ class PrefixIndex:
         self._reporting = frozenset(reporting)
         self._place = {executor: i for i, executor in enumerate(num_blocks)}
         self._holders: dict[Name, int] = {}  # block hash: bit set of executors' places
-        self._blocks: dict[int, OrderedDict[Name, None]] = {e: OrderedDict() for e in num_blocks}  # oldest use first
+        # of those that do not report: what each was sent, oldest use first
+        self._sent: dict[int, OrderedDict[Name, None]] = {
+            executor: OrderedDict() for executor in num_blocks if executor not in self._reporting
+        }
+        self._num_reported = dict.fromkeys(self._reporting, 0)  # blocks of those that do
 
     def place(self, executor: int) -> int:
         """The executor's bit in the sets of `levels`."""
@@ -35,7 +39,8 @@ class PrefixIndex:
 
     def num_blocks(self, executor: int) -> int:
         """Blocks it is believed to hold."""
-        return len(self._blocks[executor])
+        sent = self._sent.get(executor)
+        return self._num_reported[executor] if sent is None else len(sent)
 
     def levels(self, hashes: Sequence[Name]) -> list[tuple[int, int]]:
         """(depth, bit set of the executors that hold at least the first `depth` blocks), deeper each time, sets shrinking.
@@ -66,43 +71,47 @@ class PrefixIndex:
         """`executor` was sent a prompt of these blocks."""
         if not (self.is_asked and hashes) or executor in self._reporting:
             return
-        blocks, room = self._blocks[executor], self._num_blocks[executor]
-        self.stored(executor, hashes[:room])
-        while len(blocks) > room:
-            self._drop(executor, blocks.popitem(last=False)[0])
-
-    def stored(self, executor: int, hashes: Sequence[Name]) -> None:
-        """It holds these blocks, used just now; in the order in which they follow each other."""
         self.version += 1
-        blocks, holders, bit = self._blocks[executor], self._holders, 1 << self._place[executor]
-        for block in reversed(hashes):
-            if block in blocks:
-                blocks.move_to_end(block)
+        sent, room = self._sent[executor], self._num_blocks[executor]
+        holders, bit = self._holders, 1 << self._place[executor]
+        for block in reversed(hashes[:room]):
+            if block in sent:
+                sent.move_to_end(block)
             else:
-                blocks[block] = None
+                sent[block] = None
                 holders[block] = holders.get(block, 0) | bit
+        while len(sent) > room:
+            self._drop(sent.popitem(last=False)[0], bit)
 
     def heard(self, executor: int, events: Sequence[Name]) -> None:
         """It has reported these `cache_events`."""
-        first_stored = 1 + events[0]
-        self.removed(executor, events[1:first_stored])
-        self.stored(executor, events[first_stored:])
-
-    def removed(self, executor: int, hashes: Sequence[Name]) -> None:
-        """It holds these blocks no longer."""
         self.version += 1
-        blocks = self._blocks[executor]
-        for block in hashes:
-            if block in blocks:
-                del blocks[block]
-                self._drop(executor, block)
+        holders, bit = self._holders, 1 << self._place[executor]
+        first_stored, change = 1 + events[0], 0
+        for block in events[1:first_stored]:
+            if holders.get(block, 0) & bit:
+                change -= 1
+                self._drop(block, bit)
+        for block in events[first_stored:]:
+            known = holders.get(block, 0)
+            if not known & bit:
+                change += 1
+                holders[block] = known | bit
+        self._num_reported[executor] += change
 
     def lost(self, executor: int) -> None:
         """It is gone, and its blocks with it."""
-        self.removed(executor, list(self._blocks[executor]))
+        self.version += 1
+        bit = 1 << self._place[executor]
+        for block in [block for block, executors in self._holders.items() if executors & bit]:
+            self._drop(block, bit)
+        if executor in self._num_reported:
+            self._num_reported[executor] = 0
+        else:
+            self._sent[executor].clear()
 
-    def _drop(self, executor: int, block: Name) -> None:
-        left = self._holders[block] & ~(1 << self._place[executor])
+    def _drop(self, block: Name, bit: int) -> None:
+        left = self._holders[block] & ~bit
         if left:
             self._holders[block] = left
         else:

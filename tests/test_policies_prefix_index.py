@@ -71,10 +71,16 @@ def test_of_a_prompt_longer_than_the_pool_the_beginning_is_kept() -> None:
 
 
 def test_events_of_an_executor_s_cache_can_take_the_place_of_dispatches() -> None:
-    index = an_index()
-    index.stored(2, (1, 2, 3))
-    index.removed(2, (3, 77))
+    index = PrefixIndex(dict.fromkeys((1, 2, 3), 100), reporting=(2,))
+    index.levels(())
+    index.heard(2, (0, 1, 2, 3))
+    index.heard(2, (2, 3, 77, 2))  # 3 is gone, 77 was never there, 2 was known already
+    index.used(2, (1, 2, 3))
     assert matches(index, [1, 2, 3], (1, 2, 3)) == [0, 2, 0]
+    assert index.num_blocks(2) == 2
+    index.lost(2)
+    assert matches(index, [1, 2, 3], (1, 2, 3)) == [0, 0, 0]
+    assert index.num_blocks(2) == 0
 
 
 def test_who_is_gone_holds_nothing() -> None:
