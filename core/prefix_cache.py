@@ -46,7 +46,7 @@ class PrefixCache(BlockManager):
         self._tokens_per_block = tokens_per_block
         self._block_of: dict[Name, Name] = {}  # by hash
         self._hash_of: dict[Name, Name] = {}  # by registered block
-        self._references: dict[Name, int] = {}  # of a registered block
+        self._references: list[int] = []  # by block, as far as any was registered
         self._cached: OrderedDict[Name, None] = OrderedDict()  # registered blocks without references, first to go first
         self._num_registered: dict[int, int] = {}  # leading blocks of an owner's table
         self._num_arriving: dict[int, int] = {}  # of those, whose owner waits for the KV of its other blocks
@@ -227,7 +227,7 @@ class PrefixCache(BlockManager):
 
     # ---- registered blocks ------------------------------------------------------------------------------------------
 
-    def _shift(self, blocks: Sequence[Name], change: int) -> None:
+    def _shift(self, blocks: Sequence[int], change: int) -> None:
         """Change the references to each block by `change`, one by one: the order is that in which cached ones will go."""
         references, cached = self._references, self._cached
         in_use = held = quarantined = 0
@@ -262,10 +262,13 @@ class PrefixCache(BlockManager):
         elif state == _QUARANTINED:
             self.num_quarantined += n
 
-    def _store(self, block: Name, name: Name) -> None:
+    def _store(self, block: int, name: Name) -> None:
         self._block_of[name] = block
         self._hash_of[block] = name
-        self._references[block] = _ASSIGNED
+        references = self._references
+        if block >= len(references):
+            references += [0] * (block + 1 - len(references))
+        references[block] = _ASSIGNED
         self.num_in_use += 1
         if name in self._removed:
             del self._removed[name]
@@ -275,7 +278,7 @@ class PrefixCache(BlockManager):
     def _evict(self) -> None:
         block, _ = self._cached.popitem(last=False)
         name = self._hash_of.pop(block)
-        del self._block_of[name], self._references[block]
+        del self._block_of[name]
         self._free.append(block)
         if name in self._stored:
             del self._stored[name]
@@ -307,7 +310,10 @@ class PrefixCache(BlockManager):
                 seen.extend(blocks[num_registered:])
         if sorted(seen) != list(range(self.num_blocks)):
             raise BlockError(f"blocks lost or given out twice: {len(seen)} accounted for of {self.num_blocks}")
-        if references != self._references or {name: b for b, name in self._hash_of.items()} != self._block_of:
+        if (
+            references != {b: self._references[b] for b in self._hash_of}
+            or {name: b for b, name in self._hash_of.items()} != self._block_of
+        ):
             raise BlockError(f"references {self._references}, counted {references}")
         if {block for block, number in references.items() if not number} != set(self._cached):
             raise BlockError(f"cached {list(self._cached)}; references {references}")
