@@ -310,11 +310,9 @@ class PrefixCache(BlockManager):
                 seen.extend(blocks[num_registered:])
         if sorted(seen) != list(range(self.num_blocks)):
             raise BlockError(f"blocks lost or given out twice: {len(seen)} accounted for of {self.num_blocks}")
-        if (
-            references != {b: self._references[b] for b in self._hash_of}
-            or {name: b for b, name in self._hash_of.items()} != self._block_of
-        ):
-            raise BlockError(f"references {self._references}, counted {references}")
+        noted = {block: self._references[block] for block in self._hash_of}
+        if references != noted or {name: b for b, name in self._hash_of.items()} != self._block_of:
+            raise BlockError(f"references {noted}, counted {references}")
         if {block for block, number in references.items() if not number} != set(self._cached):
             raise BlockError(f"cached {list(self._cached)}; references {references}")
         in_use = sum(number & _IN_USE > 0 for number in references.values())
