@@ -15,8 +15,6 @@ import msgspec
 MAX_EVENTS: Final = 200_000
 _EPOCHS, _RECEIVE, _SEND = 0, 100, 1000  # first track number of each kind
 _encoder: Final = msgspec.json.Encoder()  # `json.dumps` was a seventh of a run of 20,000 requests
-    msgspec.json.Encoder()
-)  # a tenth of the time of `json.dumps`, which was a quarter of a run of 10,000 requests
 
 
 def write_timeline(run_dir: Path, target: Path, roles: dict[int, str], max_events: int = MAX_EVENTS) -> None:
