@@ -55,7 +55,7 @@ class RunDirectory:
         except BaseException:
             self.discard()
             raise
-        self._write_of = {TABLES[name]: table.write for name, table in self._tables.items()}
+        self.write_of = {TABLES[name]: table.write for name, table in self._tables.items()}  # by a row's type, as it is
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -71,9 +71,9 @@ class RunDirectory:
         if type(row) is RequestRow:
             values = msgspec.structs.astuple(row)
             filled = (values[0], row.phase if phase is None else phase, *values[2:], excluded)
-            self._write_of[RequestRow](filled)
+            self.write_of[RequestRow](filled)
         else:
-            self._write_of[type(row)](row)
+            self.write_of[type(row)](row)
 
     def events_path(self, name: str) -> Path:
         """Where to write the event log `events.<name>`, for a runner that streams it."""

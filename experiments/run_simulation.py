@@ -138,12 +138,15 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
     source = LoadSource(workload)
     load = SimulatedLoad(source, config, progress, point.timeout_s)
 
+    write_of = writer.write_of
+
     def record(row: Any) -> None:
-        if type(row) is RequestRow:
+        kind = type(row)
+        if kind is RequestRow:
             planned = load.planned.pop(row.request_id)
             writer.write(row, phase=planned.phase, excluded=planned.excluded)
         else:
-            writer.write(row)
+            write_of[kind](row)
 
     with ExitStack() as files:
 

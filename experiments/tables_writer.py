@@ -29,9 +29,7 @@ TABLES: Final[dict[str, type[Row]]] = {
 }
 EXCLUDED: Final = "excluded"  # an extra column of requests.parquet: left out of results (warm-up, start burst)
 _ROW_GROUP: Final = 32_768
-_BATCH: Final = (
-    1024  # rows made into columns at once: soon after they were made, while they are in the processor's caches
-)
+_BATCH: Final = 1024  # rows made into columns at once, soon after they were made: they are in the processor's caches
 _EXACT: Final = 1 << 53  # below it every integer is a float
 
 
@@ -39,6 +37,7 @@ class TableWriter:
     """One Parquet file (zstd) of rows of one type. `*_ps` columns become float seconds under the name with `_s`."""
 
     def __init__(self, path: Path, row_type: type[Row]) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path = path
@@ -48,7 +47,9 @@ class TableWriter:
         self._batches: list[pa.RecordBatch] = []
         self._num_in_batches = 0
         self._num_written = 0
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        words = [field.name for field in self._schema if pa.types.is_string(field.type)]
+        # of numbers a dictionary costs more than it saves
+        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=words)
 
     @property
     def num_rows(self) -> int:

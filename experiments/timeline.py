@@ -6,19 +6,21 @@ One process per executor: a track of epochs, and tracks of KV transfers sent and
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, TextIO
+from typing import Any, BinaryIO, Final
+
+import msgspec
 
 MAX_EVENTS: Final = 200_000
 _EPOCHS, _RECEIVE, _SEND = 0, 100, 1000  # first track number of each kind
+_encoder: Final = msgspec.json.Encoder()  # `json.dumps` was a seventh of a run of 20,000 requests
 
 
 def write_timeline(run_dir: Path, target: Path, roles: dict[int, str], max_events: int = MAX_EVENTS) -> None:
     """Write at most about `max_events` events, the earliest of each table; `otherData.truncated` says if some are missing."""
-    with target.open("w", encoding="utf-8") as file:
-        file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
+    with target.open("wb") as file:
+        file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
         budget = _Budget(file, max_events)
         for executor, role in roles.items():
             budget.write(
@@ -34,13 +36,13 @@ def write_timeline(run_dir: Path, target: Path, roles: dict[int, str], max_event
         for row in _rows(run_dir / "steps.parquet", max_events):
             if not budget.write(_epoch(row)):
                 break
-        file.write(f'\n],"otherData":{{"truncated":{json.dumps(budget.truncated)}}}}}\n')
+        file.write(b'\n],"otherData":' + _encoder.encode({"truncated": budget.truncated}) + b"}\n")
 
 
 class _Budget:
     """Counts events, separates them by commas, and keeps lanes so that slices of one track never overlap."""
 
-    def __init__(self, file: TextIO, left: int) -> None:
+    def __init__(self, file: BinaryIO, left: int) -> None:
         self._file = file
         self._left = left
         self._first = True
@@ -53,7 +55,7 @@ class _Budget:
             self.truncated = True
             return False
         self._left -= 1
-        self._file.write(("" if self._first else ",\n") + json.dumps(event, separators=(",", ":")))
+        self._file.write((b"" if self._first else b",\n") + _encoder.encode(event))
         self._first = False
         return True
 

@@ -143,7 +143,6 @@ def rows_of(result: TransferResult) -> list[BenchRow]:
             "copy": "copy alone",
             "batch": "copy alone, by copy engines",
             "transfer": "transfer",
-            "asleep": "transfer, the reader's thread not kept awake",
             "asked first": "transfer, the reader asked before it was sent",
             "both ways": "both ways at once, each",
             "many": "8 in flight",

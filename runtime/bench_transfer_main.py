@@ -63,7 +63,7 @@ class _Bench:
         elements = sum((p.layers[1] - p.layers[0]) * (p.heads[1] - p.heads[0]) for p in self.pieces)
         self.token_bytes = elements * 2 * _HEAD_DIM * 2
         self.progress = Progress(world, lambda rank, data: None, lambda rank: None)
-        self.transport: Any = make_transport(job.backend, self.progress, self.pages)
+        self.transport = make_transport(job.backend, self.progress, self.pages)
         self.progress.start()
         self.next_id = 0
         self.peer_pool: tuple[int, KvPool] | None = None
@@ -148,17 +148,6 @@ class _Bench:
             outcomes = self._carry([(self.next_id, True, num_tokens, 0)], asked_first=asked_first)[1]
             found.append(self._pair_of(outcomes[0]))
         return found[1:]
-
-    def awake_and_asleep(self, num_tokens: int) -> tuple[list[EndPair], list[EndPair]]:
-        """Single transfers by turns: KV that is offered keeps the reader's thread awake, or not. Known to both ranks."""
-        found: tuple[list[EndPair], list[EndPair]] = ([], [])
-        for index in range(2 * (1 + self.job.repeats)):
-            self.transport.keeps_awake = index % 2 == 0
-            self.next_id += 1
-            outcomes = self._carry([(self.next_id, True, num_tokens, 0)])[1]
-            found[index % 2].append(self._pair_of(outcomes[0]))
-        self.transport.keeps_awake = True
-        return found[0][1:], found[1][1:]
 
     def _pair_of(self, outcome: TransferOutcome) -> EndPair:
         """Both ends' marks of a transfer from rank 0 to rank 1."""
@@ -375,10 +364,9 @@ class _Bench:
                 if tokens == _REQUEST:
                     found.append(Measured("batch", tokens, size, self.copy_alone(tokens, "batch"), plain))
             named = tokens == _REQUEST and self.job.variant == "same"
-            pairs, asleep = self.awake_and_asleep(tokens) if named else (self.transfer(tokens), [])
+            pairs = self.transfer(tokens)
             found.append(_whole("transfer", tokens, size, plain, pairs, with_steps=tokens == _REQUEST))
             if named:
-                found.append(_whole("asleep", tokens, size, plain, asleep, with_steps=True))
                 pairs = self.transfer(tokens, asked_first=True)
                 found.append(_whole("asked first", tokens, size, plain, pairs, with_steps=True))
                 found.append(Measured("both ways", tokens, size, self.both_ways(tokens), plain))

@@ -38,14 +38,14 @@ _FIXED = ["flags", "slot", "pairs", "failed", "limit", "first", "stop_at"]
 
 @triton.jit
 def _meet(  # type: ignore[no-untyped-def]
-    memory, flags, row, stop, failed, limit, RANK: tl.constexpr, TP: tl.constexpr, TELL: tl.constexpr
+    memory, flags, row, stop, failed, limit, RANK: tl.constexpr, TP: tl.constexpr
 ):
-    """Tell the peers of `row`, with that memory order, and come back when they have told of it too."""
+    """Tell the peers of `row`, and come back when they have told of it too."""
     own = (memory[RANK] + flags).to(tl.pointer_type(tl.int32)) + row * TP
     count = tl.load(own + RANK) + 1
     for step in tl.static_range(1, TP):
         theirs = (memory[(RANK + step) % TP] + flags).to(tl.pointer_type(tl.int32)) + row * TP
-        tl.atomic_xchg(theirs + RANK, count, sem=TELL, scope="sys")
+        tl.atomic_xchg(theirs + RANK, count, sem="release", scope="sys")
     for step in tl.static_range(1, TP):
         theirs = own + (RANK + step) % TP
         # An atomic, not a load: one thread looks and all hear of it, so that all threads leave the loop together.
@@ -80,7 +80,6 @@ def sum_and_norm(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     RANK: tl.constexpr,
     TP: tl.constexpr,
-    TELL: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -96,7 +95,7 @@ def sum_and_norm(  # type: ignore[no-untyped-def]
     scales = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         before = tl.load(residual + row * hidden + at, mask=inside, other=0.0).to(tl.float32)
-    _meet(memory, flags, row, stop, failed, limit, RANK, TP, TELL)
+    _meet(memory, flags, row, stop, failed, limit, RANK, TP)
     total = tl.zeros([BLOCK], tl.float32)
     for peer in tl.static_range(TP):
         part = tl.multiple_of((memory[peer] + slot).to(tl.pointer_type(kind)), 16) + row * hidden + at
@@ -164,7 +163,7 @@ def argmax_of_all(  # type: ignore[no-untyped-def]
         tl.store(there.to(tl.pointer_type(tl.float32)), top)
         tl.store((there + 4).to(tl.pointer_type(tl.int32)), lowest)
     tl.debug_barrier()  # whichever threads wrote, they have before one tells
-    _meet(memory, flags, row, stop, failed, limit, RANK, TP, "release")
+    _meet(memory, flags, row, stop, failed, limit, RANK, TP)
     own = memory[RANK] + pairs + ((count & 1) * max_rows + row) * TP * 8
     winner = -float("inf")
     token = first

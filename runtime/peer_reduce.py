@@ -68,13 +68,7 @@ class PeerReduce:
     """
 
     def __init__(
-        self,
-        layout: PeerLayout,
-        memory: Tensor,
-        addresses: Sequence[int],
-        rank: int,
-        looks: int = LOOKS,
-        tell: str = "release",
+        self, layout: PeerLayout, memory: Tensor, addresses: Sequence[int], rank: int, looks: int = LOOKS
     ) -> None:
         if memory.numel() < layout.nbytes or len(addresses) != layout.tp:
             raise ValueError(f"{memory.numel()} bytes and {len(addresses)} ranks for {layout.nbytes} and {layout.tp}")
@@ -83,7 +77,6 @@ class PeerReduce:
         self._memory = memory
         self._rank = rank
         self._limit = looks
-        self._tell = tell
         device = memory.device
         self._addresses = tuple(addresses)
         self._stop = torch.zeros(1, dtype=torch.int32, device=device)
@@ -124,7 +117,6 @@ class PeerReduce:
             eps,
             ADD=add,
             RANK=self._rank,
-            TELL=self._tell,
             TP=self.layout.tp,
             BLOCK=block,
             # One wide load from each rank a thread, so that all are on their way together: a second one waited for the first.

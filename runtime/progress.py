@@ -73,7 +73,6 @@ class Progress(MessageDesk):
         self._goodbye_wait_s = 0.0
         self._goodbye_until: float | None = None
         self._finished = threading.Event()
-        self.is_keen = False  # KV will be read within a step or two: do not sleep for a while. Any thread may set it
         self.is_expecting = False  # somebody waits for a frame: look more often. Any thread may set it
         self._thread = threading.Thread(target=self._run, name="mpi-progress", daemon=True)
 
@@ -241,7 +240,7 @@ class Progress(MessageDesk):
                 if self._stopping and self._may_leave(now):
                     break
                 in_transfer = bool(self.is_expecting or self._transfers or self._incoming or self._sending)
-                sleep_s = self._pace.rest(busy, in_transfer, now, self.is_keen)
+                sleep_s = self._pace.rest(busy, in_transfer, now)
                 if sleep_s is None:
                     continue
                 if sleep_s == 0.0:

@@ -15,7 +15,6 @@ from typing import Final
 _MANY_CORES: Final = 8
 _YIELDS: Final = 20  # idle rounds without a sleep
 _SPIN_S: Final = 2e-3  # without a pause after something happened; five times a prompt's copy over NVLink
-_KEEN_S: Final = 10e-3  # the same where KV is offered: about as long as it waits for the end of a decode step
 _FIRST_SLEEP_S: Final = 20e-6
 _PR_SET_TIMERSLACK: Final = 29
 
@@ -33,18 +32,16 @@ class Pace:
         self._sleep_s = _FIRST_SLEEP_S
         self._spin_until = 0.0
 
-    def rest(self, busy: bool, in_transfer: bool, now: float, is_keen: bool = False) -> float | None:
+    def rest(self, busy: bool, in_transfer: bool, now: float) -> float | None:
         """Seconds to sleep after a round that ended `now` (monotonic s) and was `busy`; 0 to yield, None to go on.
 
-        `in_transfer`: somebody waits for what the other ranks do. `is_keen`: this rank will read KV within a step or two. A
-        thread that has slept finds its caches cold, and launches a copy in three times the time. Not for ranks that
-        compute prompts: one that looks takes its turns from the thread that launches them.
+        `in_transfer`: somebody waits for what the other ranks do. Not where KV is merely offered to this rank or by it: a
+        thread that looks takes its turns from the one that launches steps, and its transfers are not faster.
         """
-        in_transfer = in_transfer or is_keen
         if busy:
             self._idle_rounds, self._sleep_s = 0, _FIRST_SLEEP_S
             if in_transfer and self.can_spin:
-                self._spin_until = now + (_KEEN_S if is_keen else _SPIN_S)
+                self._spin_until = now + _SPIN_S
             return None
         self._idle_rounds += 1
         if self._idle_rounds <= _YIELDS or (in_transfer and now < self._spin_until):

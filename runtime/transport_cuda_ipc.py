@@ -76,7 +76,6 @@ class PeerReadCarrier(OnLane):
 
     name: Final = "cuda_ipc"
     max_segment_bytes: Final = _NO_LIMIT
-    first_segment_bytes: Final = _NO_LIMIT
     receiver_reads: Final = True
 
     def __init__(

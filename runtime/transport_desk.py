@@ -34,7 +34,6 @@ class TransferDesk:
         throttle: Throttle | None = None,
     ) -> None:
         self.pages: Final = pages
-        self.keeps_awake = True  # where KV is offered; False for benchmarks that want to know what it is worth
         self._progress = progress
         self._carrier = carrier
         self._verify = verify
@@ -72,7 +71,6 @@ class TransferDesk:
 
     def _note(self) -> None:
         """Tell progress how often to look. What is only offered is for its receiver to ask for, in its own time."""
-        self._progress.is_keen = self.keeps_awake and bool(self._receives or self._offers)
         self._progress.is_expecting = bool(
             self._receives
             or self._out

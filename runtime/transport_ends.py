@@ -144,10 +144,6 @@ class Carrier(Protocol):
     def max_segment_bytes(self) -> int: ...
 
     @property
-    def first_segment_bytes(self) -> int:
-        """At most so many are worth waiting for before the first of a transfer are on their way."""
-
-    @property
     def receiver_reads(self) -> bool:
         """The receiver reads the sender's pages by itself: they are held until it says KvTaken."""
 

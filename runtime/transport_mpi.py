@@ -30,10 +30,6 @@ class Stager(Protocol):
     def max_segment_bytes(self) -> int: ...
 
     @property
-    def first_segment_bytes(self) -> int:
-        """See `Carrier`."""
-
-    @property
     def packs_ahead(self) -> bool:
         """There is room to pack a segment that nobody has asked for yet."""
 
@@ -97,10 +93,6 @@ class MpiCarrier:
     @property
     def max_segment_bytes(self) -> int:
         return min(_MESSAGE_BYTES, self._stager.max_segment_bytes)
-
-    @property
-    def first_segment_bytes(self) -> int:
-        return self._stager.first_segment_bytes
 
     def start(self, desk: Desk) -> None:
         self._desk = desk
@@ -219,7 +211,6 @@ class CpuStager(OnLane):
     """Pages in host memory: packed and unpacked by a thread, into buffers made for the purpose."""
 
     max_segment_bytes: Final = _MESSAGE_BYTES
-    first_segment_bytes: Final = _MESSAGE_BYTES
     packs_ahead: Final = False
 
     def __init__(self, desk: Desk) -> None:

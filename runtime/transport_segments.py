@@ -80,20 +80,15 @@ class Outline:
         """All of it, in as few segments as there are runs of layers."""
         return tuple(Segment(run, (0, self.num_tokens)) for run in self._layer_runs)
 
-    def split(self, segment: Segment, max_bytes: int, first_bytes: int | None = None) -> list[Segment]:
-        """The segment in parts of at most `max_bytes` (or one token of one layer): by layers, then by tokens.
-
-        The first part has at most `first_bytes`, but whole layers where one fits into `max_bytes`.
-        """
-        limit = max_bytes if first_bytes is None else min(first_bytes, max_bytes)
-        if self.bytes_of(segment) <= limit:
+    def split(self, segment: Segment, max_bytes: int) -> list[Segment]:
+        """The segment in parts of at most `max_bytes` (or one token of one layer): by layers, then by tokens."""
+        if self.bytes_of(segment) <= max_bytes:
             return [segment]
         parts: list[Segment] = []
         start, num_tokens = segment.layers[0], segment.tokens[1] - segment.tokens[0]
         while start < segment.layers[1]:
-            limit = max(limit, min(max_bytes, self._bytes.get(start, 0) * num_tokens)) if not parts else max_bytes
             stop, total = start, 0
-            while stop < segment.layers[1] and total + self._bytes.get(stop, 0) * num_tokens <= limit:
+            while stop < segment.layers[1] and total + self._bytes.get(stop, 0) * num_tokens <= max_bytes:
                 total += self._bytes.get(stop, 0) * num_tokens
                 stop += 1
             if stop > start:
@@ -146,11 +141,10 @@ class Outgoing:
         num_tokens = self.outline.num_tokens
         return all(written.of(layer, num_tokens) == num_tokens for layer in self._cut)
 
-    def cut(self, written: Written, at_least: int, at_most: int, first_at_most: int | None = None) -> list[Segment]:
+    def cut(self, written: Written, at_least: int, at_most: int) -> list[Segment]:
         """Segments for all that is written and not yet cut, or none if that is less than `at_least` bytes.
 
-        Neighbouring layers that are equally far go together; none has more than `at_most` bytes, and the first about
-        `first_at_most`, as in `Outline.split`.
+        Neighbouring layers that are equally far go together; none has more than `at_most` bytes.
         """
         outline = self.outline
         found: list[Segment] = []
@@ -169,10 +163,7 @@ class Outgoing:
         for segment in found:
             for layer in range(*segment.layers):
                 self._cut[layer] = segment.tokens[1]
-        parts: list[Segment] = []
-        for segment in found:
-            parts += outline.split(segment, at_most, None if parts else first_at_most)
-        return parts
+        return [part for segment in found for part in outline.split(segment, at_most)]
 
 
 class Incoming:

@@ -43,9 +43,8 @@ class SenderDesk(TransferDesk):
             return
         self._offer(end)
         if end.offer < 0 and end.written.is_all and not end.is_over:
-            carrier, whole = self._carrier, end.outline.whole()[0]
-            first = end.outline.split(whole, carrier.max_segment_bytes, carrier.first_segment_bytes)[0]
-            carrier.prepare(end, first)
+            first = end.outline.split(end.outline.whole()[0], self._carrier.max_segment_bytes)[0]
+            self._carrier.prepare(end, first)
 
     def _on_advance(self, transfer_id: int, layers: Range, num_tokens: int) -> None:
         self._written_of(transfer_id).advance(layers, num_tokens)
@@ -84,14 +83,13 @@ class SenderDesk(TransferDesk):
         if end.ready is None or end.is_over:
             return
         worth = self._min_segment_bytes if end.in_flight and not end.written_at else 1
-        first = None if end.num_cut else self._carrier.first_segment_bytes
-        segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes, first)
+        segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes)
         try:
             if segments:
                 self._introduce(end.key[0])
-            done = end.num_cut
+            first = end.num_cut
             end.num_cut += len(segments)  # before any is announced: the last announced one ends the line
-            for index, segment in enumerate(segments, done):
+            for index, segment in enumerate(segments, first):
                 num_bytes = end.outline.bytes_of(segment)
                 end.in_flight[index] = num_bytes
                 sent = self._throttled(end.key[0], num_bytes, True, self._sent_handler(end, index))

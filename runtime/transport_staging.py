@@ -25,10 +25,10 @@ from .transport_segments import Segment
 from .transport_tables import TableRing
 
 NUM_BUFFERS: Final = 3  # of each direction: one is packed, one on its way, one given back
-# A segment costs the transport's thread about 150 µs at each end, whatever its size; NVLink has 64 MiB across in 190.
+# A segment costs 200 to 400 µs of MPI's calls at both ends, whatever its size; NVLink has 64 MiB across in 190. A smaller
+# first one, to fill the pipeline sooner, was tried: 256 tokens in two took 1,261 µs, in one 838.
 DEVICE_SEGMENT_BYTES: Final = 64 << 20
 HOST_SEGMENT_BYTES: Final = 16 << 20
-_FIRST_PART: Final = 4  # the first of a transfer has so much less: the link waits for it to be packed
 
 
 class StagingBuffer:
@@ -75,7 +75,6 @@ class DeviceStager(OnLane):
 
     def __init__(self, desk: Desk, lane: Lane, copy: Copy, segment_bytes: int, *, via_host: bool) -> None:
         self.max_segment_bytes: Final = segment_bytes
-        self.first_segment_bytes: Final = segment_bytes // _FIRST_PART
         self._desk = desk
         self._pages = desk.pages
         self._lane = lane

@@ -201,9 +201,9 @@ class SimulatedCluster:
             self._hear_late(now, calendar.priority, calendar.serial)
         if self._polling:
             self._obey(self._handle(event, now, True), now)
-        elif self._users_act or calendar.peek() == now:
+        elif self._users_act or calendar.is_due(now):
             self._obey(self._handle(event, now, True), now)
-            if calendar.peek() == now:  # by now a user may have more to say
+            if calendar.is_due(now):  # by now a user may have more to say
                 self._polling = True
                 calendar.call_at(now, POLL, self._poll, None)
             else:

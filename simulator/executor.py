@@ -85,7 +85,6 @@ class SimulatedExecutor:
         self._end_step = 0  # of the epoch, as scheduled
         self._end_serial = 0  # of the call at that end, or before it at the commit; 0 for none
         self._may_commit = False  # the open plan, as soon as this instant is planned
-        self._end_at = 0
         self.running_step: RunningStep | None = None  # where it holds chunks
         self._done = 0  # steps of the epoch that the core knows to be done, or certain
         self._wake_at: int | None = None  # as the core asked
@@ -108,7 +107,7 @@ class SimulatedExecutor:
         if type(event) is Enqueue and event.request.request_type is RequestType.GENERATION_ONLY:
             params = event.request.context_phase_params  # its first token, or all that it has, come with the KV
             self._sequences.received(event.request.id, 1 if params is None else params.num_generated)
-        if self._run is not None or self._polling or calendar.peek() == now or self._report_at == now:
+        if self._run is not None or self._polling or calendar.is_due(now) or self._report_at == now:
             # a plan that is asked to stop may end, or be committed, in this very instant
             self._obey(self._handle(event, now, True), now)
             self._settle()
@@ -133,7 +132,7 @@ class SimulatedExecutor:
         if self._polling:
             return
         calendar = self._calendar
-        if calendar.peek() == calendar.now:
+        if calendar.is_due(calendar.now):
             self._polling = True
             calendar.call_at(calendar.now, POLL + self.id, self._poll, None)
         else:
@@ -308,7 +307,8 @@ class SimulatedExecutor:
         self._schedule_end()
         self.running_step = None
         if run.chunks:
-            self.running_step = RunningStep(start, self._end_at, run.chunks)
+            end = max(self._timing.end_of_step(self.id, self._end_step), self._calendar.now)
+            self.running_step = RunningStep(start, end, run.chunks)
             self._cluster.layerwise.compute(self.id, self.running_step)
 
     def _planned_end(self, run: RunSteps) -> int:
@@ -333,7 +333,6 @@ class SimulatedExecutor:
         self._take_back_end()
         if run is None:
             return
-        self._end_at = max(self._timing.end_of_step(self.id, self._end_step), self._calendar.now)
         surplus = self._num_grants_out() - self._launch.depth
         if self._launch.may_commit(bool(run.chunks), 0):
             self._may_commit = surplus < 0
@@ -345,13 +344,13 @@ class SimulatedExecutor:
 
         `surplus`: its grants that have to be reported before it may be committed, less one.
         """
-        at, step = self._end_at, self._end_step
+        step = self._end_step
         call: Callable[[int], None] = self._end
         if self._launch.may_commit(bool(run.chunks), 0):
             reported = run.first_step + (surplus + 1) * self._launch.steps_per_grant - 1
-            if reported < self._end_step:
-                at = max(self._timing.end_of_step(self.id, reported), self._calendar.now)
+            if reported < step:
                 call, step = self._commit_at, reported
+        at = max(self._timing.end_of_step(self.id, step), self._calendar.now)
         if at < after:
             return False
         self._end_serial = self._calendar.call_at(at, STEP_END + self.id, call, step)

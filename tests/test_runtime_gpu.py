@@ -100,6 +100,7 @@ def test_sums_through_peer_memory_are_those_of_nccl_bit_by_bit_and_the_same_on_a
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": 0 unlike NCCL, 0 unlike other ranks") == 2
+    assert done.stdout.count(": 0 norms wrong, ") == 2
     assert done.stdout.count(": 0 greatest logits unlike torch's") == 2
     assert "given up after" in done.stdout
 

@@ -45,13 +45,11 @@ def test_a_sender_whose_receiver_has_not_asked_keeps_nobody_awake() -> None:
     pair.send(0)
     pair.settle()
     assert [progress.is_expecting for progress in pair.progress] == [False, False]
-    assert [progress.is_keen for progress in pair.progress] == [False, True]  # but for a while whom it is offered to
     pair.receive(0)
     pair.progress[1].calls.popleft()()
     assert pair.progress[1].is_expecting
     pair.settle()
     assert not pair.progress[1].is_expecting
-    assert not pair.progress[1].is_keen
 
 
 def test_question_and_offer_that_cross_make_one_transfer() -> None:

@@ -52,7 +52,6 @@ class OneThread:
     is_own_thread = True
     is_running = True
     is_expecting = False
-    is_keen = False
 
     def __init__(self, wire: Wire, rank: int) -> None:
         self._wire = wire

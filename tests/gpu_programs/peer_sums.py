@@ -83,7 +83,10 @@ class Bench:
         return graph
 
     def check_sums(self) -> None:
-        """Bit-equal to NCCL's sum and the norm for two ranks; for more, near it; on all ranks alike."""
+        """Sums bit-equal to NCCL's for two ranks, for more near them; all bits alike on all ranks.
+
+        A norm may be one rounding off: its squares are summed by twice the warps, in another order.
+        """
         import torch
 
         from disagg.runtime.model_kernels import add_rms_norm
@@ -92,7 +95,7 @@ class Bench:
         rng = random.Random(self.rank)
         generator = torch.Generator(self.device).manual_seed(self.rank)
         weight = torch.linspace(0.5, 1.5, self.hidden, device=self.device).to(torch.bfloat16)
-        wrong = apart = num = 0
+        wrong = wrong_norms = rounded = apart = num = 0
         for rows in (1, 3, 64, self.peers.max_rows):
             inputs = torch.zeros(SUMS, rows, self.hidden, dtype=torch.bfloat16, device=self.device)
             residual, out = (torch.zeros_like(inputs[0]) for _ in range(2))
@@ -115,7 +118,10 @@ class Bench:
                     total = self.collectives.tp_all_reduce(inputs[i].clone())
                     add_rms_norm(total, residual, weight, 1e-5, out)
                 if self.size == 2:
-                    wrong += int(not (torch.equal(found, residual) and torch.equal(normed, out)))
+                    wrong += int(not torch.equal(found, residual))
+                    far = (normed.float() - out.float()).abs() > out.float().abs() * 2**-7
+                    wrong_norms += int(far.any())
+                    rounded += int(not torch.equal(normed, out))
                 else:
                     wrong += int(not torch.allclose(found.float(), residual.float(), atol=0.1, rtol=0.05))
                 everyone = self.collectives.tp_all_gather(torch.cat((found, normed), 1).view(torch.uint8))
@@ -127,7 +133,8 @@ class Bench:
             f"rank {self.rank}: {num} replays of {SUMS} sums: {wrong} unlike NCCL, {apart} unlike other ranks",
             flush=True,
         )
-        if wrong or apart:
+        print(f"rank {self.rank}: {wrong_norms} norms wrong, {rounded} one rounding off in some element", flush=True)
+        if wrong or wrong_norms or apart:
             raise SystemExit(1)
 
     def check_argmax(self) -> None:
@@ -201,7 +208,7 @@ class Bench:
         from disagg.runtime.peer_reduce import ATTENDED, GATED
 
         weight = torch.ones(self.hidden, dtype=torch.bfloat16, device=self.device)
-        self.say("rows   NCCL   norm   NCCL + norm   peers, release   peers, relaxed   (µs, slowest rank)")
+        self.say("rows   NCCL   norm   NCCL + norm   peers with norm   (µs, slowest rank)")
         for rows in (1, 16, 64, 256, self.peers.max_rows):
             x, residual, out = torch.zeros(3, rows, self.hidden, dtype=torch.bfloat16, device=self.device).unbind(0)
 
@@ -218,12 +225,8 @@ class Bench:
             def by_peers(i: int, residual: Any = residual, out: Any = out) -> None:
                 self.peers.add_rms_norm((ATTENDED, GATED)[i % 2], residual, weight, 1e-5, out)
 
-            times = [self.microseconds(work) for work in (nccl, norm, both)]
-            for tell in ("release", "relaxed"):
-                self.peers._tell = tell
-                times.append(self.microseconds(by_peers))
-            self.peers._tell = "release"
-            self.say(f"{rows:4d} {times[0]:6.1f} {times[1]:6.1f} {times[2]:12.1f} {times[3]:15.1f} {times[4]:16.1f}")
+            times = [self.microseconds(work) for work in (nccl, norm, both, by_peers)]
+            self.say(f"{rows:4d} {times[0]:6.1f} {times[1]:6.1f} {times[2]:12.1f} {times[3]:14.1f}")
         self.peers.check()
 
     def decode(self, place: Any) -> None:
@@ -237,8 +240,7 @@ class Bench:
         from disagg.runtime.nccl import NcclCollectives
 
         plain = NcclCollectives(self.group, self.size)
-        for name, collectives in (("peers", self.collectives), ("NCCL", plain), ("peers, relaxed", self.collectives)):
-            self.peers._tell = "relaxed" if "relaxed" in name else "release"
+        for name, collectives in (("peers", self.collectives), ("NCCL", plain)):
             bench = EngineBench(PRESETS[SHAPE], place, collectives, str(self.device), max_batch=64, max_num_tokens=1024)
             steps = {batch: [bench.decode_step(batch, 1024) * 1e3 for _ in range(3)] for batch in (1, 64)}
             text = "; ".join(
@@ -249,7 +251,6 @@ class Bench:
             del bench
             gc.collect()
             torch.cuda.empty_cache()
-        self.peers._tell = "release"
 
 
 if __name__ == "__main__":
