@@ -89,13 +89,13 @@ def merge(
     output: Annotated[Path, typer.Option(metavar="PROFILE.json", help="File to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
-    """Put the executors and links of several profiles of one device and one model into one file."""
-    from .profile_file import load_profile, merged, save_profile
+    """Put the executors, links and samples of several profiles of one device and one model into one."""
+    from .profile_merge import merge_profiles
 
     _check_output(output)
     if output.exists() and not overwrite:
         raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
-    save_profile(merged([load_profile(path) for path in profiles], output.stem), output)
+    merge_profiles(profiles, output)
     print(f"wrote {output}")
 
 

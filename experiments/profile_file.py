@@ -340,34 +340,6 @@ def _units(ns: float) -> int:
     return round(ns * UNITS_PER_NS)
 
 
-def merged(profiles: Sequence[Profile], name: str) -> Profile:
-    """The entries of all of them; what an earlier one has stays. Raises ConfigError unless all are of one device and model."""
-    if not profiles:
-        raise ConfigError("no profile is given; allowed: at least one")
-    first = profiles[0]
-    engines: dict[tuple[str, int, int], EngineEntry] = {}
-    links: dict[tuple[Any, ...], LinkEntry] = {}
-    for profile in profiles:
-        if profile.measured_for != first.measured_for:
-            raise ConfigError(
-                f"profile {profile.name} was measured for {_words(profile.measured_for)},"
-                f" profile {first.name} for {_words(first.measured_for)}; only profiles of the same can be one"
-            )
-        for engine in profile.engines:
-            key = engine.role, engine.tensor_parallel_size, engine.pipeline_parallel_size
-            engines.setdefault(key, engine)
-        for link in profile.links:
-            layouts = link.source_tp, link.source_pp, link.reader_tp, link.reader_pp
-            links.setdefault((link.transport, *layouts, link.throttle_gb_per_s), link)
-    return msgspec.structs.replace(
-        first,
-        name=name,
-        engines=tuple(engines.values()),
-        links=tuple(links.values()),
-        num_sessions=sum(profile.num_sessions for profile in profiles),
-        measured_s=round(sum(profile.measured_s for profile in profiles), 3),
-    )
-
-
-def _words(for_: MeasuredFor) -> str:
+def told_of(for_: MeasuredFor) -> str:
+    """In words, for a message."""
     return f"{for_.model} in {for_.dtype} on {for_.device_name}"

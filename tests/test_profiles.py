@@ -13,6 +13,16 @@ import pytest
 from disagg.core.cost import StepFeatures
 from disagg.core.measured_cost import MeasuredCost
 from disagg.core.overheads import LinkCost
+from disagg.experiments.calibration_samples import (
+    ClientSample,
+    MessageSample,
+    Samples,
+    StepSample,
+    TransferSample,
+    pair_kind,
+    read_samples,
+    write_samples,
+)
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.profile_diff import diff_profiles
@@ -21,10 +31,10 @@ from disagg.experiments.profile_file import (
     DecodeFit,
     load_profile,
     measured_cost,
-    merged,
     save_profile,
     shipped_profiles,
 )
+from disagg.experiments.profile_merge import merge_profiles, merged
 from tests.profile_examples import EXPERIMENT, a_profile, entry
 
 
@@ -157,6 +167,31 @@ def test_profiles_of_one_device_and_model_become_one() -> None:
     elsewhere = msgspec.structs.replace(other.measured_for, device_name="another processor")
     with pytest.raises(ConfigError, match="on another processor"):
         merged([one, a_profile(measured_for=elsewhere)], "both")
+
+
+def test_samples_of_merged_profiles_go_on_in_numbers_so_that_each_entry_finds_its_own(tmp_path: Path) -> None:
+    def samples(session: int, executor: int) -> Samples:
+        step = StepSample(session, executor, 1, 1, "first", "idle", 10**9, 1, 5, 0, 0, 0, 0, 0, 1, 0, False)
+        said = MessageSample(session, 0, executor, pair_kind(0, executor), "Enqueue", 10**6)
+        moved = TransferSample(session, executor, executor + 1, 64, 4, 1, 10**8, None)
+        return Samples([step], [said], [moved], [ClientSample(session, True, 7)])
+
+    one = a_profile(engines=(entry("context", executors=(1,)), entry("generation", executors=(2,))), num_sessions=20)
+    other = a_profile(engines=(entry("mixed", executors=(1, 2)),), links=())
+    paths = [tmp_path / "one.json", tmp_path / "other.json", tmp_path / "bare.json"]
+    bare = a_profile(engines=(entry("mixed", tensor_parallel_size=2, executors=(1,)),), links=())
+    for path, profile in zip(paths, (one, other, bare), strict=True):
+        save_profile(profile, path)
+    write_samples(samples(3, 2), tmp_path / "one.samples")
+    write_samples(samples(0, 1), tmp_path / "other.samples")
+    both = merge_profiles(paths, tmp_path / "both.json")
+    assert [e.executors for e in both.engines] == [(1,), (2,), (3, 4), (5,)]
+    found = read_samples(tmp_path / "both.samples")
+    assert found is not None
+    assert [(s.session, s.executor) for s in found.steps] == [(3, 2), (20, 3)]
+    assert [(s.session, s.sender, s.receiver) for s in found.messages] == [(3, 0, 2), (20, 0, 3)]
+    assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 2, 3), (20, 3, 4)]
+    assert [s.session for s in found.clients] == [3, 20]
 
 
 def test_the_difference_of_two_profiles_is_that_of_their_predictions() -> None:

@@ -1,0 +1,88 @@
+"""Several calibrations of one device and one model as one profile, their samples beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from ..core.commands import ORCHESTRATOR
+from .calibration_samples import Samples, read_samples, write_samples
+from .errors import ConfigError
+from .profile_file import EngineEntry, LinkEntry, Profile, load_profile, save_profile, told_of
+
+
+def merge_profiles(paths: Sequence[Path], output: Path) -> Profile:
+    """Write the profile of all of them to `output`, and what samples there are; raises ConfigError as `merged` does."""
+    profiles = [load_profile(path) for path in paths]
+    both = merged(profiles, output.stem)
+    save_profile(both, output)
+    samples = Samples()
+    for path, executors, sessions in zip(paths, *_offsets(profiles), strict=True):
+        _take(samples, read_samples(path.with_suffix(".samples")), executors, sessions)
+    if samples.steps:
+        write_samples(samples, output.with_suffix(".samples"))
+    return both
+
+
+def merged(profiles: Sequence[Profile], name: str) -> Profile:
+    """The entries of all of them; what an earlier one has stays. Executors are numbered on from one to the next.
+
+    Raises ConfigError unless all are of one device and model.
+    """
+    if not profiles:
+        raise ConfigError("no profile is given; allowed: at least one")
+    first = profiles[0]
+    engines: dict[tuple[str, int, int], EngineEntry] = {}
+    links: dict[tuple[Any, ...], LinkEntry] = {}
+    for profile, offset in zip(profiles, _offsets(profiles)[0], strict=True):
+        if profile.measured_for != first.measured_for:
+            raise ConfigError(
+                f"profile {profile.name} was measured for {told_of(profile.measured_for)},"
+                f" profile {first.name} for {told_of(first.measured_for)}; only profiles of the same can be one"
+            )
+        for engine in profile.engines:
+            key = engine.role, engine.tensor_parallel_size, engine.pipeline_parallel_size
+            engines.setdefault(key, replace(engine, executors=tuple(i + offset for i in engine.executors)))
+        for link in profile.links:
+            layouts = link.source_tp, link.source_pp, link.reader_tp, link.reader_pp
+            links.setdefault((link.transport, *layouts, link.throttle_gb_per_s), link)
+    return replace(
+        first,
+        name=name,
+        engines=tuple(engines.values()),
+        links=tuple(links.values()),
+        num_sessions=sum(profile.num_sessions for profile in profiles),
+        measured_s=round(sum(profile.measured_s for profile in profiles), 3),
+    )
+
+
+def _offsets(profiles: Sequence[Profile]) -> tuple[list[int], list[int]]:
+    """What to add to each profile's numbers of executors and of sessions, so that none is there twice."""
+    executors, sessions = [0], [0]
+    for profile in profiles[:-1]:
+        most = max((number for engine in profile.engines for number in engine.executors), default=0)
+        executors.append(executors[-1] + most)
+        sessions.append(sessions[-1] + profile.num_sessions)
+    return executors, sessions
+
+
+def _take(into: Samples, samples: Samples | None, executors: int, sessions: int) -> None:
+    if samples is None:
+        return
+
+    def numbered(core: int) -> int:
+        return core if core == ORCHESTRATOR else core + executors
+
+    into.steps += [replace(s, session=s.session + sessions, executor=numbered(s.executor)) for s in samples.steps]
+    into.messages += [
+        replace(s, session=s.session + sessions, sender=numbered(s.sender), receiver=numbered(s.receiver))
+        for s in samples.messages
+    ]
+    into.transfers += [
+        replace(s, session=s.session + sessions, source=numbered(s.source), reader=numbered(s.reader))
+        for s in samples.transfers
+    ]
+    into.clients += [replace(s, session=s.session + sessions) for s in samples.clients]
