@@ -27,6 +27,7 @@ from .config import Experiment
 from .workload import Workload
 
 _TOKEN_IDS: Final = 128  # prompts draw from so many ids: one byte each on the way, and no matter to a device
+_MOST_BUSY: Final = 1000  # prompts without a rest, where each takes next to nothing
 _MOST_KV_TOKENS: Final = 1 << 18  # in one decode batch
 _LEVELS: Final = (16, 128, 512, 1024, 2048, 4096, 8192, 16384)
 _PROMPTS: Final = (
@@ -50,10 +51,11 @@ class Effort:
     serving: tuple[tuple[int, int], ...]
     poisson: int
     most_tokens: int  # of one prompt
+    busy_s: float  # of prompts without a rest
 
 
-STANDARD: Final = Effort(12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768)
-QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024)
+STANDARD: Final = Effort(12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768, 5.0)
+QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, 0.0)
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,20 @@ def _serving(config: Experiment, cluster: _Cluster, effort: Effort, cost: Roofli
             scale = 1 if concurrency == 1 else cluster.num_decoding
             asks = list(islice(lengths, count * scale))
             yield f"serving, {concurrency * scale} at a time", asks, concurrency * scale, False
+    if busy := list(_busy(lengths, cluster, effort, cost)):
+        yield "contexts without a rest", busy, 2 * cluster.context_batch * cluster.num_prefilling, False
     asks = list(islice(lengths, effort.poisson))
     yield "serving, open loop", list(_spaced(asks, cost, cluster)), None, False
+
+
+def _busy(lengths: Iterable[_Ask], cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Ask]:
+    """Prompts alone for so long that a device gets as warm, and its clock as low, as under a load that does not end."""
+    left = effort.busy_s * UNITS_PER_S * cluster.num_prefilling
+    for ask in islice(lengths, _MOST_BUSY):
+        left -= cost.step_time(StepFeatures(0, 0, ((0, ask.prompt, True),)))
+        if left < 0:
+            return
+        yield _Ask(ask.prompt, 1)
 
 
 def _lengths(config: Experiment, cluster: _Cluster, effort: Effort) -> list[tuple[int, int]]:

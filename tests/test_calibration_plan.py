@@ -69,5 +69,15 @@ def test_a_batch_stays_for_a_while_at_each_size_that_has_a_graph() -> None:
     assert _staggered(0, 6) == []
 
 
+def test_prompts_go_on_without_a_rest_for_some_seconds_of_the_device() -> None:
+    (busy,) = [s for s in sessions_of("calibrate_1p1", [], STANDARD) if s.name == "contexts without a rest"]
+    (phase,) = busy.phases
+    assert phase.concurrency == 64  # two full batches wait
+    tokens = sum(s.request.num_prompt_tokens for s in phase.submissions)
+    assert 100_000 < tokens < 400_000  # 25 us each on an H200
+    assert all(s.output_length == 1 for s in phase.submissions)
+    assert not [s for s in sessions_of("calibrate_1p1", [], QUICK) if s.name == "contexts without a rest"]
+
+
 def test_one_plan_is_the_same_every_time() -> None:
     assert sessions_of("calibrate_1p1", [], QUICK) == sessions_of("calibrate_1p1", [], QUICK)
