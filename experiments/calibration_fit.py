@@ -279,6 +279,8 @@ def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int
         if chosen.sum() >= _LEAST_SAMPLES:
             kept = np.flatnonzero(chosen)[keep_near(ns[chosen])]
             each = _slope(columns["num_decodes"][kept], gap[kept]) if before == "chunk" else 0.0
+            if each and (gap[kept] - each * columns["num_decodes"][kept]).mean() < 0:  # through the origin then
+                each = float(gap[kept] @ columns["num_decodes"][kept] / (columns["num_decodes"][kept] ** 2).sum())
             own = gap[kept] - each * columns["num_decodes"][kept]
             gaps[f"decode_after_{before}"] = max(0, round(float(own.mean()) * 1000))
             if each:

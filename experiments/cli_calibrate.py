@@ -99,6 +99,22 @@ def merge(
     print(f"wrote {output}")
 
 
+@profile_app.command()
+def refit(
+    profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="With its samples beside it.")],
+    output: Annotated[Path, typer.Option(metavar="PROFILE.json", help="File to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
+) -> None:
+    """Fit a profile anew from its samples: after a change of the cost model or of the fit."""
+    from .profile_refit import refit_profile
+
+    _check_output(output)
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
+    refit_profile(profile, output)
+    print(f"wrote {output}")
+
+
 def run_calibration(
     file: Path,
     output: Path | None = None,

@@ -22,7 +22,7 @@ from ..core.measured_cost import UNITS_PER_NS, ZERO, Curve, MeasuredCost
 from ..core.measured_range import Measured
 from ..core.model_shapes import ModelShape
 from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
-from ..core.step_sizes import graph_sizes
+from ..core.step_sizes import ROW_MULTIPLE, graph_sizes
 from .errors import ConfigError, did_you_mean
 
 FORMAT_VERSION: Final = 1
@@ -323,7 +323,7 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
 
 def row_multiple(device_type: str) -> int:
     """What the engine pads the rows of a step with chunks to."""
-    return 64 if device_type == "cuda" else 1
+    return ROW_MULTIPLE if device_type == "cuda" else 1
 
 
 def _rows(chunks: ChunkFit | None) -> Curve:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ def merge_profiles(paths: Sequence[Path], output: Path) -> Profile:
     samples = Samples()
     for path, executors, sessions in zip(paths, *_offsets(profiles), strict=True):
         _take(samples, read_samples(path.with_suffix(".samples")), executors, sessions)
+    # Those of executors whose entry an earlier profile had would be taken for another's in the next merge.
+    kept = {number for engine in both.engines for number in engine.executors}
+    samples.steps = [step for step in samples.steps if step.executor in kept]
+    folder = output.with_suffix(".samples")
+    shutil.rmtree(folder, ignore_errors=True)
     if samples.steps:
-        write_samples(samples, output.with_suffix(".samples"))
+        write_samples(samples, folder)
     return both
 
 

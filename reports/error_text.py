@@ -151,11 +151,19 @@ def _signed(value: float) -> str:
 # ---- rankings -------------------------------------------------------------------------------------------------------
 
 
+def _best_text(ranking: Ranking) -> str:
+    if ranking.chosen == ranking.best:
+        return "the same policy is best"
+    if ranking.best_agrees:
+        return f"{ranking.chosen}, best in simulation, and {ranking.best}, best on hardware, are a tie there"
+    return "simulation would have chosen another policy"
+
+
 def ranking_text(ranking: Ranking) -> str:
     """Kendall's τ, the values of each policy, and every pair."""
     tau = "undefined: hardware tells no pair apart" if ranking.tau is None else f"{ranking.tau:.3g}"
     few = "" if ranking.is_enough else f" (too few for a claim: {LEAST_POLICIES} policies and {LEAST_PAIRS} pairs)"
-    best = "the same policy is best" if ranking.best_agrees else "simulation would have chosen another policy"
+    best = _best_text(ranking)
     condition = f", {ranking.condition}" if ranking.condition else ""
     head = (
         f"{ranking.experiment}{condition}: {label_of(ranking.key)} of {len(ranking.measured)} policies."

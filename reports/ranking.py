@@ -62,13 +62,20 @@ class Ranking(Struct, frozen=True):
         return len(self.measured) >= LEAST_POLICIES and self.num_apart >= LEAST_PAIRS
 
     @property
+    def chosen(self) -> str:
+        """The policy that is best in simulation."""
+        return _best(self.simulated, self.key)
+
+    @property
+    def best(self) -> str:
+        """The policy that is best on hardware."""
+        return _best(self.measured, self.key)
+
+    @property
     def best_agrees(self) -> bool:
         """Whether the policy that simulation would choose is the hardware's best, or one that it ties with."""
-        chosen = _best(self.simulated, self.key)
-        best = _best(self.measured, self.key)
-        return chosen == best or any(
-            {pair.a, pair.b} == {chosen, best} and pair.verdict == "tie" for pair in self.pairs
-        )
+        both = {self.chosen, self.best}
+        return len(both) == 1 or any({pair.a, pair.b} == both and pair.verdict == "tie" for pair in self.pairs)
 
 
 def _best(values: dict[str, float], key: str) -> str:

@@ -180,7 +180,7 @@ class TokenChunk(Struct, frozen=True, tag="token_chunk", array_like=True):
 class TokenChunks(Struct, frozen=True, tag="token_chunks", array_like=True):
     """What one step yielded, of several requests: a frame each would keep both ends busier than the tokens do."""
 
-    chunks: tuple[TokenChunk, ...]
+    chunks: Annotated[tuple[TokenChunk, ...], Meta(max_length=_MAX_ITEMS)]
 
 
 class RecordsChunk(Struct, frozen=True, tag="records_chunk", array_like=True):

@@ -34,7 +34,7 @@ def decode_sample(batch: int, kv: int, kind: str, before: str, extra_us: float, 
 
 def chunk_sample(lengths: list[int], cached: int, decodes: int, before: str, random: Random) -> StepSample:
     """20 ms or 22 us a row, whichever is more, + 0.3 ns a pair + 30 ns a KV token of the decodes + 2 ms a chunk."""
-    rows = padded_rows(sum(lengths) + decodes, 64)
+    rows = padded_rows(sum(lengths) + decodes)
     pairs = sum(chunk_pairs(cached, n) for n in lengths)
     kv = decodes * 1000
     us = max(20_000, 22 * rows) + pairs * 0.0003 + kv * 0.03 + 2000 * len(lengths) + (500 if before == "idle" else 0)
@@ -138,7 +138,7 @@ def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -
         pairs = sum(chunk_pairs(cached, n) for n in lengths)
         ns = pairs * chunks.pair_ns + cached * len(lengths) * chunks.cached_token_ns + decodes * chunks.mixed_decode_ns
         ns += (chunks.chunk_ns + chunks.sample_ns) * len(lengths)
-        units = rows.at(padded_rows(sum(lengths) + decodes, 64)) + kv.at(decodes * 1000)
+        units = rows.at(padded_rows(sum(lengths) + decodes)) + kv.at(decodes * 1000)
         return units / (US << 20) + ns / 1000
 
     for lengths, cached, decodes in (
@@ -148,7 +148,7 @@ def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -
         ([900], 0, 20),
         ([300] * 3, 0, 0),
     ):
-        want = max(20_000, 22 * padded_rows(sum(lengths) + decodes, 64)) + decodes * 30 + 2000 * len(lengths)
+        want = max(20_000, 22 * padded_rows(sum(lengths) + decodes)) + decodes * 30 + 2000 * len(lengths)
         want += sum(chunk_pairs(cached, n) for n in lengths) * 0.0003
         assert fitted_us(lengths, cached, decodes) == pytest.approx(want, rel=0.03)
     assert fit.gaps.chunk_after_idle - fit.gaps.chunk_after_chunk == pytest.approx(500 * US, abs=200 * US)
