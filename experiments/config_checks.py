@@ -304,6 +304,8 @@ def _policies(config: Experiment) -> Iterator[Problem]:
             yield Problem(
                 ("policy", "migration"), f"requests move between executors that generate; there is {len(generates)}"
             )
+        if config.cluster.skip_context_phase:
+            yield Problem(("policy", "migration"), "what moves is KV that was computed; skip_context_phase leaves none")
     yield from _policy(config.policy.admission, "admission", ("policy", "admission"), config)
     yield from _policy(config.policy.queue_order, "queue_order", ("policy", "queue_order"), config)
     seen: set[tuple[str | int, ...]] = set()

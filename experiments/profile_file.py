@@ -25,7 +25,8 @@ from ..core.overheads import LaunchGaps, LinkCost, MessageLatency
 from ..core.step_sizes import ROW_MULTIPLE, graph_sizes
 from .errors import ConfigError, did_you_mean
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+_FORMATS: Final = (1, 2)  # 1: steps of a GPU whose chunks were behind cached KV, or more than eight, had no graph
 SHIPPED: Final = Path(__file__).resolve().parent / "profiles"
 _MOST_BYTES: Final = 4 << 20
 _MOST_ITEMS: Final = 1024
@@ -200,13 +201,18 @@ def _load(path: Path, mtime_ns: int, size: int) -> Profile:
     try:
         data = path.read_bytes()
         version = msgspec.json.decode(data, type=dict[str, Any]).get("format_version")
-        if version != FORMAT_VERSION:
-            raise ConfigError(f"profile {path}: of format {version}; allowed: {FORMAT_VERSION}")
+        if version not in _FORMATS:
+            raise ConfigError(f"profile {path}: of format {version}; allowed: {', '.join(map(str, _FORMATS))}")
         profile = _decoder.decode(data)
     except OSError as error:
         raise ConfigError(f"profile {path}: cannot be read: {error.strerror or error}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"profile {path}: {error}") from None
+    if profile.format_version < FORMAT_VERSION and profile.measured_for.device_type == "cuda":
+        raise ConfigError(
+            f"profile {path}: of format {profile.format_version}, measured on an engine that ran other steps as CUDA graphs;"
+            f" allowed: {FORMAT_VERSION}, by calibrating again"
+        )
     problem = next(_problems(msgspec.to_builtins(profile), "profile"), None)
     if problem is not None:
         raise ConfigError(f"{path}: {problem}")

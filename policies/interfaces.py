@@ -144,7 +144,7 @@ class ScoringPolicy(SelectingPolicy):
         chosen = turn + int(scores[turn:].argmin()) if turn < len(scores) else 0
         if turn:
             first = int(scores[:turn].argmin())
-            if not scores[first] >= scores[chosen]:
+            if scores[first] < scores[chosen] or scores[first] != scores[first]:  # NaN behind stays chosen
                 chosen = first
         if scores[chosen] != scores[chosen]:
             ids = pool.executor_id if candidates is None else pool.executor_id[candidates]

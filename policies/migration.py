@@ -29,7 +29,7 @@ class PairByLoad(MigrationPolicy):
 
     def migrate(self, fleet: FleetView, movable: Mapping[int, Sequence[Request]]) -> Sequence[MoveRequest]:
         rows: list[Any] = [*fleet.generation.healthy_rows, *fleet.mixed.healthy_rows]
-        loads = sorted((_share(row, row.decode_kv_tokens + row.wire_tokens), int(row.executor_id), row) for row in rows)
+        loads = sorted((_share(row, _tokens(row)), int(row.executor_id), row) for row in rows)
         moves = []
         for (low, _, to), (high, executor, source) in zip(loads[: len(loads) // 2], reversed(loads)):
             if high - low < self.least_difference:
@@ -43,6 +43,11 @@ class PairByLoad(MigrationPolicy):
             if difference < high - low:
                 moves.append(MoveRequest(request_id, int(to.executor_id)))
         return moves
+
+
+def _tokens(row: Any) -> int:
+    """KV of what an executor decodes, of what is on its way there, and of prompts that wait or run on a mixed one."""
+    return int(row.decode_kv_tokens + row.wire_tokens + row.queued_prefill_tokens + row.inflight_prefill_tokens)
 
 
 def _after(high: float, low: float, source: Any, to: Any, request: Request) -> float:

@@ -32,6 +32,7 @@ from .timing import Timing
 
 _WAKE = Wake()
 _ENDLESS: Final = 1 << 60  # the length of a sequence that nobody waits for any more
+_LARGE: Final = 100  # executors
 
 
 class SimulatedCluster:
@@ -68,6 +69,7 @@ class SimulatedCluster:
         self._link_latency = link_latency
         self._link_cost = link_cost
         self._links: dict[tuple[int, int], Link] = {}
+        self._may_freeze = len(config.executors) >= _LARGE  # once: each time costs a whole collection
         self.layerwise = LayerwiseSends(self.env, kv_bytes_per_token, self._is_alive, self._transfer_over)
         self._mourned: set[tuple[int, int]] = set()  # (core, executor that it knows to be dead)
         self._hidden: dict[int, int] = {}  # user's request id: true output length
@@ -171,7 +173,8 @@ class SimulatedCluster:
 
     def run(self, until_s: float | None = None) -> None:
         """Run until nothing is left to happen, or until `until_s`."""
-        with _seldom_collected():
+        freezes, self._may_freeze = self._may_freeze, False
+        with _seldom_collected(freezes):
             self._run(until_s)
 
     def _run(self, until_s: float | None) -> None:
@@ -443,21 +446,22 @@ class SimulatedCluster:
 
 
 @contextmanager
-def _seldom_collected() -> Iterator[None]:
+def _seldom_collected(freezes: bool) -> Iterator[None]:
     """Python's collector looks for cycles after every 700 new objects by default; a simulation makes many and hardly any
-    cycle. Looking after every 50,000, and never through what was there before, costs a few MB and saves one twentieth of a
-    run, more of a large cluster.
+    cycle. Looking after every 50,000, and with `freezes` never through what was there before, costs a few MB and saves one
+    twentieth of a run, more of a large cluster.
     """
-    thresholds, had_frozen = gc.get_threshold(), gc.get_freeze_count()
+    thresholds, freezes = gc.get_threshold(), freezes and not gc.get_freeze_count()
     if thresholds[0]:  # else it is off
         gc.set_threshold(max(50_000, thresholds[0]), *thresholds[1:])
-    if not had_frozen:
+    if freezes:
+        gc.collect()  # thawing makes everything old: what an earlier cluster left would wait there for good
         gc.freeze()
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        if not had_frozen:
+        if freezes:
             gc.unfreeze()
 
 

@@ -71,6 +71,19 @@ def test_nothing_goes_where_others_wait_for_blocks() -> None:
     assert moves({2: 60, 3: 20, 4: 20}, {2: [8]}, waiting=(3,)) == []  # its partner is the least loaded, no other
 
 
+def test_prompts_that_wait_or_run_at_a_mixed_executor_load_it_too() -> None:
+    fleet = fleet_of("mm", NUM_BLOCKS)
+    counts = {
+        "decode_kv_tokens": 10 * BLOCK,
+        "queued_prefill_tokens": 60 * BLOCK,
+        "inflight_prefill_tokens": 20 * BLOCK,
+    }
+    report(fleet, 1, blocks_free=70, queued_requests=2, **counts)  # 90 blocks' worth, and 0: moving 10 leaves 80 and 10
+    policy = made("pair_by_load", "migration")
+    moved = policy.migrate(fleet.at(0), {1: [Request(7, 10 * BLOCK, BLOCK)]})
+    assert [(move.request_id, move.executor) for move in moved] == [(7, 2)]
+
+
 @pytest.mark.parametrize("params", [{"interval_s": 0}, {"least_difference": 2}])
 def test_nonsense_parameters_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=f"pair_by_load.*{next(iter(params))}"):

@@ -285,6 +285,15 @@ def test_a_score_that_is_not_a_number_is_an_error_that_names_the_executor(n: int
         policy.route_context(REQUEST, fleet.at(0))
 
 
+@pytest.mark.parametrize("turn", [1, 4])
+def test_a_score_of_a_large_pool_that_is_not_a_number_is_seen_on_either_side_of_the_turn(turn: int) -> None:
+    policy, fleet = NotANumber(rng=Random(0)), a_fleet(Role.CONTEXT, LARGE)
+    assert contexts(policy, fleet, turn) == [*range(1, turn + 1)]
+    report(fleet, 3, queued_requests=1)
+    with pytest.raises(PolicyError, match="NotANumber: the score of executor 3 is not a number"):
+        policy.route_context(REQUEST, fleet.at(0))
+
+
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 def test_infinite_scores_do_not_make_an_unhealthy_executor_equal(n: int) -> None:
     policy, fleet = Never(rng=Random(0)), a_fleet(Role.CONTEXT, n)

@@ -35,6 +35,7 @@ from disagg.experiments.profile_file import (
     shipped_profiles,
 )
 from disagg.experiments.profile_merge import merge_profiles, merged
+from disagg.experiments.profile_refit import refit_profile
 from tests.profile_examples import EXPERIMENT, a_profile, entry
 
 
@@ -130,7 +131,11 @@ def _broken(change: Any) -> bytes:
         (b"[]", "Expected `object`"),
         (b"\xff\xfe", "invalid"),
         (b"[" * 100_000, "recursion|malformed|Expected"),
-        (_broken(lambda p: p.update(format_version=2)), "of format 2; allowed: 1"),
+        (_broken(lambda p: p.update(format_version=3)), "of format 3; allowed: 1, 2"),
+        (
+            _broken(lambda p: p["measured_for"].update(device_type="cuda")),
+            "of format 1, .*; allowed: 2, by calibrating again",
+        ),
         (_broken(lambda p: p.update(surprise=1)), "unknown field `surprise`"),
         (_broken(lambda p: p["messages"].update(into_executor=-1)), r"messages.into_executor is -1; allowed"),
         (_broken(lambda p: p["engines"][1]["decode"].update(sequence_ns=float("nan"))), "malformed|nan|NaN"),
@@ -244,3 +249,18 @@ def test_prompts_whose_layers_are_sent_early_are_simulated_kernel_by_kernel(bind
     assert (context.step_time(prompt) >= context.launch_floor) is not graphs
     assert isinstance(generation, MeasuredCost)
     assert not generation.chunk_graphs  # it records none, whatever its siblings do
+
+
+@pytest.mark.parametrize("name", ["h200-llama-3.1-8b", "h200-qwen2.5-7b"])
+def test_a_shipped_profile_is_what_its_shipped_samples_give(name: str, tmp_path: Path) -> None:
+    """But for launch floors, which no sample shows, and executors without samples, which stay as they are."""
+    path = profile_path(name, tmp_path)
+    again = refit_profile(path, tmp_path / "again.json")
+    assert msgspec.structs.replace(again, name=name) == load_profile(path)
+    assert diff_profiles(load_profile(tmp_path / "again.json"), load_profile(path))["mean_step_time"] == 0.0
+
+
+def test_a_profile_without_samples_cannot_be_fitted_anew(tmp_path: Path) -> None:
+    save_profile(a_profile(), tmp_path / "bare.json")
+    with pytest.raises(ConfigError, match="bare.samples: holds no samples of steps"):
+        refit_profile(tmp_path / "bare.json", tmp_path / "again.json")
