@@ -452,6 +452,7 @@ def _seldom_collected() -> Iterator[None]:
     if thresholds[0]:  # else it is off
         gc.set_threshold(max(50_000, thresholds[0]), *thresholds[1:])
     if not had_frozen:
+        gc.collect()  # what an earlier simulation left is in the oldest generation, which is hardly ever looked through
         gc.freeze()
     try:
         yield
