@@ -31,6 +31,7 @@ from disagg.experiments.profile_file import (
     DecodeFit,
     load_profile,
     measured_cost,
+    profile_path,
     save_profile,
     shipped_profiles,
 )
@@ -262,5 +263,5 @@ def test_a_shipped_profile_is_what_its_shipped_samples_give(name: str, tmp_path:
 
 def test_a_profile_without_samples_cannot_be_fitted_anew(tmp_path: Path) -> None:
     save_profile(a_profile(), tmp_path / "bare.json")
-    with pytest.raises(ConfigError, match="bare.samples: holds no samples of steps"):
+    with pytest.raises(ConfigError, match=r"bare\.samples: holds no samples of steps"):
         refit_profile(tmp_path / "bare.json", tmp_path / "again.json")
