@@ -124,9 +124,12 @@ def test_tokens_are_those_of_transformers_and_the_simulator_makes_the_same_plans
     known: Known, name: str
 ) -> None:
     layouts, launch = CLUSTERS[name]
-    result = run(known.model, layouts, scripted(), launch)
-    assert [row.token_ids for row in result.sends] == [a[:n] for a, n in zip(known.answers, LENGTHS, strict=True)]
-    assert count_queued(frames(result, len(layouts))) > 0  # how many, the load of the machine decides
+    for _ in range(3):  # how many plans are queued, the load of the machine decides: none at all shows nothing
+        result = run(known.model, layouts, scripted(), launch)
+        assert [row.token_ids for row in result.sends] == [a[:n] for a, n in zip(known.answers, LENGTHS, strict=True)]
+        if num_queued := count_queued(frames(result, len(layouts))):
+            break
+    assert num_queued > 0
     recording = check_replay_and_conformance(result, len(layouts), launch)
     with pytest.raises(ConformanceDifference):  # the comparison sees whether plans were made ahead
         conform(recording, dict.fromkeys(range(1, len(layouts) + 1), launch))
