@@ -83,6 +83,12 @@ def diff(
         raise typer.Exit(EXIT_RUN_FAILED)
 
 
+def _check_free(output: Path, overwrite: bool) -> None:
+    _check_output(output)
+    if output.exists() and not overwrite:
+        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
+
+
 @profile_app.command()
 def merge(
     profiles: Annotated[list[Path], typer.Argument(metavar="PROFILE.json...", help="Of one device and model.")],
@@ -92,9 +98,7 @@ def merge(
     """Put the executors, links and samples of several profiles of one device and one model into one."""
     from .profile_merge import merge_profiles
 
-    _check_output(output)
-    if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
+    _check_free(output, overwrite)
     merge_profiles(profiles, output)
     print(f"wrote {output}")
 
@@ -108,9 +112,7 @@ def refit(
     """Fit a profile anew from its samples: after a change of the cost model or of the fit."""
     from .profile_refit import refit_profile
 
-    _check_output(output)
-    if output.exists() and not overwrite:
-        raise ConfigError(f"--output {output}: exists; allowed: --overwrite, or another file")
+    _check_free(output, overwrite)
     refit_profile(profile, output)
     print(f"wrote {output}")
 
