@@ -107,15 +107,19 @@ def check_ends_of_spans(result: HardwareResult, core: int, steps_per_grant: int,
 @pytest.mark.parametrize(("steps_per_grant", "depth"), [(1, 1), (4, 1), (1, 3), (3, 2)])
 def test_an_arrival_cuts_a_span_short_at_the_last_step_granted(steps_per_grant: int, depth: int) -> None:
     phases = submissions(PROMPTS[:5], 40, every_ms=8)
-    result = run([mixed()], phases, steps_per_grant=steps_per_grant, pipeline_depth=depth)
-    assert [row.token_ids for row in result.sends] == [expected(p, 40) for p in PROMPTS[:5]]
-    assert check_ends_of_spans(result, 1, steps_per_grant, depth) > 0
-    cut = [
-        frame
-        for frame in frames(result, 1)
-        if any(isinstance(event, Enqueue) for event in frame.events)
-        and any(isinstance(command, StopAfterStep) for command in frame.commands)
-    ]
+    for _ in range(3):  # where a stall of the machine lets all arrive at once, nothing is cut and nothing shown
+        result = run([mixed()], phases, steps_per_grant=steps_per_grant, pipeline_depth=depth)
+        assert [row.token_ids for row in result.sends] == [expected(p, 40) for p in PROMPTS[:5]]
+        num_cut = check_ends_of_spans(result, 1, steps_per_grant, depth)
+        cut = [
+            frame
+            for frame in frames(result, 1)
+            if any(isinstance(event, Enqueue) for event in frame.events)
+            and any(isinstance(command, StopAfterStep) for command in frame.commands)
+        ]
+        if num_cut and cut:
+            break
+    assert num_cut > 0
     assert cut
     spans = commands(result, 1, RunSteps)
     assert any(span.last_step > span.first_step for span in spans)
