@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..policies.vocabulary import Request
+from ..policies.vocabulary import ContextPhaseParams, Request
+from .commands import ORCHESTRATOR
+from .errors import LifeCycleError
 from .life_cycle import Cause, State, advance
 
 if TYPE_CHECKING:
@@ -101,3 +103,16 @@ class Visit:
     @property
     def num_tokens_left(self) -> int:
         return self.num_to_compute - self.num_kv_tokens
+
+
+def params_of(request: Request) -> ContextPhaseParams:
+    """The parameters of a generation-only request; one without was refused when it came."""
+    if request.context_phase_params is None:
+        raise LifeCycleError(f"request {request.id} has no context_phase_params")
+    return request.context_phase_params
+
+
+def is_canned(request: Request) -> bool:
+    """Whether its context phase was skipped: it goes on from KV of nothing, which must not become anybody else's."""
+    params = request.context_phase_params
+    return params is not None and params.executor == ORCHESTRATOR
