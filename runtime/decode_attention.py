@@ -27,10 +27,41 @@ def _even_part(span, cut, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: i
 
 
 @triton.jit
+def _work_of(  # type: ignore[no-untyped-def]
+    index,
+    positions,
+    batch,
+    window,
+    programs,
+    LEAST: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(sequence, which of its parts, tokens of each of them) of program `index`; sequence ≥ batch: none.
+
+    All sequences are cut into parts of one length, more or less: of all KV there is over so many programs. Whatever one
+    sequence's length, a program's share is as large as any other's.
+    """
+    place = tl.arange(0, WIDTH)
+    length = tl.load(positions + place, mask=place < batch, other=-1) + 1
+    span = length - tl.maximum(length - window, 0) // BLOCK * BLOCK
+    cut = tl.maximum(LEAST, tl.cdiv(tl.sum(span, 0), programs))
+    parts = tl.minimum(tl.maximum(tl.cdiv(span, cut), 1), SPLITS)
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(span, parts), BLOCK), 1) * BLOCK
+    parts = tl.maximum(tl.cdiv(span, per_split), 1)
+    behind = tl.cumsum(parts, 0)
+    sequence = tl.sum((behind <= index).to(tl.int32), 0)
+    split = index - tl.sum(tl.where(place < sequence, parts, 0), 0)
+    return sequence, split, tl.sum(tl.where(place == sequence, per_split, 0), 0)
+
+
+@triton.jit(do_not_specialize=["batch"])
 def _split(  # type: ignore[no-untyped-def]
     q,
     q_stride,
     positions,
+    batch,
     tables,
     table_width,
     k_pages,
@@ -44,6 +75,7 @@ def _split(  # type: ignore[no-untyped-def]
     scale,
     num_kv,
     window,
+    programs,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -51,30 +83,39 @@ def _split(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     FUSED: tl.constexpr,
+    FLAT: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_kernel_before(PDL)
     head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
-    split = tl.program_id(2)
-    length = tl.load(positions + sequence) + 1
+    if FLAT:
+        sequence, split, per_split = _work_of(
+            tl.program_id(1), positions, batch, window, programs, MIN_SPLIT, SPLITS, BLOCK, WIDTH
+        )
+        sequence = sequence.to(tl.int64)
+    else:
+        sequence = tl.program_id(1).to(tl.int64)
+        # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
+        split = tl.program_id(2)
+    length = tl.load(positions + sequence, mask=sequence < batch, other=-1) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    if FUSED:
-        per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
-    else:
-        per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
+    if not FLAT:
+        if FUSED:
+            per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+        else:
+            per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     start = oldest + split * per_split
     stop = tl.minimum(start + per_split, length)
     row = tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     in_group = row < GROUP
-    if (start < stop) | (split == 0):
+    if (start < stop) | ((split == 0) & (sequence < batch)):
         query = tl.load(
             q + sequence * q_stride + (head * GROUP + row)[:, None] * DIM + at[None, :],
             mask=in_group[:, None],
@@ -119,7 +160,7 @@ def _split(  # type: ignore[no-untyped-def]
                 parts = tl.cdiv(span, per_split)
                 if tl.atomic_add(arrived + pair, 1) == parts - 1:
                     tl.store(arrived + pair, 0)
-                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, PADDED, GROUP_PADDED)
+                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, AT_ONCE, GROUP_PADDED)
 
 
 @triton.jit
@@ -132,25 +173,34 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
 ):
-    part = tl.arange(0, PADDED)
     member = tl.arange(0, GROUP_PADDED)
     at = tl.arange(0, DIM)
-    there = (part < parts)[:, None] & (member < GROUP)[None, :]
-    slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
-    # Past the first-level cache: it may hold what a layer before left there.
-    tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
-    totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    highest = tl.max(tops, 0)
-    highest = tl.where(highest == -float("inf"), 0.0, highest)
-    share = tl.where(there, tl.exp2(tops - highest[None, :]), 0.0)
-    values = tl.load(
-        partial + slots[:, :, None] * DIM + at[None, None, :], mask=there[:, :, None], other=0.0, cache_modifier=".cg"
-    )
-    merged = tl.sum(values * share[:, :, None], 0)
-    whole = tl.sum(totals * share, 0)
+    highest = tl.full([GROUP_PADDED], -float("inf"), tl.float32)
+    whole = tl.zeros([GROUP_PADDED], tl.float32)
+    merged = tl.zeros([GROUP_PADDED, DIM], tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        there = (part < parts)[:, None] & (member < GROUP)[None, :]
+        slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
+        # Past the first-level cache: it may hold what a layer before left there.
+        tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
+        totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            partial + slots[:, :, None] * DIM + at[None, None, :],
+            mask=there[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        higher = tl.maximum(highest, tl.max(tops, 0))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        share = tl.where(there, tl.exp2(tops - shift[None, :]), 0.0)
+        fade = tl.exp2(highest - shift)
+        merged = merged * fade[:, None] + tl.sum(values * share[:, :, None], 0)
+        whole = whole * fade + tl.sum(totals * share, 0)
+        highest = higher
     whole = tl.where(whole > 0, whole, 1.0)
     tl.store(
         out + (pair * GROUP + member)[:, None] * DIM + at[None, :],
@@ -172,7 +222,7 @@ def _merge(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -184,10 +234,10 @@ def _merge(  # type: ignore[no-untyped-def]
     per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     if span > per_split:
         pair = sequence * num_kv + tl.program_id(0)
-        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, PADDED, GROUP_PADDED)
+        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, AT_ONCE, GROUP_PADDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _find_cut(  # type: ignore[no-untyped-def]
     positions,
     batch,
@@ -224,6 +274,10 @@ class SplitSizes:
     num_warps: int = 4
     num_stages: int = 3
     fused: bool = False  # the merge is done by the last part; else `min_split` is found on the device
+    flat: bool = False  # programs find their parts among all: of about as many tokens each, whatever the longest is
+    waves: int = 4  # of programs a multiprocessor, if flat
+    at_once: int = 32  # parts that are merged in one go
+    width: int = 64  # if flat: at least the sequences of the batch; a power of two
 
 
 def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
@@ -293,12 +347,15 @@ class DecodeAttention:
         sizes = self.sizes(batch) if sizes is None else sizes
         shared = {"GROUP": self._group, "DIM": self._dim, "BLOCK": sizes.block}
         shared["SPLITS"] = sizes.max_splits
-        shared["PADDED"] = triton.next_power_of_2(sizes.max_splits)
+        shared["AT_ONCE"] = min(sizes.at_once, triton.next_power_of_2(sizes.max_splits))
         shared["GROUP_PADDED"] = triton.next_power_of_2(self._group)
-        _split[(self._num_kv, batch, sizes.max_splits)](
+        programs = triton.cdiv(sizes.waves * self._num_sms, self._num_kv)
+        grid = (self._num_kv, programs + batch, 1) if sizes.flat else (self._num_kv, batch, sizes.max_splits)
+        _split[grid](
             q,
             q.stride(0),
             positions,
+            batch,
             tables,
             tables.stride(0),
             k_pages,
@@ -312,10 +369,13 @@ class DecodeAttention:
             self._scale,
             self._num_kv,
             self._window,
+            programs,
             ROWS=max(16, triton.next_power_of_2(self._group)),
             TOKENS=k_pages.shape[2],
             MIN_SPLIT=sizes.min_split,
             FUSED=sizes.fused,
+            FLAT=sizes.flat,
+            WIDTH=sizes.width,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps,
             **overlaps(),

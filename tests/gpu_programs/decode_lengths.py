@@ -1,17 +1,22 @@
-"""Decode attention of large batches on one GPU, by how unlike their lengths are: parts found by all KV there is, or fixed.
+"""Decode attention on one GPU, by how unlike the lengths of a batch are, in several ways to cut its sequences, by turns.
 
-Microseconds a layer (32 query and 8 KV heads of 128, bf16, pages of 32 tokens; from a CUDA graph, `find_cut` once in
-32 layers) beside the KV's bytes over a copy's bandwidth. Parts of 2,048 are how large batches were cut before.
+Microseconds a layer (32 query and 8 KV heads of 128, bf16, pages of 32 tokens; 32 layers, each with pages of its own, in
+one CUDA graph, `find_cut` once) beside the KV's bytes over a copy's bandwidth. `small`: batches whose last part merges;
+`large`: those that are merged by a kernel of its own. Every way's result is compared with softmax over the tokens first.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import torch
 
-from disagg.runtime.decode_attention import DecodeAttention
+from disagg.runtime.decode_attention import DecodeAttention, SplitSizes
 
-QUERY, KV, DIM, TOKENS, BLOCKS = 32, 8, 128, 32, 8192
-FIXED = 2048
+QUERY, KV, DIM, TOKENS, BLOCKS, LAYERS = 32, 8, 128, 32, 4096, 32
+SMALL, LARGE = (1, 4, 8, 12, 16, 32), (33, 40, 64, 128, 256)
 
 
 def bandwidth() -> float:
@@ -27,50 +32,119 @@ def bandwidth() -> float:
     return 10 * (1 << 30) / (start.elapsed_time(end) / 1000)
 
 
-def timed(attention: DecodeAttention, lengths: list[int], pool: torch.Tensor, cut: int | None) -> float:
-    batch, device = len(lengths), pool.device
-    positions = torch.tensor(lengths, dtype=torch.int32, device=device) - 1
-    width = max(-(-length // TOKENS) for length in lengths)
-    tables = torch.stack([torch.randperm(BLOCKS, device=device)[:width] for _ in lengths]).to(torch.int32)
-    q = torch.randn(batch, QUERY * DIM, dtype=pool.dtype, device=device)
-    out = torch.empty_like(q)
+class Batch:
+    """Sequences of these lengths, with tables of their own."""
 
-    def step() -> None:
-        if cut is None:
-            attention.find_cut(positions)
-        else:
-            attention._cut.fill_(cut)
-        for _ in range(32):
-            attention(q, positions, tables, pool[0], pool[1], out)
+    def __init__(self, attention: DecodeAttention, lengths: list[int], pool: torch.Tensor) -> None:
+        device = pool.device
+        self.attention, self.lengths, self.pool = attention, lengths, pool
+        self.positions = torch.tensor(lengths, dtype=torch.int32, device=device) - 1
+        width = max(-(-length // TOKENS) for length in lengths)
+        self.tables = torch.stack([torch.randperm(BLOCKS, device=device)[:width] for _ in lengths]).to(torch.int32)
+        self.q = torch.randn(len(lengths), QUERY * DIM, dtype=pool.dtype, device=device)
+        self.out = torch.empty_like(self.q)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
+    def step(self, sizes: SplitSizes, layers: int = LAYERS) -> None:
+        self.attention.find_cut(self.positions, sizes)
+        for layer in range(layers):
+            k, v = self.pool[layer]
+            self.attention(self.q, self.positions, self.tables, k, v, self.out, sizes)
+
+    def error(self, sizes: SplitSizes) -> float:
+        """The largest difference from softmax over the tokens, of the first layer."""
+        self.out.fill_(torch.nan)
+        self.step(sizes, 1)
+        worst = 0.0
+        for i, length in enumerate(self.lengths):
+            k, v = (
+                p[self.tables[i].long()].transpose(0, 1).reshape(KV, -1, DIM)[:, :length].float() for p in self.pool[0]
+            )
+            q = self.q[i].view(KV, -1, DIM).float()
+            expected = torch.softmax(q @ k.transpose(1, 2) / DIM**0.5, -1) @ v
+            difference = (self.out[i].view(KV, -1, DIM).float() - expected).abs().max().item()
+            worst = max(worst, difference if difference == difference else float("inf"))
+        return worst
+
+    def graph(self, sizes: SplitSizes) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step(sizes)
+        graph.replay()
+        return graph
+
+
+def replayed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:
+    """Microseconds a layer."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(5):
+    for _ in range(times):
         graph.replay()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1000 / (5 * 32)
+    return start.elapsed_time(end) * 1000 / (times * LAYERS)
+
+
+def small_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
+    """The ways for a batch that is merged by its last parts; `now` is what the engine takes."""
+    flat = replace(now, flat=True, max_splits=32, at_once=8, width=1 << (batch - 1).bit_length())
+    ways = {
+        "now": replace(now, at_once=now.max_splits),
+        "32 parts": replace(now, max_splits=32, at_once=8),
+        "flat": flat,
+        "flat, 3 waves": replace(flat, waves=3),
+        "flat, 6 waves": replace(flat, waves=6),
+        "flat, finer": replace(flat, min_split=max(64, now.min_split // 2), waves=6),
+    }
+    if batch <= 4:
+        ways["flat, by 16"] = replace(flat, at_once=16)
+    return ways
+
+
+def large_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
+    return {"now": now}
+
+
+def cases(batch: int, device: torch.device) -> Iterator[tuple[str, list[int]]]:
+    for length in (300, 1024, 4096):
+        if batch <= 64 or length < 4096:
+            yield f"{length} each", [length] * batch
+    if batch == 1:
+        yield from (("12000", [12_000]), ("32768", [32_768]))
+        return
+    spread = torch.randn(batch, device=device).mul(0.9).exp().mul(600).clamp(16, 8000).int().tolist()
+    yield "lognormal, 16 to 8000", spread
+    yield "one of 12000, others 300", [12_000] + [300] * (batch - 1)
+
+
+def table(batches: tuple[int, ...], ways_of: Callable[[int, SplitSizes], dict[str, SplitSizes]]) -> None:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    pool = torch.empty(LAYERS, 2, BLOCKS, KV, TOKENS, DIM, dtype=torch.bfloat16, device=device)
+    for layer in pool:
+        layer.normal_()
+    attention = DecodeAttention(256, QUERY, KV, DIM, None, device)
+    rate = bandwidth()
+    for batch in batches:
+        ways = ways_of(batch, attention.sizes(batch))
+        checked = Batch(attention, [(i * 997 + 2991) % 9000 + 1 for i in range(batch)], pool)
+        errors = {name: checked.error(sizes) for name, sizes in ways.items()}
+        print(f"batch {batch}: largest error " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+        print(f"{'lengths':24s} {'KV tokens':>9s} {'bytes alone':>12s} " + " ".join(f"{name:>16s}" for name in ways))
+        for name, lengths in cases(batch, device):
+            least = sum(lengths) * KV * DIM * 2 * 2 / rate * 1e6
+            own = Batch(attention, lengths, pool)
+            graphs = [own.graph(sizes) for sizes in ways.values()]
+            rounds = [[replayed(graph) for graph in graphs] for _ in range(4)]
+            best = " ".join(f"{min(way):16.1f}" for way in zip(*rounds, strict=True))
+            print(f"{name:24s} {sum(lengths):9d} {least:12.1f} {best}", flush=True)
 
 
 def main() -> None:
-    torch.manual_seed(0)
-    pool = torch.randn(2, BLOCKS, KV, TOKENS, DIM, dtype=torch.bfloat16, device="cuda")
-    attention = DecodeAttention(256, QUERY, KV, DIM, None, torch.device("cuda"))
-    rate = bandwidth()
-    print(f"{'batch':>6s}  {'lengths':24s} {'KV tokens':>9s} {'bytes alone':>12s} {'found':>8s} {'fixed':>8s}")
-    for batch in (33, 40, 64, 128, 256):
-        spread = torch.randn(batch).mul(0.9).exp().mul(600).clamp(16, 8000).int().tolist()
-        cases = {"1024 each": [1024] * batch, "300 each": [300] * batch, "lognormal, 16 to 8000": spread}
-        cases["one of 8000, others 300"] = [8000] + [300] * (batch - 1)
-        for name, lengths in cases.items():
-            least = sum(lengths) * KV * DIM * 2 * 2 / rate * 1e6
-            found, fixed = (timed(attention, lengths, pool, cut) for cut in (None, FIXED))
-            print(f"{batch:6d}  {name:24s} {sum(lengths):9d} {least:12.1f} {found:8.1f} {fixed:8.1f}")
+    wanted = sys.argv[1:] or ["small", "large"]
+    if "small" in wanted:
+        table(SMALL, small_ways)
+    if "large" in wanted:
+        table(LARGE, large_ways)
 
 
 if __name__ == "__main__":
