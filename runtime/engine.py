@@ -188,13 +188,13 @@ class Engine:
                 )
 
     def _check_blocks(self, run: RunSteps, request_id: int, blocks: tuple[int, ...]) -> None:
-        if any(not 0 <= block < self._pages.num_blocks for block in blocks):
+        if blocks and not (min(blocks) >= 0 and max(blocks) < self._pages.num_blocks):
             raise EngineError(
                 f"plan {run.plan}: request {request_id} names a block outside 0 to {self._pages.num_blocks - 1}"
             )
 
     def _check_tokens(self, run: RunSteps, request_id: int, token_ids: tuple[int, ...]) -> None:
-        if any(not 0 <= token < self._shape.vocab_size for token in token_ids):
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._shape.vocab_size):
             raise EngineError(
                 f"plan {run.plan}: request {request_id} has a token id outside 0 to {self._shape.vocab_size - 1}"
             )

@@ -136,7 +136,8 @@ class LeaderSession:
         self._going: dict[int, None] = {}  # executors that are gone, while transfers with them are not yet over
         self._events: list[tuple[int, int, ExecutorEvent]] = []  # of this instant: (class, sender, event)
         self._reports: list[StepReport] = []
-        self._to_stream: list[int] = []  # requests with tokens of this instant: told of once the next steps are granted
+        self._to_stream: list[int] = []  # requests with tokens of this instant
+        self._unsaid: list[ToUser] = []  # of this instant: said once the next steps are granted, for which a GPU waits
 
     # ---- one instant -------------------------------------------------------------------------------------------------
 
@@ -155,6 +156,7 @@ class LeaderSession:
             self._wake_at = None
             self._events.append((MESSAGE, self.id, _WAKE))
         if not self._events and not self._reports:
+            self._speak()
             return
         events, self._events = sorted(self._events, key=lambda event: event[:2]), []
         reports, self._reports = self._reports, []
@@ -173,6 +175,12 @@ class LeaderSession:
             self._obey(self._core.handle(None, now))
         got, self._to_stream = self._to_stream, []
         self._stream(got)
+        self._speak()
+
+    def _speak(self) -> None:
+        unsaid, self._unsaid = self._unsaid, []
+        for body in unsaid:
+            self._to_user(body)
 
     def _sort(self, item: Any) -> None:
         """Turn an item into an event of this instant, or into what concerns the driver alone."""
@@ -219,7 +227,7 @@ class LeaderSession:
                 raise TokenError(f"request id {request.id} is in use on executor {self.id}")
             check_tokens(request, self._roster.shape.vocab_size)
         except TokenError as error:  # the core sees no tokens: what is wrong with them is the world's to refuse
-            self._to_user(Response(request.id, self.id, FinishReason.ERROR, 0, str(error)))
+            self._unsaid.append(Response(request.id, self.id, FinishReason.ERROR, 0, str(error)))
             return
         self._sequences.enter(request)
         self._events.append((MESSAGE, sender, enqueue))
@@ -287,14 +295,14 @@ class LeaderSession:
             sequence = self._sequences.forget(message.request_id)
             if sequence is not None and sequence.num_sent < len(sequence.generated) and message.error is None:
                 tokens = tuple(sequence.generated[sequence.num_sent :])
-                self._to_user(TokenChunk(message.request_id, sequence.num_sent, tokens))
+                self._unsaid.append(TokenChunk(message.request_id, sequence.num_sent, tokens))
             params = message.context_phase_params
             if sequence is not None and params is not None and not params.first_gen_tokens:  # it goes on elsewhere
                 tokens = tuple(sequence.generated[: params.num_generated])
                 params = msgspec.structs.replace(params, first_gen_tokens=tokens)
                 message = msgspec.structs.replace(message, context_phase_params=params)
         if not isinstance(message, FirstTokenOut) or not self._roster.spec.leader_mode:  # there its token says as much
-            self._to_user(message)
+            self._unsaid.append(message)
 
     def _receive_kv(self, command: ReceiveKv | PrepareReceive) -> None:
         if command.source in self._gone:
@@ -384,7 +392,7 @@ class LeaderSession:
                 chunks.append(TokenChunk(request_id, sequence.num_sent, tokens))
                 sequence.num_sent = len(sequence.generated)
         if chunks:
-            self._to_user(TokenChunks(tuple(chunks)))
+            self._unsaid.append(TokenChunks(tuple(chunks)))
 
 
 def obey_kv_order(transfers: RankTransfers, order: Body) -> bool:

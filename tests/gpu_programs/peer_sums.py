@@ -56,6 +56,14 @@ def ranks(what: str) -> None:
             bench.check_giving_up()
 
 
+def _steps(x: Any) -> Any:
+    """Each element of bfloat16 as its place among all values of that type, so that neighbours differ by one."""
+    import torch
+
+    bits = x.view(torch.int16).to(torch.int32)
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
 class Bench:
     def __init__(self, rank: int, size: int, group: Any, device: Any, collectives: Any, peers: Any) -> None:
         self.rank, self.size, self.group, self.device = rank, size, group, device
@@ -85,7 +93,8 @@ class Bench:
     def check_sums(self) -> None:
         """Sums bit-equal to NCCL's for two ranks, for more near them; all bits alike on all ranks.
 
-        A norm may be one rounding off: its squares are summed by twice the warps, in another order.
+        A norm may be two steps of bfloat16 off: its squares are summed by twice the warps, in another order, and it is
+        rounded twice, before and after the weight, each of which may fall to the neighbour.
         """
         import torch
 
@@ -119,8 +128,7 @@ class Bench:
                     add_rms_norm(total, residual, weight, 1e-5, out)
                 if self.size == 2:
                     wrong += int(not torch.equal(found, residual))
-                    far = (normed.float() - out.float()).abs() > out.float().abs() * 2**-7
-                    wrong_norms += int(far.any())
+                    wrong_norms += int((_steps(normed) - _steps(out)).abs().max() > 2)
                     rounded += int(not torch.equal(normed, out))
                 else:
                     wrong += int(not torch.allclose(found.float(), residual.float(), atol=0.1, rtol=0.05))
@@ -133,7 +141,7 @@ class Bench:
             f"rank {self.rank}: {num} replays of {SUMS} sums: {wrong} unlike NCCL, {apart} unlike other ranks",
             flush=True,
         )
-        print(f"rank {self.rank}: {wrong_norms} norms wrong, {rounded} one rounding off in some element", flush=True)
+        print(f"rank {self.rank}: {wrong_norms} norms wrong, {rounded} a rounding off in some element", flush=True)
         if wrong or wrong_norms or apart:
             raise SystemExit(1)
 
