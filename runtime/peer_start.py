@@ -22,7 +22,7 @@ from .peer_reduce import ATTENDED, EMBEDDED, GATED, PeerLayout, PeerReduce, Peer
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SWITCH: Final = "DISAGG_PEER_REDUCE"  # "0": all sums by NCCL; else few rows are summed through peers' memory
+SWITCH: Final = "DISAGG_PEER_REDUCE"  # "1", or not said: few rows are summed through peers' memory; else all by NCCL
 _NATIVE_ATOMICS: Final = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 _TEXT_BYTES: Final = 256
 _PROBE_LOOKS: Final = 1 << 22  # a few seconds
@@ -59,7 +59,7 @@ def host_sums(gpus: Sequence[int]) -> str:
 
 
 def _off() -> str:
-    return f"{SWITCH} is 0" if SWITCH in os.environ else f"{SWITCH} is not 1"
+    return f"{SWITCH} is {os.environ.get(SWITCH)}"
 
 
 def peer_reduce(comm: MPI.Comm, place: Place, device: torch.device) -> tuple[PeerReduce | None, str]:
