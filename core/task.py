@@ -7,7 +7,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request, Stage
-from .life_cycle import State
+from .events import Response
+from .life_cycle import Cause, State, advance
 from .tables import RequestRow
 
 
@@ -78,6 +79,26 @@ class Task:
         self.kv_overlap: int | None = None
         self.moves_to: int | None = None  # where its executor was told to let it go on
         self.num_cached_tokens = 0
+
+    def note(self, response: Response, stage: Stage) -> None:
+        """The instants and counts that an executor's answer brings."""
+        if response.context_start is not None:
+            self.context_start = response.context_start
+        if stage is not Stage.GENERATION:
+            self.num_cached_tokens = response.num_cached_tokens
+        elif self.prompt_executor is None:  # else it has moved before: that is part of its decode time
+            self.transfer_start = response.transfer_start
+            self.kv_usable = response.kv_usable
+
+    def goes_on_from(self, response: Response) -> None:
+        """It has moved out: its executor holds the KV that it has so far, as a context phase's would."""
+        if self.prompt_executor is None:
+            self.prompt_executor = self.context_executor
+        self.context_executor, self.context_id = response.executor, response.request_id
+        self.generation_executor = self.generation_id = None
+        self.params = response.context_phase_params
+        self.num_tokens = response.num_output_tokens
+        self.state = advance(self.state, Cause.MOVE)
 
     def row(self, reason: FinishReason, error: str | None, now: int) -> RequestRow:
         """What is recorded of it at its end, which is `now`."""

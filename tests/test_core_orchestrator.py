@@ -430,7 +430,7 @@ def test_a_policy_sees_no_token_ids() -> None:
     seen: list[Request] = []
 
     desk = _scripted([Route(context=1)], [Route(generation=4)])
-    router = next(iter(desk.core._routers.values()))
+    router = next(iter(desk.core.routers.by_stage.values()))
     original = router.route_context
     router.route_context = lambda request, fleet: (seen.append(request), original(request, fleet))[1]  # type: ignore[method-assign]
     desk.give(arrive(input_token_ids=(5, 6, 7, 8, 9, 10, 11, 12)))

@@ -69,7 +69,7 @@ class Orchestrator:
     ):
         router = named(monkeypatch, Scripted, context=context, generation=generation)
         self.core = OrchestratorCore(OrchestratorConfig(executors(roles), router=router, **config))
-        self.policy: Scripted = self.core._routers[Stage.CONTEXT]  # type: ignore[assignment]
+        self.policy: Scripted = self.core.routers.by_stage[Stage.CONTEXT]  # type: ignore[assignment]
 
     def give(self, event: Any, now: int) -> list[Any]:
         return self.core.handle(event, now)
@@ -424,7 +424,7 @@ def test_two_routers_are_told_of_their_own_stage_and_both_of_reports(monkeypatch
         Response(2, 2, FinishReason.STOP, 3),
     ):
         core.handle(event, 0)
-    told: list[Any] = [core._routers[stage].told for stage in (Stage.CONTEXT, Stage.GENERATION)]  # type: ignore[attr-defined]
+    told: list[Any] = [core.routers.by_stage[stage].told for stage in (Stage.CONTEXT, Stage.GENERATION)]  # type: ignore[attr-defined]
     assert [entry[0] for entry in told[0]] == ["dispatched", "finished", "report"]
     assert [entry[0] for entry in told[1]] == ["dispatched", "report", "finished"]
 

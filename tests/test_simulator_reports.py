@@ -43,7 +43,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[World, Wa
     fleet = executors("cg", **{"report_interval": INTERVAL, "report_on_batch_change": False, **settings})
     world = World(fleet, router=named(monkeypatch, Watching), cost=ConstantCost(STEP), latency=LATENCY)
     core: Any = world.cluster.core
-    return world, core.core._routers[Stage.CONTEXT]
+    return world, core.core.routers.by_stage[Stage.CONTEXT]
 
 
 def test_the_age_of_a_view_is_the_time_since_its_report_was_received(monkeypatch: pytest.MonkeyPatch) -> None:
