@@ -22,6 +22,7 @@ from ..core.devices import Device
 from ..core.event_log import EventLogError
 from ..core.kv_layout import KvLayout
 from ..core.model_shapes import ModelError, ModelShape
+from ..core.orchestrator import AT_CONTEXT_DONE
 from ..core.overheads import LinkCost, MessageLatency
 from ..policies.vocabulary import PS_PER_S
 from ..runtime.devices import check_machine
@@ -218,7 +219,8 @@ def _read(folder: Path, sessions: Sequence[Session]) -> tuple[Samples, float]:
             result = read_result(folder, number)
             errors = [] if result is None else [row.error for row in result.sends if row.error is not None]
             if result is not None and not errors:
-                samples.add(number, result, is_open_loop=_is_spaced(session))
+                early = session.orchestrator.generation_binding != AT_CONTEXT_DONE
+                samples.add(number, result, is_open_loop=_is_spaced(session), sends_early=early)
                 seconds += result.wall_s
         except _DAMAGED as error:
             raise CalibrationFailedError(

@@ -198,9 +198,10 @@ def fit_engine(
 ) -> EngineFit:
     """Fit what executors of one kind did. Families with too few samples are left out.
 
-    `chunk_graphs`: they run steps with short prompts as graphs.
+    `chunk_graphs`: they run steps with short prompts as graphs. Steps that told of their layers are no graphs: they show
+    what the host takes to launch one, where there are graphs, and nothing else.
     """
-    columns = as_arrays(samples)
+    columns = as_arrays([sample for sample in samples if chunk_graphs or not sample.sends_early])
     if not columns:
         return EngineFit(None, None, LaunchGaps(), Measured(), (), None)
     warm = columns["before"] != NOTHING
@@ -331,7 +332,8 @@ def _chunk_graphs(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
     names = ("num_decodes", "num_chunks", "num_chunk_tokens")
     steps = zip(*(columns[name].tolist() for name in names), strict=True)
     found = [chunk_graph(decodes, chunks, tokens, max_batch) for decodes, chunks, tokens in steps]
-    return np.array([0 if key is None else key[1] for key in found], dtype=np.int64)
+    rows = np.array([0 if key is None else key[1] for key in found], dtype=np.int64)
+    return np.where(columns["sends_early"], 0, rows)
 
 
 def _fit_chunks(
@@ -346,7 +348,7 @@ def _fit_chunks(
     waits = np.zeros(len(rows), dtype=bool)
     if graphs is not None and graphs.any():
         rows = np.where(graphs > 0, graphs, rows)
-        waits = (graphs == 0) & (rows <= CHUNK_GRAPH_ROWS[-1])
+        waits = (graphs == 0) & (columns["sends_early"] | (rows <= CHUNK_GRAPH_ROWS[-1]))
     row_knots = knots_for(rows[~waits], _ROW_KNOTS)
     kv = columns["num_kv_tokens"]
     kv_knots = [0, max(1, int(kv.max()))]

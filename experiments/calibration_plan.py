@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from random import Random
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec.structs import replace
 
 from ..core.config import OrchestratorConfig, PolicySpec
 from ..core.cost import UNITS_PER_S, RooflineCost, StepFeatures
-from ..core.step_sizes import graph_sizes
+from ..core.orchestrator import AT_CONTEXT_DONE, AT_CONTEXT_START
+from ..core.step_sizes import CHUNK_SLOTS, graph_sizes
 from ..policies.vocabulary import PS_PER_S, Request, Role
 from ..runtime.orchestrator_load import LoadPhase, PlannedSubmission
 from ..runtime.session_series import Session
@@ -35,6 +36,9 @@ _PROMPTS: Final = (
     *(2304, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
 )
 _BURSTS: Final = ((2, 32), (4, 128), (8, 128), (2, 512), (4, 512), (8, 1024), (16, 64), (32, 256))
+_LAUNCHED: Final = (16, 64, 128, 256, 384, 512)  # so short that the host takes longer to launch than a device to run
+_BURST_EVERY_S: Final = 0.06
+_TOO_MANY: Final = (3 * CHUNK_SLOTS // 2, 16)  # prompts of so many tokens: more than a graph has room for
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
 
@@ -83,6 +87,7 @@ class _Cluster:
         decoding = [e for e in executors if e.role is Role.GENERATION] or [e for e in executors if e.role is Role.MIXED]
         prefilling = [e for e in executors if e.role is Role.CONTEXT] or [e for e in executors if e.role is Role.MIXED]
         self.hands_over = any(e.role is Role.CONTEXT for e in executors)
+        self.sends_early = self.hands_over and all(e.layerwise for e in prefilling)
         self.num_decoding, self.num_prefilling = len(decoding), len(prefilling)
         self.max_batch = min(e.scheduler.max_batch_size for e in decoding)
         self.kv_tokens = min(e.num_blocks * e.tokens_per_block for e in executors)
@@ -99,13 +104,25 @@ class _Cluster:
 def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STANDARD) -> tuple[Session, ...]:
     """All sessions, in order. `cost`: about how long steps take, to space what must not meet."""
     cluster = _Cluster(config)
-    sessions = [*_contexts(cluster, effort, cost), *_decodes(cluster, effort), *_serving(config, cluster, effort, cost)]
+    plans = [
+        *_contexts(cluster, effort, cost),
+        *_launches(cluster, effort),
+        *_decodes(cluster, effort),
+        *_serving(config, cluster, effort, cost),
+    ]
     random = Random(config.seed)
     tokens = tuple(random.choices(range(_TOKEN_IDS), k=2 * (cluster.longest + 1)))
-    return tuple(_session(*session, cluster, random, tokens) for session in sessions)
+    return tuple(_session(plan, cluster, random, tokens) for plan in plans)
 
 
-_Plan = tuple[str, Sequence[_Ask], int | None, bool]  # name, requests, concurrency, whether contexts are canned
+class _Plan(NamedTuple):
+    """One session. `concurrency` None: the requests' own instants. `sends_early`: its steps tell of their layers."""
+
+    name: str
+    asks: Sequence[_Ask]
+    concurrency: int | None
+    is_canned: bool = False
+    sends_early: bool = False
 
 
 def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
@@ -114,7 +131,7 @@ def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
     lengths = [n for n in _PROMPTS[:: effort.share] if n <= min(most, cluster.step_tokens)]
     lengths += [n * cluster.step_tokens + 100 for n in (1, 3) if n * cluster.step_tokens + 100 <= most]
     singles = [_Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
-    yield "contexts one at a time", singles, cluster.num_prefilling, False
+    yield _Plan("contexts one at a time", singles, cluster.num_prefilling)
     bursts: list[_Ask] = []
     at = 0.0
     for _ in range(effort.repeats):
@@ -125,7 +142,28 @@ def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
             bursts += [_Ask(length, 1, at)] * ((count + 1) * cluster.num_prefilling)  # the first one runs alone
             chunk = StepFeatures(0, 0, ((0, length, True),))
             at += 2.5 * (count + 1) * cost.step_time(chunk) / UNITS_PER_S + 0.01
-    yield "contexts in bursts", bursts, None, False
+    yield _Plan("contexts in bursts", bursts, None)
+
+
+def _launches(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
+    """Short prompts in steps that are no graph: they take as long as the host launches kernels.
+
+    Such are all that tell of their layers, and those with more prompts than a graph has room for.
+    """
+    if cluster.sends_early:
+        most = min(cluster.longest, effort.most_tokens, cluster.step_tokens)
+        lengths = [n for n in _LAUNCHED[:: effort.share] if n <= most]
+        asks = [_Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
+        yield _Plan("contexts kernel by kernel", asks, 2 * cluster.num_prefilling, sends_early=True)
+    count, length = _TOO_MANY
+    room = min(cluster.context_batch, cluster.step_tokens // length, cluster.kv_tokens // cluster.rounded(length))
+    if room >= count and length <= cluster.longest:
+        bursts = [
+            _Ask(length, 1, _BURST_EVERY_S * number)
+            for number in range(2 * effort.repeats)
+            for _ in range(count * cluster.num_prefilling)
+        ]
+        yield _Plan("more contexts than a graph holds", bursts, None)
 
 
 def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
@@ -140,8 +178,9 @@ def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
             if ends and level <= effort.most_tokens and level + max(ends) + 2 <= cluster.longest:
                 lengths = _spread(level, len(ends), cluster.longest - max(ends) - 2, random)
                 asks = [_Ask(n, end) for n, end in zip(lengths, ends, strict=True) for _ in range(cluster.num_decoding)]
-                yield f"decodes at {level} tokens", asks, None, True
-        yield "decodes at mixed lengths", list(_unlike(cluster, effort, Random(7 + number))), None, True
+                yield _Plan(f"decodes at {level} tokens", asks, None, is_canned=True)
+        unlike = list(_unlike(cluster, effort, Random(7 + number)))
+        yield _Plan("decodes at mixed lengths", unlike, None, is_canned=True)
 
 
 def _spread(mean: int, count: int, most: int, random: Random) -> list[int]:
@@ -181,19 +220,19 @@ def _serving(config: Experiment, cluster: _Cluster, effort: Effort, cost: Roofli
     lengths = cycle(_Ask(*pair) for pair in _lengths(config, cluster, effort))
     if cluster.hands_over:
         sizes = [n for n in _PROMPTS[1 :: max(2, effort.share)] if n <= min(cluster.longest - 2, effort.most_tokens)]
-        yield "hand-overs one at a time", [_Ask(n, 2) for n in sizes for _ in range(effort.repeats)], 1, False
+        yield _Plan("hand-overs one at a time", [_Ask(n, 2) for n in sizes for _ in range(effort.repeats)], 1)
         burst = [_Ask(n, 3) for n in (64, 256) for _ in range(min(8, cluster.context_batch))]
-        yield "hand-overs at once", [ask for ask in burst if ask.prompt < cluster.longest - 4], 8, False
+        yield _Plan("hand-overs at once", [ask for ask in burst if ask.prompt < cluster.longest - 4], 8)
     most = cluster.max_batch * cluster.num_decoding
     for concurrency, count in effort.serving:
         if concurrency <= most:
             scale = 1 if concurrency == 1 else cluster.num_decoding
             asks = list(islice(lengths, count * scale))
-            yield f"serving, {concurrency * scale} at a time", asks, concurrency * scale, False
+            yield _Plan(f"serving, {concurrency * scale} at a time", asks, concurrency * scale)
     if busy := list(_busy(lengths, cluster, effort, cost)):
-        yield "contexts without a rest", busy, 2 * cluster.context_batch * cluster.num_prefilling, False
+        yield _Plan("contexts without a rest", busy, 2 * cluster.context_batch * cluster.num_prefilling)
     asks = list(islice(lengths, effort.poisson))
-    yield "serving, open loop", list(_spaced(asks, cost, cluster)), None, False
+    yield _Plan("serving, open loop", list(_spaced(asks, cost, cluster)), None)
 
 
 def _busy(lengths: Iterable[_Ask], cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Ask]:
@@ -224,24 +263,20 @@ def _spaced(asks: Iterable[_Ask], cost: RooflineCost, cluster: _Cluster) -> Iter
         at += random.expovariate(1.0) * 3 * cost.step_time(chunk) / UNITS_PER_S / cluster.num_prefilling
 
 
-def _session(
-    name: str,
-    asks: Sequence[_Ask],
-    concurrency: int | None,
-    canned: bool,
-    cluster: _Cluster,
-    random: Random,
-    tokens: tuple[int, ...],
-) -> Session:
+def _session(plan: _Plan, cluster: _Cluster, random: Random, tokens: tuple[int, ...]) -> Session:
     """The load as the runtime takes it; prompts are cuts of `tokens`."""
-    longest = max((ask.output for ask in asks), default=1)
+    longest = max((ask.output for ask in plan.asks), default=1)
     submissions = []
-    for number, ask in enumerate(asks):
+    for number, ask in enumerate(plan.asks):
         # a bound that no sequence reaches: in serving, too, it is the world that ends them
-        bound = 1 if ask.output == 1 and not canned else longest + 1
+        bound = 1 if ask.output == 1 and not plan.is_canned else longest + 1
         cut = random.randrange(len(tokens) - ask.prompt)
         request = Request(number, ask.prompt, bound, input_token_ids=tokens[cut : cut + ask.prompt])
-        offset = round((ask.at_s or 0.0) * PS_PER_S) if concurrency is None else None
+        offset = round((ask.at_s or 0.0) * PS_PER_S) if plan.concurrency is None else None
         submissions.append(PlannedSubmission(request, offset, ask.output))
-    orchestrator = replace(cluster.orchestrator, skip_context_phase=canned)
-    return Session(name, orchestrator, (LoadPhase(tuple(submissions), concurrency, name),))
+    orchestrator = replace(
+        cluster.orchestrator,
+        skip_context_phase=plan.is_canned,
+        generation_binding=AT_CONTEXT_START if plan.sends_early else AT_CONTEXT_DONE,
+    )
+    return Session(plan.name, orchestrator, (LoadPhase(tuple(submissions), plan.concurrency, plan.name),))

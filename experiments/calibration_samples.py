@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from ..core.chunk_sums import chunk_pairs
 from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, RunSteps, Send, ServeKv
@@ -54,6 +55,7 @@ class StepSample(Struct, frozen=True, array_like=True):
     num_joined: int
     num_left: int
     in_transfer: bool  # KV came or went meanwhile
+    sends_early: bool = False  # KV might be asked for early: a step with chunks told of its layers, and was no graph
 
 
 class MessageSample(Struct, frozen=True, array_like=True):
@@ -101,7 +103,7 @@ class Samples(Struct):
         spaced = {sample.session for sample in self.clients if sample.is_open_loop}
         return [sample for sample in self.messages if sample.session in spaced] or self.messages
 
-    def add(self, number: int, result: SessionResult, *, is_open_loop: bool) -> None:
+    def add(self, number: int, result: SessionResult, *, is_open_loop: bool, sends_early: bool = False) -> None:
         """Take in one session. Raises EventLogError for a log that is none."""
         frames = {core: list(read_log(data)[1]) for core, data in result.logs.items() if data}
         transfers = _transfers(number, frames)
@@ -116,7 +118,8 @@ class Samples(Struct):
         for executor in sorted(frames):
             if executor != ORCHESTRATOR:
                 busy = [(a, b) for s, a, b in transfers if executor in (s.source, s.reader)]
-                self.steps += _steps(number, executor, frames[executor], result.step_ends.get(executor, ()), busy)
+                steps = _steps(number, executor, frames[executor], result.step_ends.get(executor, ()), busy)
+                self.steps += [replace(step, sends_early=True) for step in steps] if sends_early else steps
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -298,8 +301,10 @@ def read_samples(folder: Path) -> Samples | None:
         if not path.is_file():
             return None
         table = pq.read_table(path)
-        columns = [table.column(field).to_pylist() for field in kind.__struct_fields__]
-        rows = [kind(*values) for values in zip(*columns, strict=True)] if len(table) else []
+        # A field that came later, with a default, is not in older files.
+        names = [field for field in kind.__struct_fields__ if field in table.column_names]
+        columns = [table.column(field).to_pylist() for field in names]
+        rows = [kind(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
         setattr(samples, name, rows)
     return samples
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,6 +89,8 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
     if entry.chunks is not None and chunks:
         times = ", ".join(f"{f.chunks[0][1]}: {_ms(cost.step_time(f))}" for f in chunks)
         print(f"  step in ms by tokens of one prompt: {times}")
+    if cost.launch_floor:
+        print(f"  a step with chunks that is no graph: {_ms(cost.launch_floor)} ms at least, to launch its kernels")
     gaps = {name: getattr(entry.gaps, name) for name in entry.gaps.__struct_fields__}
     told = ", ".join(f"{name.replace('_', ' ')} {value / _PS_PER_MS:.2f}" for name, value in gaps.items() if value)
     print(f"  launch gaps in ms: {told or 'none'}")
@@ -134,10 +137,11 @@ def write_plots(profile: Profile, samples: Samples, folder: Path) -> list[Path]:
 def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -> Any:
     """What the profile says of each sample, launch gap included, in nanoseconds."""
     found = []
+    launched = replace(cost, chunk_graphs=False)
     for i in range(len(columns["duration_ps"])):
         row = {name: column[i] for name, column in columns.items()}
         num_decodes, num_kv, *chunks = (int(row[name]) for name in _SUMS)
-        units = cost.time_of_sums(num_decodes, num_kv, *chunks)
+        units = (launched if row["sends_early"] else cost).time_of_sums(num_decodes, num_kv, *chunks)
         gap = 0
         if row["kind"] == FIRST:
             joined, left, decodes = (int(row[name]) for name in ("num_joined", "num_left", "num_decodes"))

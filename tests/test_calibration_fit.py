@@ -117,6 +117,31 @@ def test_short_prompts_that_run_as_graphs_are_told_apart_from_those_that_wait_fo
     assert not fit_engine(samples, "cuda", 32).chunks.graphs  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("floor_ms", [9.0, 14.0])
+def test_what_the_host_takes_is_found_in_short_steps_that_told_of_their_layers(floor_ms: float) -> None:
+    """Graphs: 3 ms + 20 us a row; the same prompts kernel by kernel take the host's time, unless the device needs longer."""
+    random = Random(5)
+    samples = []
+    for early in (False, True):
+        for length in (16, 64, 128, 256, 384, 512, *(() if early else (700, 1000, 1500, 2048, 4096))):
+            for before, shift in (("idle", 0.4), ("chunk", 0.0)):
+                for _ in range(4):
+                    graph = None if early else chunk_graph(0, 1, length, 32)
+                    ms = 3 + 0.02 * (padded_rows(length) if graph is None else graph[1])
+                    ms = (max(floor_ms, ms) if early else ms) + shift
+                    sample = chunk_sample([length], 0, 0, before, random)
+                    ps = round(ms * random.gauss(1, 0.005) * 1e9)
+                    samples.append(replace(sample, duration_ps=ps, sends_early=early))
+    fit = fit_engine(samples, "cuda", 32, chunk_graphs=True)
+    assert fit.chunks is not None
+    assert fit.chunks.launch_floor_ns == pytest.approx(floor_ms * 1e6, rel=0.01)
+    without = fit_engine([s for s in samples if not s.sends_early], "cuda", 32, chunk_graphs=True)
+    assert without.chunks is not None
+    assert without.chunks.launch_floor_ns == 0
+    assert fit.chunks.rows == without.chunks.rows  # the device's time is told by the others alone
+    assert fit_engine(samples, "cpu", 32) == fit_engine([s for s in samples if not s.sends_early], "cpu", 32)
+
+
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:
     random = Random(2)
     samples = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 pytest.importorskip("torch")
 
 from disagg.core.cost import roofline
-from disagg.core.step_sizes import graph_sizes
+from disagg.core.step_sizes import CHUNK_GRAPH_ROWS, CHUNK_SLOTS, graph_sizes
+from disagg.experiments.calibration_fit import _LEAST_SAMPLES
 from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _staggered, plan_sessions
 from disagg.experiments.cluster import cluster_of, device_of, shape_of
 from disagg.experiments.experiment_file import load_experiment
@@ -77,6 +79,28 @@ def test_prompts_go_on_without_a_rest_for_some_seconds_of_the_device() -> None:
     assert 100_000 < tokens < 400_000  # 25 us each on an H200
     assert all(s.output_length == 1 for s in phase.submissions)
     assert not [s for s in sessions_of("calibrate_1p1", [], QUICK) if s.name == "contexts without a rest"]
+
+
+def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
+    """Context executors show them by telling of their layers, mixed ones by more prompts at once than a graph has room for."""
+    apart = {s.name: s for s in sessions_of("calibrate_1p1", [], STANDARD)}
+    mixed = {s.name: s for s in sessions_of("calibrate_mixed", [], STANDARD)}
+    told, crowded = "contexts kernel by kernel", "more contexts than a graph holds"
+    assert [name for name, s in apart.items() if s.orchestrator.generation_binding != "at_context_done"] == [told]
+    assert all(s.orchestrator.generation_binding == "at_context_done" for s in mixed.values())
+    lengths = {s.request.num_prompt_tokens for s in apart[told].phases[0].submissions}
+    assert lengths
+    assert max(lengths) <= CHUNK_GRAPH_ROWS[-1] // 2  # two that meet in a step are short, too
+    assert crowded in mixed
+    assert crowded not in apart  # 32 prompts at once, which a graph holds
+    bursts = Counter(s.offset for s in mixed[crowded].phases[0].submissions)
+    assert len(bursts) >= 2 * _LEAST_SAMPLES
+    for count in bursts.values():
+        alone = count // 2 - 8  # on each of two executors, should some have begun before the others came
+        assert alone > CHUNK_SLOTS
+    assert not [
+        s for s in sessions_of("calibrate_1p1", ["cluster.cache_transceiver.layerwise=false"], QUICK) if s.name == told
+    ]
 
 
 def test_one_plan_is_the_same_every_time() -> None:
