@@ -27,41 +27,10 @@ def _even_part(span, cut, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: i
 
 
 @triton.jit
-def _work_of(  # type: ignore[no-untyped-def]
-    index,
-    positions,
-    batch,
-    window,
-    programs,
-    LEAST: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """(sequence, which of its parts, tokens of each of them) of program `index`; sequence ≥ batch: none.
-
-    All sequences are cut into parts of one length, more or less: of all KV there is over so many programs. Whatever one
-    sequence's length, a program's share is as large as any other's.
-    """
-    place = tl.arange(0, WIDTH)
-    length = tl.load(positions + place, mask=place < batch, other=-1) + 1
-    span = length - tl.maximum(length - window, 0) // BLOCK * BLOCK
-    cut = tl.maximum(LEAST, tl.cdiv(tl.sum(span, 0), programs))
-    parts = tl.minimum(tl.maximum(tl.cdiv(span, cut), 1), SPLITS)
-    per_split = tl.maximum(tl.cdiv(tl.cdiv(span, parts), BLOCK), 1) * BLOCK
-    parts = tl.maximum(tl.cdiv(span, per_split), 1)
-    behind = tl.cumsum(parts, 0)
-    sequence = tl.sum((behind <= index).to(tl.int32), 0)
-    split = index - tl.sum(tl.where(place < sequence, parts, 0), 0)
-    return sequence, split, tl.sum(tl.where(place == sequence, per_split, 0), 0)
-
-
-@triton.jit(do_not_specialize=["batch"])
 def _split(  # type: ignore[no-untyped-def]
     q,
     q_stride,
     positions,
-    batch,
     tables,
     table_width,
     k_pages,
@@ -75,7 +44,6 @@ def _split(  # type: ignore[no-untyped-def]
     scale,
     num_kv,
     window,
-    programs,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -86,36 +54,31 @@ def _split(  # type: ignore[no-untyped-def]
     AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     FUSED: tl.constexpr,
-    FLAT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BY_ALL: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_kernel_before(PDL)
     head = tl.program_id(0)
-    if FLAT:
-        sequence, split, per_split = _work_of(
-            tl.program_id(1), positions, batch, window, programs, MIN_SPLIT, SPLITS, BLOCK, WIDTH
-        )
-        sequence = sequence.to(tl.int64)
-    else:
-        sequence = tl.program_id(1).to(tl.int64)
-        # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
-        split = tl.program_id(2)
-    length = tl.load(positions + sequence, mask=sequence < batch, other=-1) + 1
+    sequence = tl.program_id(1).to(tl.int64)
+    # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
+    split = tl.program_id(2)
+    length = tl.load(positions + sequence) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    if not FLAT:
-        if FUSED:
-            per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
-        else:
-            per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
+    if FUSED:
+        per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+        if BY_ALL:
+            parts = tl.minimum(tl.maximum(tl.cdiv(span, tl.load(cut)), 1), SPLITS)
+            per_split = tl.cdiv(tl.cdiv(span, parts), BLOCK) * BLOCK
+    else:
+        per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     start = oldest + split * per_split
     stop = tl.minimum(start + per_split, length)
     row = tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     in_group = row < GROUP
-    if (start < stop) | ((split == 0) & (sequence < batch)):
+    if (start < stop) | (split == 0):
         query = tl.load(
             q + sequence * q_stride + (head * GROUP + row)[:, None] * DIM + at[None, :],
             mask=in_group[:, None],
@@ -259,9 +222,6 @@ def _find_cut(  # type: ignore[no-untyped-def]
 
 
 _LEAST_CUT = 512  # tokens: shorter parts cost more in partial results than they balance (33 × 300: 28 µs, whole 18)
-_WAVES = (
-    4  # programs a multiprocessor, in all: sequences of one length make whole parts up to 1,024 tokens and 64 of them
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,10 +234,9 @@ class SplitSizes:
     num_warps: int = 4
     num_stages: int = 3
     fused: bool = False  # the merge is done by the last part; else `min_split` is found on the device
-    flat: bool = False  # programs find their parts among all: of about as many tokens each, whatever the longest is
-    waves: int = 4  # of programs a multiprocessor, if flat
+    by_all: bool = False  # if fused: parts are as long as the batch's KV over `waves` of programs a multiprocessor
+    waves: int = 4
     at_once: int = 32  # parts that are merged in one go
-    width: int = 64  # if flat: at least the sequences of the batch; a power of two
 
 
 def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
@@ -322,9 +281,14 @@ class DecodeAttention:
         """
         batch = positions.shape[0]
         sizes = self.sizes(batch) if sizes is None else sizes
-        if not sizes.fused:
-            programs, width = _WAVES * self._num_sms, min(1024, triton.next_power_of_2(batch))
-            more = {"LEAST": _LEAST_CUT, "WIDTH": width, "num_warps": 1, **overlaps()}
+        if sizes.by_all or not sizes.fused:
+            programs, width = sizes.waves * self._num_sms, min(1024, triton.next_power_of_2(batch))
+            more = {
+                "LEAST": sizes.min_split if sizes.fused else _LEAST_CUT,
+                "WIDTH": width,
+                "num_warps": 1,
+                **overlaps(),
+            }
             _find_cut[(1,)](positions, batch, self._num_kv, self._window, programs, self._cut, **more)
 
     def __call__(
@@ -349,13 +313,10 @@ class DecodeAttention:
         shared["SPLITS"] = sizes.max_splits
         shared["AT_ONCE"] = min(sizes.at_once, triton.next_power_of_2(sizes.max_splits))
         shared["GROUP_PADDED"] = triton.next_power_of_2(self._group)
-        programs = triton.cdiv(sizes.waves * self._num_sms, self._num_kv)
-        grid = (self._num_kv, programs + batch, 1) if sizes.flat else (self._num_kv, batch, sizes.max_splits)
-        _split[grid](
+        _split[(self._num_kv, batch, sizes.max_splits)](
             q,
             q.stride(0),
             positions,
-            batch,
             tables,
             tables.stride(0),
             k_pages,
@@ -369,13 +330,11 @@ class DecodeAttention:
             self._scale,
             self._num_kv,
             self._window,
-            programs,
             ROWS=max(16, triton.next_power_of_2(self._group)),
             TOKENS=k_pages.shape[2],
             MIN_SPLIT=sizes.min_split,
             FUSED=sizes.fused,
-            FLAT=sizes.flat,
-            WIDTH=sizes.width,
+            BY_ALL=sizes.by_all,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps,
             **overlaps(),
