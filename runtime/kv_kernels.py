@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .direct_launch import DirectLaunch
 from .kv_places import KvCopy, KvPlace, KvPool, packed_place
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def _row_addresses(base, table, block_bytes, token_bytes, token, size, mask, PAG
         return base + token.to(tl.int64) * token_bytes
 
 
-# By device, warps and constants: launched without Triton's own look-up, which costs more than some of the copies.
-_compiled: dict[tuple[Any, ...], Any] = {}
+# By device, warps and constants: launched without Triton's own way to the driver, which costs more than some of the copies.
+_compiled: dict[tuple[Any, ...], DirectLaunch | None] = {}  # None: Triton must
+_SIZES: Final = (*(8, 8, 8, 8, 8, 8, 4, 4) * 2, 4, 4, 4)  # of _NUMBERS, in bytes
 
 
 # Not specialised on any number: a compilation in the middle of serving costs more than it could save. All are typed, or
@@ -78,8 +80,10 @@ def _copy_rows(  # type: ignore[no-untyped-def]
         tl.store(target, tl.load(source, mask=mask), mask=mask)
 
 
-def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs: int = MANY_PROGRAMS) -> None:
-    """Launch `copy` on the current device and stream.
+def copy_rows(
+    copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs: int = MANY_PROGRAMS, stream: int | None = None
+) -> None:
+    """Launch `copy` on the current device, in the order of `stream` (None: of the current one, which it must be if not).
 
     `tile`: tokens a step of a program; `max_programs`: at most so many run, to leave the device to others. Whatever is
     copied between such places, it is one compiled kernel: the first small transfer warms all.
@@ -94,26 +98,31 @@ def copy_rows(copy: KvCopy, *, tile: int = 64, num_warps: int = 8, max_programs:
     align = 16 if (copy.row_bytes | source.address | destination.address) % 16 == 0 else word
     numbers = (*_numbers(source), *_numbers(destination), copy.num_heads, copy.num_tokens, num_tiles)
     kinds = (words, triton.next_power_of_2(words), word, align, tile, source.table != 0, destination.table != 0)
-    grid = (min(num_tiles, max_programs), 1, 1)
-    key = (torch.cuda.current_device() if torch.cuda.is_initialized() else -1, num_warps, kinds)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        try:
-            compiled[grid](*numbers, *kinds)
-            return
-        except TypeError:  # a Triton whose compiled kernels want other arguments: nothing has been launched
-            pass
-    made = _copy_rows[grid](*numbers, *kinds, num_warps=num_warps)
-    if hasattr(made, "packed_metadata"):  # compiled, not interpreted
-        _compiled[key] = made
+    num_programs = min(num_tiles, max_programs)
+    is_cuda = torch.cuda.is_initialized()
+    key = (torch.cuda.current_device() if is_cuda else -1, num_warps, kinds)
+    launch = _compiled.get(key)
+    if launch is not None:
+        launch(num_programs, int(torch.cuda.current_stream().cuda_stream) if stream is None else stream, numbers)
+        return
+    made = _copy_rows[num_programs, 1, 1](*numbers, *kinds, num_warps=num_warps)
+    if is_cuda and key not in _compiled:
+        _compiled[key] = _direct(made)
 
 
-def read_rows(copy: KvCopy) -> None:
+def _direct(compiled: Any) -> DirectLaunch | None:
+    try:
+        return DirectLaunch(compiled, _SIZES)
+    except (AttributeError, ValueError):  # a Triton or a driver of another time: slower, not wrong
+        return None
+
+
+def read_rows(copy: KvCopy, stream: int | None = None) -> None:
     """`copy_rows` from a peer's memory, where what is long must not keep this device's steps from their multiprocessors."""
     if copy.num_tokens >= FEW_TILE:
-        copy_rows(copy, tile=FEW_TILE, num_warps=FEW_WARPS, max_programs=FEW_PROGRAMS)
+        copy_rows(copy, tile=FEW_TILE, num_warps=FEW_WARPS, max_programs=FEW_PROGRAMS, stream=stream)
     else:
-        copy_rows(copy)
+        copy_rows(copy, stream=stream)
 
 
 def warm_copy(pages: KvPages) -> None:

@@ -77,6 +77,7 @@ class PeerReadCarrier(OnLane):
     name: Final = "cuda_ipc"
     max_segment_bytes: Final = _NO_LIMIT
     receiver_reads: Final = True
+    num_ahead: Final = 0  # it makes offers
 
     def __init__(
         self,
@@ -138,10 +139,7 @@ class PeerReadCarrier(OnLane):
             layout.dtype,
         )
 
-    def prepare(self, end: Sending, segment: Segment) -> None:
-        pass
-
-    def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
+    def send(self, end: Sending, index: int, segment: Segment, sent: Done, tag: int | None = None) -> None:
         self._desk.announce(end, index, segment)
 
     # ---- the receiver ------------------------------------------------------------------------------------------------
@@ -149,7 +147,10 @@ class PeerReadCarrier(OnLane):
     def learn_pool(self, peer: int, pool: KvPoolAddress) -> None:
         self._told.setdefault(peer, pool)  # what is open must not be closed under a kernel
 
-    def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
+    def discard(self, peer: int, tag: int, size: int) -> None:
+        raise ValueError(f"rank {peer} sends messages, which this rank does not take")
+
+    def receive(self, end: Receiving, segment: Segment, arrived: Done, tag: int | None = None) -> None:
         if end.is_over:
             arrived(None)
             return
@@ -283,14 +284,16 @@ def host_carrier(memory: PeerMemory) -> PeerReadCarrier:
 def kernel_copy(lane: Lane) -> Copy:
     from .kv_kernels import read_rows
 
-    return lambda copy, source_blocks, destination_blocks: read_rows(copy)
+    stream = lane.stream
+    return lambda copy, source_blocks, destination_blocks: read_rows(copy, stream)
 
 
 def local_copy(lane: Lane) -> Copy:
     """Between pages and a buffer of one device, at the speed of its memory."""
     from .kv_kernels import copy_rows
 
-    return lambda copy, source_blocks, destination_blocks: copy_rows(copy)
+    stream = lane.stream
+    return lambda copy, source_blocks, destination_blocks: copy_rows(copy, stream=stream)
 
 
 def batch_copy(lane: Lane) -> Copy:

@@ -14,7 +14,7 @@ from .progress import TRANSFER_CHANNEL, Progress, ProgressError
 from .transport_ends import Carrier, End, Key, Receiving, Sending
 from .transport_segments import Written
 from .transport_throttle import Throttle
-from .transport_wire import MAX_TRANSFER_ID, KvMessage, KvOffer, KvReady, encode
+from .transport_wire import MAX_TRANSFER_ID, KvAhead, KvMessage, KvOffer, KvReady, encode
 
 MIN_SEGMENT_BYTES: Final = 8 << 20
 _REMEMBERED: Final = 1 << 16  # early questions, given-up transfers and written layers kept for whoever is late
@@ -39,7 +39,10 @@ class TransferDesk:
         self._verify = verify
         self._min_segment_bytes = min_segment_bytes
         self._throttle = throttle
-        self._max_line = progress.max_tag
+        self._max_line = progress.max_tag // 2  # the rest is for messages that are sent before anybody asks
+        self._next_tag = self._max_line
+        self._last_ahead: Sending | None = None  # one transfer at a time, or buffers would lack for what was asked for
+        self._aheads: dict[Key, list[KvAhead]] = {}  # of senders, that nobody here has asked for yet
         self._sends: dict[Key, Sending] = {}
         self._receives: dict[Key, Receiving] = {}
         self._out: dict[tuple[int, int], Sending] = {}  # (peer, line): sends that a receiver has asked for

@@ -74,6 +74,9 @@ class Sending(End):
         self.ready: KvReady | None = None  # the receiver has asked
         self.num_cut = 0
         self.num_announced = 0
+        self.num_untold = 0  # segments that go ahead of the receiver's question, and have not been packed
+        self.was_told_ahead = False  # of such a segment
+        self.later: list[Segment] = []  # cut off with those, to be sent once it asks
         self.in_flight: dict[int, int] = {}  # index of a segment: its bytes
         self.being_read: dict[int, Done] = {}  # by the receiver itself: index of a segment, and whom to tell
         self.is_last_word = False  # the last segment, KvSent or KvRefused has been said
@@ -122,6 +125,9 @@ class Desk(Protocol):
     def announce(self, end: Sending, index: int, segment: Segment) -> None:
         """Tell the receiver of a segment; in the order of their indices."""
 
+    def announce_ahead(self, end: Sending, segment: Segment, tag: int) -> None:
+        """Tell the receiver of a message that it has not asked for."""
+
     def hold(self, end: End) -> None:
         """This end's pages are being touched from now on; it is not done before `release`."""
 
@@ -147,6 +153,10 @@ class Carrier(Protocol):
     def receiver_reads(self) -> bool:
         """The receiver reads the sender's pages by itself: they are held until it says KvTaken."""
 
+    @property
+    def num_ahead(self) -> int:
+        """So many segments of one transfer may be sent before the receiver asks."""
+
     def start(self, desk: Desk) -> None:
         """Make everything ready that takes time; on the thread that makes the transport."""
 
@@ -156,14 +166,20 @@ class Carrier(Protocol):
     def learn_pool(self, peer: int, pool: KvPoolAddress) -> None:
         """The same, of a sender."""
 
-    def prepare(self, end: Sending, segment: Segment) -> None:
-        """The receiver has not asked yet; this segment will be the first that is sent."""
+    def send(self, end: Sending, index: int, segment: Segment, sent: Done, tag: int | None = None) -> None:
+        """Announce the segment and send it; `sent` when the receiver has it (not called where it reads by itself).
 
-    def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
-        """Announce the segment and send it; `sent` when the receiver has it (not called where it reads by itself)."""
+        `tag`: it goes ahead of the receiver's question, and is told of with `announce_ahead` once it is on its way.
+        """
 
-    def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
-        """Take an announced segment; into the pages, unless `end.is_over`. Always calls `arrived`, once."""
+    def receive(self, end: Receiving, segment: Segment, arrived: Done, tag: int | None = None) -> None:
+        """Take an announced segment; into the pages, unless `end.is_over`. Always calls `arrived`, once.
+
+        `tag`: of a message that came ahead.
+        """
+
+    def discard(self, peer: int, tag: int, size: int) -> None:
+        """Take a message that came ahead, and that nobody wants."""
 
     def checksums(self, end: End, tokens_per_block: int, then: Callable[[bytes, str | None], None]) -> None:
         """Give those of all pieces of `end`, or an error, to `then`."""

@@ -1,7 +1,8 @@
 """Segments over MPI messages: packed by the sender, one message each under the line's tag, unpacked by the receiver.
 
-The sender announces a segment once its message has been given to MPI, and the receiver posts a receive for each that is
-announced, wanted or not: MPI keeps messages of one tag in order, and none is left that nobody waits for.
+The sender announces a segment as soon as there is a buffer for it, for its message needs nothing more then, and the
+receiver posts a receive for each that is announced, wanted or not: MPI keeps messages of one tag in order, and none is left
+that nobody waits for. (Announced without a buffer, receivers could wait for each other's senders in a ring.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .transport_segments import Segment
 from .transport_wire import KvPoolAddress
 
 _MESSAGE_BYTES: Final = 1 << 30
+_NOTHING: Final = b"\0"  # in the place of a segment that could not be packed: of no segment's size
 _LOOKS_FOR_FIRST: Final = 20  # about as long as a first segment takes to be packed, less than to launch the next
 
 
@@ -30,11 +32,21 @@ class Stager(Protocol):
     def max_segment_bytes(self) -> int: ...
 
     @property
-    def packs_ahead(self) -> bool:
-        """There is room to pack a segment that nobody has asked for yet."""
+    def num_ahead(self) -> int:
+        """There is room for so many segments that nobody has asked for yet."""
 
-    def pack(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> None:
-        """`packed(buffer)` or `failed(error)`, or nothing if the end is over by then; holds the end while it reads."""
+    def pack(
+        self,
+        end: Sending,
+        segment: Segment,
+        begun: Callable[[], None],
+        packed: Callable[[Any], None],
+        failed: Done,
+    ) -> None:
+        """`begun()` once there is a buffer and the packing has begun, then `packed(buffer)` or `failed(error)`.
+
+        Nothing at all if the end is over before there is a buffer; holds the end while it reads.
+        """
 
     def land(self, num_bytes: int, ready: Callable[[Any], None], failed: Done) -> None:
         """`ready(buffer)` once there is room for a message of that size; in order."""
@@ -57,17 +69,6 @@ class Stager(Protocol):
     def close(self) -> None: ...
 
 
-class _Ahead:
-    """The first segment of a transfer that nobody has asked for yet, being packed or packed."""
-
-    def __init__(self, end: Sending, segment: Segment) -> None:
-        self.end = end
-        self.segment = segment
-        self.buffer: Any = None  # None: it is not packed yet
-        self.wanted: Callable[[Any], None] | None = None  # it has been asked for meanwhile
-        self.failed: Done | None = None
-
-
 class MpiCarrier:
     """See `Carrier`. What a message is made of, and in whose memory, is the stager's business."""
 
@@ -88,7 +89,6 @@ class MpiCarrier:
         self._make_stager = make_stager
         self._desk: Desk
         self._stager: Stager
-        self._ahead: _Ahead | None = None  # one at a time, so that all other buffers are for what was asked for
 
     @property
     def max_segment_bytes(self) -> int:
@@ -104,55 +104,40 @@ class MpiCarrier:
     def learn_pool(self, peer: int, pool: KvPoolAddress) -> None:
         pass
 
-    def prepare(self, end: Sending, segment: Segment) -> None:
-        held = self._ahead
-        if not self._stager.packs_ahead or (held is not None and not held.end.is_over):
-            return
-        if held is not None and held.buffer is not None:
-            self._stager.give_back(held.buffer)
-        ahead = self._ahead = _Ahead(end, segment)
+    @property
+    def num_ahead(self) -> int:
+        return self._stager.num_ahead
+
+    def send(self, end: Sending, index: int, segment: Segment, sent: Done, tag: int | None = None) -> None:
+        peer = end.key[0]
+
+        def begun() -> None:
+            if tag is None:  # its message will come whatever happens: the receiver can make ready for it
+                announced.append(index)
+                self._desk.announce(end, index, segment)
 
         def packed(buffer: Any) -> None:
-            ahead.buffer = buffer
-            if ahead.wanted is not None:
-                ahead.wanted(buffer)
-            elif self._ahead is not ahead:
-                self._stager.give_back(buffer)
-
-        def failed(error: str | None) -> None:
-            if self._ahead is ahead:
-                self._ahead = None  # whoever asks has it packed anew, and hears of it
-            if ahead.failed is not None:
-                ahead.failed(error)
-
-        end.mark("packing")
-        self._stager.pack(end, segment, packed, failed)
-
-    def _take_ahead(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> bool:
-        """Whether the segment has been packed, or is being packed, already; it is `packed`'s then."""
-        ahead = self._ahead
-        if ahead is None or ahead.end is not end or ahead.segment != segment:
-            return False
-        self._ahead = None
-        ahead.wanted, ahead.failed = packed, failed
-        if ahead.buffer is not None:
-            packed(ahead.buffer)
-        return True
-
-    def send(self, end: Sending, index: int, segment: Segment, sent: Done) -> None:
-        def packed(buffer: Any) -> None:
-            if end.is_over:
+            if tag is not None and end.is_over:  # nobody has heard of it
                 self._stager.give_back(buffer)
                 return
             try:
-                self._progress.isend_buffer(end.key[0], end.line, self._stager.message(buffer), gone)
+                self._progress.isend_buffer(peer, end.line if tag is None else tag, self._stager.message(buffer), gone)
             except (ValueError, RuntimeError) as error:
                 self._stager.give_back(buffer)
                 sent(str(error))
                 return
             keep.append(buffer)
             end.mark("packed")
-            self._desk.announce(end, index, segment)
+            if tag is not None:
+                self._desk.announce_ahead(end, segment, tag)
+
+        def failed(error: str | None) -> None:
+            if announced:
+                try:
+                    self._progress.isend_buffer(peer, end.line, _NOTHING, lambda problem: None)
+                except (ValueError, RuntimeError):
+                    pass  # then nobody waits for it
+            sent(error)
 
         def gone(error: BaseException | None) -> None:
             end.mark("sent")
@@ -160,23 +145,24 @@ class MpiCarrier:
             sent(None if error is None else str(error))
 
         keep: list[Any] = []
-        if self._take_ahead(end, segment, packed, sent):
-            return
+        announced: list[int] = []
         end.mark("packing")
-        self._stager.pack(end, segment, packed, sent)
+        self._stager.pack(end, segment, begun, packed, failed)
         # What was packed meanwhile goes out before the next is launched; nothing is on its way before the first.
         for _ in range(_LOOKS_FOR_FIRST if index == 0 else 1):
             if self._stager.poll():
                 break
 
-    def receive(self, end: Receiving, segment: Segment, arrived: Done) -> None:
+    def receive(self, end: Receiving, segment: Segment, arrived: Done, tag: int | None = None) -> None:
         def post(buffer: Any) -> None:
             keep.append(buffer)
             try:
-                self._progress.irecv_buffer(end.key[0], end.line, self._stager.message(buffer), landed)
+                message = self._stager.message(buffer)
+                self._progress.irecv_buffer(end.key[0], end.line if tag is None else tag, message, landed)
             except (ValueError, RuntimeError) as error:
                 self._stager.give_back(keep.pop())
                 arrived(str(error))
+            end.mark("posted")
 
         def landed(error: BaseException | None) -> None:
             end.mark("landed")
@@ -189,6 +175,17 @@ class MpiCarrier:
 
         keep: list[Any] = []
         self._stager.land(end.outline.bytes_of(segment), post, arrived)
+
+    def discard(self, peer: int, tag: int, size: int) -> None:
+        def post(buffer: Any) -> None:
+            try:
+                self._progress.irecv_buffer(
+                    peer, tag, self._stager.message(buffer), lambda error: self._stager.give_back(buffer)
+                )
+            except (ValueError, RuntimeError):  # MPI is not asked any more
+                self._stager.give_back(buffer)
+
+        self._stager.land(size, post, lambda error: None)
 
     def checksums(self, end: End, tokens_per_block: int, then: Computed) -> None:
         self._stager.checksums(end, tokens_per_block, then)
@@ -211,14 +208,21 @@ class CpuStager(OnLane):
     """Pages in host memory: packed and unpacked by a thread, into buffers made for the purpose."""
 
     max_segment_bytes: Final = _MESSAGE_BYTES
-    packs_ahead: Final = False
+    num_ahead: Final = 0
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._pages = desk.pages
         self._lane = ThreadLane(desk.post)
 
-    def pack(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> None:
+    def pack(
+        self,
+        end: Sending,
+        segment: Segment,
+        begun: Callable[[], None],
+        packed: Callable[[Any], None],
+        failed: Done,
+    ) -> None:
         first, last = segment.tokens
         blocks = end.blocks_until(last, self._pages.tokens_per_block)
         made: list[Any] = []
@@ -234,6 +238,7 @@ class CpuStager(OnLane):
                 failed(error)
 
         self._desk.hold(end)
+        begun()
         self._lane.run(work, finish)
 
     def message(self, buffer: Any) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .progress import ProgressError
 from .transport import first_difference
 from .transport_desk import TransferDesk, mismatch
-from .transport_ends import Receiving
+from .transport_ends import Key, Receiving
 from .transport_segments import Segment, SegmentError
-from .transport_wire import MAX_OFFERS, KvGivenUp, KvOffer, KvOfferTaken, KvReady, KvSegment, KvTaken
+from .transport_wire import MAX_OFFERS, KvAhead, KvGivenUp, KvOffer, KvOfferTaken, KvReady, KvSegment, KvTaken
 
 
 class ReceiverDesk(TransferDesk):
@@ -30,6 +31,8 @@ class ReceiverDesk(TransferDesk):
         end.line = self._take_line(peer)
         self._in[peer, end.line] = end
         outline, size = end.outline, self.pages.tokens_per_block if self._verify else 0
+        for ahead in self._aheads.pop(end.key, ()):  # before anything is said: nobody else has to do with it
+            self._take_ahead(end, ahead)
         ready = KvReady(transfer_id, end.line, outline.num_bytes, outline.num_tokens, outline.ranges, size)
         if not self._tell(peer, ready):
             end.is_last_word = True
@@ -50,13 +53,13 @@ class ReceiverDesk(TransferDesk):
             self._fetch(end, message.index, segment)
         self._leave_line(end)
 
-    def _fetch(self, end: Receiving, index: int, segment: Segment) -> None:
+    def _fetch(self, end: Receiving, index: int, segment: Segment, tag: int | None = None) -> None:
         """Take a segment that was announced."""
         end.mark("announced")
         end.num_fetching += 1
         num_bytes = end.outline.bytes_of(segment)
         arrived = self._throttled(end.key[0], num_bytes, False, self._arrived_handler(end, index, segment))
-        self._carrier.receive(end, segment, arrived)
+        self._carrier.receive(end, segment, arrived, tag)
 
     def _arrived_handler(self, end: Receiving, index: int, segment: Segment) -> Callable[[str | None], None]:
         return lambda error: self._on_arrived(end, index, segment, error)
@@ -118,6 +121,45 @@ class ReceiverDesk(TransferDesk):
             self._next_line = line + 1 if line < self._max_line else 0
             if (peer, line) not in self._in:
                 return line
+
+    # ---- messages that came ahead ------------------------------------------------------------------------------------
+
+    def _on_ahead(self, peer: int, ahead: KvAhead) -> None:
+        key = (peer, ahead.transfer_id)
+        # One that has been given up takes it too: the sender has not said its last word, and need not know.
+        asked = self._receives.get(key) or next((end for end in self._in.values() if end.key == key), None)
+        if asked is not None:
+            self._take_ahead(asked, ahead)
+        elif self._closed_at is not None:
+            self._discard(peer, ahead)
+        else:
+            self._aheads.setdefault(key, []).append(ahead)
+
+    def _take_ahead(self, end: Receiving, ahead: KvAhead) -> None:
+        outline, segment = end.outline, Segment(ahead.layers, ahead.tokens)
+        try:
+            if (outline.ranges, outline.num_tokens, outline.num_bytes) != (
+                ahead.ranges,
+                ahead.num_tokens,
+                ahead.num_bytes,
+            ):
+                raise SegmentError("a transfer of another shape")  # of which the sender will hear, and speak
+            end.incoming.announce(segment)
+        except SegmentError:
+            self._discard(end.key[0], ahead)
+        else:
+            self._fetch(end, 0, segment, ahead.message_tag)
+
+    def _discard(self, peer: int, ahead: KvAhead) -> None:
+        if ahead.size > self._carrier.max_segment_bytes:
+            raise ProgressError(
+                f"rank {peer} sent {ahead.size} bytes ahead; allowed: {self._carrier.max_segment_bytes}"
+            )
+        self._carrier.discard(peer, ahead.message_tag, ahead.size)
+
+    def _discard_aheads(self, key: Key) -> None:
+        for ahead in self._aheads.pop(key, ()):
+            self._discard(key[0], ahead)
 
     # ---- offers ------------------------------------------------------------------------------------------------------
 

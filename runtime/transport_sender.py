@@ -10,6 +10,8 @@ from .transport_ends import Key, Sending
 from .transport_segments import Segment, Written
 from .transport_wire import (
     MAX_OFFERS,
+    KvAhead,
+    KvAheadDropped,
     KvGivenUp,
     KvOffer,
     KvReady,
@@ -42,9 +44,7 @@ class SenderDesk(TransferDesk):
             self._meet(end, ready)
             return
         self._offer(end)
-        if end.offer < 0 and end.written.is_all and not end.is_over:
-            first = end.outline.split(end.outline.whole()[0], self._carrier.max_segment_bytes)[0]
-            self._carrier.prepare(end, first)
+        self._send_ahead(end)
 
     def _on_advance(self, transfer_id: int, layers: Range, num_tokens: int) -> None:
         self._written_of(transfer_id).advance(layers, num_tokens)
@@ -76,19 +76,27 @@ class SenderDesk(TransferDesk):
             self._end_line(end)
         else:
             end.mark("asked")
+            is_all_ahead = not end.later and 0 < end.num_cut == end.num_announced
             self._push(end)
+            if is_all_ahead:
+                self._end_line(end)
+                self._conclude_if_sent(end)
 
     def _push(self, end: Sending) -> None:
         """Cut off and send what is ready, if it is worth a segment."""
-        if end.ready is None or end.is_over:
+        if end.ready is None or end.is_over or end.num_untold:  # the receiver must hear of segments in their order
             return
-        worth = self._min_segment_bytes if end.in_flight and not end.written_at else 1
-        segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes)
+        if end.later:
+            segments, end.later = end.later, []
+            first = end.num_cut - len(segments)
+        else:
+            worth = self._min_segment_bytes if end.in_flight and not end.written_at else 1
+            segments = end.outgoing.cut(end.written, worth, self._carrier.max_segment_bytes)
+            first = end.num_cut
+            end.num_cut += len(segments)  # before any is announced: the last announced one ends the line
         try:
             if segments:
                 self._introduce(end.key[0])
-            first = end.num_cut
-            end.num_cut += len(segments)  # before any is announced: the last announced one ends the line
             for index, segment in enumerate(segments, first):
                 num_bytes = end.outline.bytes_of(segment)
                 end.in_flight[index] = num_bytes
@@ -149,11 +157,17 @@ class SenderDesk(TransferDesk):
             self._fail_send(end, f"transfer {end.key[1]}: {error}")
             return
         end.bytes_sent += num_bytes
-        if end.bytes_sent == end.outline.num_bytes:
-            self._drop(self._sends, end)
-            self._conclude(end, None)
-        else:
+        if not self._conclude_if_sent(end):
             self._push(end)
+
+    def _conclude_if_sent(self, end: Sending) -> bool:
+        """Small messages may leave this rank before their receiver has asked: it is not over before that."""
+        is_unasked = end.was_told_ahead and end.ready is None
+        if end.is_over or is_unasked or end.bytes_sent < end.outline.num_bytes:
+            return end.is_over
+        self._drop(self._sends, end)
+        self._conclude(end, None)
+        return True
 
     def _fail_send(self, end: Sending, error: str) -> None:
         self._drop(self._sends, end)
@@ -164,6 +178,8 @@ class SenderDesk(TransferDesk):
             end.is_last_word = True
         if not end.is_over:
             self._withdraw(end)
+            if end.was_told_ahead:
+                self._tell(end.key[0], KvAheadDropped(end.key[1]))
         self._conclude(end, error)
 
     def _refuse(self, key: Key, error: str) -> None:
@@ -194,6 +210,47 @@ class SenderDesk(TransferDesk):
         if asked is not None and asked.line == message.line:
             self._refuse(key, message.reason)
             remember(self._refusals, key, message.reason)
+
+    # ---- messages that go ahead of the receiver's question -----------------------------------------------------------
+
+    def _send_ahead(self, end: Sending) -> None:
+        """Give the first segments to the carrier before the receiver asks, where they come as messages."""
+        held = self._last_ahead
+        is_free = held is None or held.is_over or held.ready is not None
+        if (
+            not (self._carrier.num_ahead and is_free and end.written.is_all)
+            or end.is_over
+            or self._throttle is not None
+        ):
+            return  # a throttle counts from when the receiver wants it
+        self._last_ahead = end
+        segments = end.outgoing.cut(end.written, 1, self._carrier.max_segment_bytes)
+        ahead, end.later = segments[: self._carrier.num_ahead], segments[self._carrier.num_ahead :]
+        end.num_cut, end.num_untold = len(segments), len(ahead)
+        for index, segment in enumerate(ahead):
+            end.in_flight[index] = end.outline.bytes_of(segment)
+            self._next_tag = self._next_tag + 1 if self._next_tag < self._progress.max_tag else self._max_line + 1
+            self._carrier.send(end, index, segment, self._sent_handler(end, index), self._next_tag)
+
+    def announce_ahead(self, end: Sending, segment: Segment, tag: int) -> None:
+        outline = end.outline
+        end.mark("ahead")
+        end.was_told_ahead = True
+        end.num_announced += 1
+        end.num_untold -= 1
+        size = outline.bytes_of(segment)
+        ranges = outline.ranges
+        self._tell(
+            end.key[0],
+            KvAhead(
+                tag, end.key[1], outline.num_bytes, outline.num_tokens, ranges, segment.layers, segment.tokens, size
+            ),
+        )
+        if end.ready is not None and not end.num_untold:  # it has been asked meanwhile
+            if end.later:
+                self._push(end)
+            else:
+                self._end_line(end)
 
     # ---- offers ------------------------------------------------------------------------------------------------------
 

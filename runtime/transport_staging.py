@@ -34,11 +34,12 @@ HOST_SEGMENT_BYTES: Final = 16 << 20
 class StagingBuffer:
     """`num_bytes` of it are in use. `host` None: messages are made of the device's memory itself."""
 
-    __slots__ = ("device", "host", "num_bytes")
+    __slots__ = ("address", "device", "host", "num_bytes")
 
     def __init__(self, size: int, device: torch.device, via_host: bool) -> None:
         self.device = torch.empty(size, dtype=torch.uint8, device=device)
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda") if via_host else None
+        self.address = int(self.device.data_ptr())
         self.num_bytes = 0
 
 
@@ -69,16 +70,30 @@ class _Pool:
 
 
 class DeviceStager(OnLane):
-    """See `Stager`. `via_host`: messages from pinned host memory."""
+    """See `Stager`. `via_host`: messages from pinned host memory.
 
-    packs_ahead: Final = True
+    `message_of(address, bytes)`: a message of device memory as mpi4py takes it; None: torch's own tensors, of which it asks
+    much before it believes them.
+    """
 
-    def __init__(self, desk: Desk, lane: Lane, copy: Copy, segment_bytes: int, *, via_host: bool) -> None:
+    num_ahead: Final = NUM_BUFFERS - 1  # one is left for what is asked for
+
+    def __init__(
+        self,
+        desk: Desk,
+        lane: Lane,
+        copy: Copy,
+        segment_bytes: int,
+        *,
+        via_host: bool,
+        message_of: Callable[[int, int], Any] | None = None,
+    ) -> None:
         self.max_segment_bytes: Final = segment_bytes
         self._desk = desk
         self._pages = desk.pages
         self._lane = lane
         self._copy = copy
+        self._message_of = message_of
         self._row_bytes = KvPool.of(desk.pages).row_bytes
         self._tables = TableRing(desk.pages.device, lane.stream)
 
@@ -93,9 +108,18 @@ class DeviceStager(OnLane):
     def message(self, buffer: StagingBuffer) -> Any:
         if buffer.host is not None:
             return buffer.host[: buffer.num_bytes].numpy()
+        if self._message_of is not None:
+            return self._message_of(buffer.address, buffer.num_bytes)
         return buffer.device[: buffer.num_bytes]
 
-    def pack(self, end: Sending, segment: Segment, packed: Callable[[Any], None], failed: Done) -> None:
+    def pack(
+        self,
+        end: Sending,
+        segment: Segment,
+        begun: Callable[[], None],
+        packed: Callable[[Any], None],
+        failed: Done,
+    ) -> None:
         def begin(buffer: StagingBuffer) -> None:
             self._owner[buffer] = self._outgoing
             if end.is_over:
@@ -103,6 +127,7 @@ class DeviceStager(OnLane):
                 return
             buffer.num_bytes = end.outline.bytes_of(segment)
             self._desk.hold(end)
+            begun()
             self._lane.run(lambda: self._pack(end, segment, buffer), lambda error: finish(buffer, error))
 
         def finish(buffer: StagingBuffer, error: str | None) -> None:
@@ -170,7 +195,7 @@ class DeviceStager(OnLane):
             end.tables = self._tables.put(end.blocks)
         pool, table = KvPool.of(self._pages), end.tables.addresses[0]
         first, last = segment.tokens
-        address = int(buffer.device.data_ptr())
+        address = buffer.address
         found = []
         for layers, heads in end.outline.pieces_of(segment):
             size = (layers[1] - layers[0], heads[1] - heads[0], last - first, self._row_bytes)
@@ -192,9 +217,18 @@ def staged_carrier(
         lane = CudaLane(device, desk.post)
         warm_copy(desk.pages)
         size = HOST_SEGMENT_BYTES if via_host else DEVICE_SEGMENT_BYTES
-        return DeviceStager(desk, lane, local_copy(lane), size, via_host=via_host)
+        return DeviceStager(
+            desk, lane, local_copy(lane), size, via_host=via_host, message_of=_at if not via_host else None
+        )
 
     return MpiCarrier(progress, make, name, description, capabilities)
+
+
+def _at(address: int, num_bytes: int) -> Any:
+    """That memory as a message; MPI finds out by itself whose it is."""
+    from mpi4py import MPI
+
+    return MPI.buffer.fromaddress(address, num_bytes)
 
 
 def _first_line(error: Exception) -> str:

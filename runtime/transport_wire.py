@@ -12,7 +12,17 @@
 
 A `line` is a number that the receiver chooses, unique among its transfers with that sender; it is also the MPI tag of
 their messages. Whatever happens, a line ends with exactly one last word (a last KvSegment, KvSent or KvRefused), and the
-receiver takes every segment that was announced on it, wanted or not: so what is given up leaves nothing in MPI.
+receiver takes every segment that was announced on it, wanted or not: so what is given up leaves nothing in MPI. A segment
+whose packing failed after it was announced comes as a message of one byte.
+
+Where segments come as messages, a sender whose pages are all written gives the first of them to MPI before it is asked:
+
+    receiver                                          sender
+                                           ◀────────  KvAhead(tag, id, pieces, tokens, layers, tokens), and the message
+    takes it once it is asked to receive that id, and asks for the rest with KvReady as ever
+                                           ◀────────  KvAheadDropped(id): it takes what it has not, and forgets it
+
+Each message that was sent ahead is taken exactly once, wanted or not. Its tag is the sender's, above all lines.
 
 Where the receiver reads for itself, a sender whose pages are all written need not wait to be asked:
 
@@ -76,6 +86,28 @@ class KvSegment(Struct, frozen=True, tag="segment", array_like=True):
     tokens: tuple[_Tokens, _Tokens]
     blocks: _Blocks = ()
     is_last: bool = False
+
+
+class KvAhead(Struct, frozen=True, tag="ahead", array_like=True):
+    """These layers of these tokens of a transfer are in MPI: a message of `size` bytes, from `message_tag`.
+
+    `num_bytes`, `num_tokens`, `ranges`: of the whole transfer.
+    """
+
+    message_tag: _Line
+    transfer_id: _Id
+    num_bytes: _Size
+    num_tokens: _Tokens
+    ranges: _Ranges
+    layers: _Range
+    tokens: tuple[_Tokens, _Tokens]
+    size: _Size
+
+
+class KvAheadDropped(Struct, frozen=True, tag="ahead_dropped", array_like=True):
+    """What was sent ahead of that transfer is of no use any more."""
+
+    transfer_id: _Id
 
 
 class KvSent(Struct, frozen=True, tag="sent", array_like=True):
@@ -153,6 +185,8 @@ class KvPoolAddress(Struct, frozen=True, tag="pool", array_like=True):
 KvMessage = (
     KvReady
     | KvSegment
+    | KvAhead
+    | KvAheadDropped
     | KvSent
     | KvRefused
     | KvTaken

@@ -27,6 +27,8 @@ from .transport_segments import Written
 from .transport_sender import SenderDesk
 from .transport_throttle import Throttle
 from .transport_wire import (
+    KvAhead,
+    KvAheadDropped,
     KvGivenUp,
     KvMessage,
     KvOffer,
@@ -169,6 +171,10 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
             self._on_given_up((rank, message.transfer_id), message)
         elif isinstance(message, KvOffer):
             self._on_offer(rank, message)
+        elif isinstance(message, KvAhead):
+            self._on_ahead(rank, message)
+        elif isinstance(message, KvAheadDropped):
+            self._discard_aheads((rank, message.transfer_id))
         elif isinstance(message, KvWithdrawn):
             self._on_withdrawn(rank, message.serial)
         elif self._left.is_set():
@@ -218,7 +224,7 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
                     self.release(sending)
         for key in [key for key in self._offers if key[0] == rank]:
             del self._offers[key]
-        for memory in (self._early, self._refusals):
+        for memory in (self._early, self._refusals, self._aheads):
             for key in [key for key in memory if key[0] == rank]:
                 del memory[key]
         self._introduced.discard(rank)
@@ -239,3 +245,5 @@ class SegmentTransport(SenderDesk, ReceiverDesk):
         self._closed_at = time.monotonic()
         for key in [*self._sends, *self._receives]:
             self._on_abort(key, "the transport was closed")
+        for key in list(self._aheads):
+            self._discard_aheads(key)

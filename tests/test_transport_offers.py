@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -164,43 +163,103 @@ def life_of(pair: Pair, ident: int, rng: random.Random) -> list[Callable[[], Non
     return begin + late
 
 
-def test_through_staging_what_was_packed_before_anybody_asked_is_on_its_way_at_once() -> None:
+def test_through_staging_the_first_segments_are_in_mpi_before_anybody_asks_and_taken_before_the_sender_hears() -> None:
     pair = Pair(is_staged=True)
     pair.send(0)
     pair.settle()
-    assert pair.wire.sent == {}
+    assert sum(map(len, pair.wire.sent.values())) == 2
+    assert pair.wire.told == {0: {"KvAhead": 2}, 1: {}}
     pair.receive(0)
     pair.progress[1].calls.popleft()()
+    assert len(pair.wire.arrivals()) == 2, "the reader waits for its sender"
+    pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {0: None}
+    assert pair.arrived(0)
+    assert pair.wire.told == {0: {"KvAhead": 2, "KvSegment": 2}, 1: {"KvReady": 1}}
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_a_segment_is_announced_before_it_is_packed_but_not_before_it_has_a_buffer() -> None:
+    pair = Pair(is_staged=True)
+    pair.receive(0)
+    pair.progress[1].calls.popleft()()
+    pair.progress[0].handler(1, pair.wire.frames[1].popleft())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair.lanes[0], "poll", lambda: False)  # the device does nothing more
-        pair.progress[0].handler(1, pair.wire.frames[1].popleft())
-    assert [len(sent) for sent in pair.wire.sent.values()] == [1], "the first segment had to be packed"
+        patch.setattr(pair.lanes[0], "poll", lambda: False)  # the device does nothing
+        pair.send(0)
+        pair.progress[0].calls.popleft()()
+    assert pair.wire.sent == {}
+    assert pair.wire.told[0] == {"KvSegment": 3}  # of 4: there are three buffers
     pair.settle()
     assert pair.errors(0) == pair.errors(1) == {0: None}
     assert pair.arrived(0)
     assert pair.left_overs(0) == pair.left_overs(1) == {}
 
 
-def test_what_was_packed_for_nobody_leaves_its_buffer_to_the_next_and_never_more_than_one_is() -> None:
+def test_a_segment_that_cannot_be_packed_fails_its_transfer_at_both_ends_and_no_other() -> None:
+    pair = Pair(is_staged=True)
+    for ident in (0, 1):
+        pair.receive(ident)
+        pair.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair.lanes[0], "poll", lambda: pair.lanes[0].fail("the device is ill"))
+        pair.send(0)
+        pair.settle()
+    pair.send(1)
+    pair.settle()
+    assert pair.errors(0) == {0: "transfer 0: the device is ill", 1: None}
+    assert pair.errors(1)[1] is None
+    assert pair.errors(1)[0] is not None
+    assert pair.arrived(1)
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_what_was_sent_ahead_for_nobody_is_taken_by_its_receiver_when_it_is_given_up() -> None:
     pair = Pair(is_staged=True)
     for ident in range(5):
         pair.send(ident)
     pair.settle()
-    carrier: Any = pair.transports[0]._carrier
-    assert carrier._stager._outgoing._num_made == 1
-    assert pair.left_overs(0).get("buffers") is None
+    assert pair.wire.told[0] == {"KvAhead": 2}, "one transfer at a time goes ahead"
     pair.transports[0].abort(0, 1, "given up")
     pair.settle()
+    assert pair.left_overs(0).get("buffers") is None
+    assert pair.left_overs(1) == {}
     pair.send(5)
     pair.settle()
-    assert carrier._ahead.end.key == (1, 5)
-    for ident in (4, 2, 5, 1, 3):
+    assert pair.wire.told[0] == {"KvAhead": 4, "KvAheadDropped": 1}
+    for ident in (4, 2, 5, 1, 3, 0):
         pair.receive(ident)
     pair.settle()
-    assert pair.errors(1) == dict.fromkeys(range(1, 6))
+    assert pair.errors(1) == {0: "given up", **dict.fromkeys(range(1, 6))}
     assert all(pair.arrived(ident) for ident in range(1, 6))
-    assert carrier._ahead is None
     assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_a_receiver_that_closes_takes_what_came_ahead_before_and_comes_after() -> None:
+    pair = Pair(is_staged=True)
+    pair.send(0)
+    pair.settle()
+    pair.transports[1]._on_close()
+    pair.settle()
+    assert pair.left_overs(1) == {}
+    pair.transports[0].abort(0, 1, "given up")
+    pair.settle()
+    pair.send(1)
+    pair.settle()
+    assert pair.left_overs(1) == {}
+    assert pair.left_overs(0).get("buffers") is None
+
+
+def test_ends_that_were_told_different_things_leave_nothing_in_mpi() -> None:
+    pair = Pair(is_staged=True)
+    pair.send(1, num_tokens=NUM_TOKENS - 1)
+    pair.settle()
+    pair.receive(1)
+    pair.settle()
+    for rank in (0, 1):
+        assert "expects 896 bytes, 7 tokens" in str(pair.errors(rank)[1])
+        assert pair.left_overs(rank) == {}
+    assert not any(pair.wire.sent.values())
 
 
 @pytest.mark.parametrize(("verify", "is_staged"), [(False, False), (True, False), (False, True), (True, True)])
@@ -218,6 +277,7 @@ def test_whatever_crosses_whatever_every_end_is_told_once_and_no_page_is_touched
                 continue
             rng.choice([row for row in deeds if row]).pop(0)()
         pair.settle(rng)
+        assert not any((*pair.wire.sent.values(), *pair.wire.posted.values())), f"seed {seed}: left in MPI"
         for rank in (0, 1):
             assert set(pair.outcomes[rank]) == set(range(8)), f"seed {seed}: {pair.errors(rank)}"
             assert pair.left_overs(rank) == {}, f"seed {seed}"

@@ -10,6 +10,7 @@ from typing import Any
 from disagg.core.kv_layout import KvLayout, Piece
 from disagg.runtime.kv_pages import KvPages
 from disagg.runtime.kv_runs import copy_in_host_memory
+from disagg.runtime.progress import ProgressError
 from disagg.runtime.transport import TransferOutcome, TransportCapabilities
 from disagg.runtime.transport_cuda_ipc import PeerReadCarrier
 from disagg.runtime.transport_lane import InlineLane
@@ -39,9 +40,11 @@ class Wire:
 
     def arrive(self, key: tuple[int, int]) -> None:
         (sent, gone), (into, landed) = self.sent[key].popleft(), self.posted[key].popleft()
-        assert sent.shape == into.shape
-        into.copy_(sent)
         gone(None)
+        if len(sent) != len(into):
+            landed(ProgressError(f"{len(sent)} bytes were sent where {len(into)} were expected"))
+            return
+        into.copy_(sent)
         landed(None)
 
 
@@ -106,6 +109,13 @@ class LateLane(InlineLane):
         work()
         then(None)
         return True
+
+    def fail(self, error: str) -> bool:
+        """The device does not do what comes next."""
+        if self.work:
+            self.work.popleft()[1](error)
+            return True
+        return False
 
 
 class SameProcess:
@@ -243,17 +253,13 @@ class Pair:
 
     def left_overs(self, rank: int) -> dict[str, int]:
         """What a transport still keeps of transfers that are over."""
-        names = ("_sends", "_receives", "_out", "_in", "_offered", "_offers", "_held", "_early")
+        names = ("_sends", "_receives", "_out", "_in", "_offered", "_offers", "_held", "_early", "_aheads")
         found = {name: len(kept) for name in names if (kept := getattr(self.transports[rank], name))}
         if self.is_staged and (num := self.num_lent_buffers(rank)):
             found["buffers"] = num
         return found
 
     def num_lent_buffers(self, rank: int) -> int:
-        """Staging buffers that are not free, but for one with what nobody has asked for."""
+        """Staging buffers that are not free."""
         carrier: Any = self.transports[rank]._carrier
-        held = carrier._ahead is not None and carrier._ahead.buffer is not None
-        return (
-            sum(pool._num_made - len(pool._free) for pool in (carrier._stager._outgoing, carrier._stager._incoming))
-            - held
-        )
+        return sum(pool._num_made - len(pool._free) for pool in (carrier._stager._outgoing, carrier._stager._incoming))

@@ -1,5 +1,6 @@
 """How fast MPI over UCX carries 128 MiB between two GPUs, in one message and in many that are in flight together.
 
+Then what the calls cost that give it 64 MiB, by how it is told of them and after what, and what a sleep costs.
 `python tests/gpu_programs/mpi_messages.py` starts its two ranks itself.
 """
 
@@ -8,7 +9,10 @@ from __future__ import annotations
 import os
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 TOTAL = 128 << 20
 REPEATS = 12
@@ -44,6 +48,85 @@ def ranks() -> None:
                 f"{TOTAL / seconds / 1e9:6.1f} GB/s, posted after {statistics.median(posted[2:]) * 1e6:6.0f} µs",
                 flush=True,
             )
+
+    calls(comm, rank, pool[: TOTAL // 2])
+    if rank == 0:
+        sleeps()
+
+
+def calls(comm: Any, rank: int, part: Any) -> None:
+    from mpi4py import MPI
+
+    ways: dict[str, Callable[[], Any]] = {
+        "a tensor": lambda: part,
+        "an address": lambda: MPI.buffer.fromaddress(part.data_ptr(), part.numel()),
+    }
+    for way, message in ways.items():
+        for rest in (0.0, 0.005):
+            for late in (0, 1):  # which rank begins 2 ms after the other
+                called, whole = [], []
+                for _ in range(REPEATS):
+                    comm.Barrier()
+                    time.sleep(rest)
+                    if rank == late:
+                        until = time.perf_counter() + 0.002
+                        while time.perf_counter() < until:
+                            comm.Iprobe()
+                    start = time.perf_counter()
+                    begin = comm.Isend if rank == 0 else comm.Irecv
+                    request = begin([message(), MPI.BYTE], 1 - rank, 7)
+                    called.append(time.perf_counter() - start)
+                    while not request.Test():
+                        pass
+                    whole.append(time.perf_counter() - start)
+                found = [statistics.median(each[2:]) * 1e6 for each in (called, whole)]
+                others = comm.gather(found, root=0)
+                if rank == 0:
+                    print(
+                        f"64 MiB as {way:10s} after {rest * 1e3:.0f} ms, the {('sender', 'reader')[late]} last: "
+                        f"sender's call {others[0][0]:4.0f} µs, reader's {others[1][0]:4.0f}, "
+                        f"to its end seen by whoever was last {others[late][1]:4.0f}",
+                        flush=True,
+                    )
+
+
+def sleeps() -> None:
+    from disagg.runtime.progress_pace import Bell, wake_promptly
+
+    wake_promptly()
+    bell = Bell()
+    for micros in (5, 20, 40, 100):
+        found = []
+        for _ in range(300):
+            start = time.perf_counter()
+            bell.wait(micros * 1e-6)
+            found.append((time.perf_counter() - start) * 1e6)
+        print(
+            f"a sleep of {micros:3d} µs: median {statistics.median(found):5.0f}, 9th decile {sorted(found)[270]:5.0f}"
+        )
+    for what, after in {"blocks": 0.0, "goes on for 100 µs": 1e-4}.items():
+        rung, woken = [], []
+        done = threading.Event()
+
+        def sleeper(woken: list[float] = woken, done: threading.Event = done) -> None:
+            for _ in range(200):
+                bell.wait(1.0)
+                woken.append(time.perf_counter())
+                done.set()
+
+        thread = threading.Thread(target=sleeper)
+        thread.start()
+        for _ in range(200):
+            time.sleep(0.002)
+            done.clear()
+            rung.append(time.perf_counter())
+            bell.ring()
+            while time.perf_counter() < rung[-1] + after:
+                pass
+            done.wait()
+        thread.join()
+        late = statistics.median(b - a for a, b in zip(rung, woken, strict=True)) * 1e6
+        print(f"a thread woken by one that {what}: {late:5.0f} µs until it runs", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from carriers import each_way, transport_of
+from carriers import device_of, each_way, transport_of
 
 from disagg.core.kv_layout import KvLayout, Piece, transfer_plan
 from disagg.runtime.kv_pages import KvPages
@@ -48,7 +48,10 @@ told: list[int] = []
 def main(world: MpiWorld, way_and_how: str) -> list[str]:
     side, local = divmod(world.rank, 2)
     other = 1 - side
-    pages = KvPages(LAYOUTS[side], local, 2 * NUM_BLOCKS, BLOCK_SIZES[side])
+    device = torch.device(device_of(way_and_how, world.rank))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    pages = KvPages(LAYOUTS[side], local, 2 * NUM_BLOCKS, BLOCK_SIZES[side], device)
     errors: list[str] = []
     progress = Progress(world, lambda rank, data: None, lambda rank: errors.append(f"rank {rank} down"))
     way, _, how = way_and_how.partition(":")
@@ -58,7 +61,7 @@ def main(world: MpiWorld, way_and_how: str) -> list[str]:
 
     own_part = (slice(*pages.layers), slice(None), slice(*pages.heads))
     for request in range(NUM_REQUESTS):  # what this side sends
-        whole = truth(1000 * side + request)[own_part].contiguous()
+        whole = truth(1000 * side + request)[own_part].contiguous().to(device)
         pages.unpack(whole, blocks_of(side, request), TOKENS, pages.layers, pages.heads)
 
     outcomes: list[TransferOutcome] = []
@@ -95,7 +98,7 @@ def main(world: MpiWorld, way_and_how: str) -> list[str]:
         errors.append("no checksum was compared")
     for request in range(NUM_REQUESTS):  # not only the checksums: the contents
         slots = blocks_of(side, NUM_REQUESTS + request)
-        got = pages.pack(slots, TOKENS, pages.layers, pages.heads)
+        got = pages.pack(slots, TOKENS, pages.layers, pages.heads).cpu()
         if not torch.equal(got, truth(1000 * other + request)[own_part]):
             errors.append(f"request {request} arrived damaged")
     transport.close()
