@@ -25,6 +25,8 @@ class DecodeBatch:
         self._kv_at_zero = 0
         self._residues = [0] * tokens_per_block
         self._ends: list[tuple[int, int, Visit]] = []  # (step of max_tokens, serial, member); stale entries are skipped
+        self.joined: dict[int, Visit] = {}  # the net change that the driver was not told yet
+        self.left: list[int] = []
 
     def __len__(self) -> int:
         return len(self.members)
@@ -42,6 +44,7 @@ class DecodeBatch:
         self.num_blocks_written += -(-visit.num_kv_tokens // self._tokens_per_block)
         end = self.step + visit.request.max_tokens - visit.num_generated
         heapq.heappush(self._ends, (end, visit.serial, visit))
+        self.joined[visit.id] = visit
 
     def leave(self, visit: Visit) -> None:
         """Take the member out; its own counts of KV and generated tokens become true again."""
@@ -54,6 +57,13 @@ class DecodeBatch:
         self._kv_at_zero -= offset
         self._residues[offset % self._tokens_per_block] -= 1
         self.num_blocks_written -= -(-visit.num_kv_tokens // self._tokens_per_block)
+        if self.joined.pop(visit.id, None) is None:
+            self.left.append(visit.id)
+
+    def told(self) -> None:
+        """The driver knows who has joined and left."""
+        self.left.clear()
+        self.joined.clear()
 
     def advance(self, num_steps: int) -> None:
         if self.members:

@@ -194,7 +194,7 @@ class ExecutorCore:
             self._reader.enqueue(visit, now)
         else:
             visit.announces_start = event.announces_start
-            self.scheduler.queue(visit)
+            self.scheduler.prompts.queue(visit)
             if self.scheduler.num_free_slots > 0 and visit.num_blocks <= self.scheduler.num_free_blocks:
                 self.scheduler.ask_to_stop()
 

@@ -70,7 +70,7 @@ class KvReader:
     @property
     def pulls_at_once(self) -> bool:
         """Whether free blocks are nobody else's: running steps take none of them, and no prompt waits for them here."""
-        return not self._scheduler.evicts and not self._scheduler.num_waiting
+        return not self._scheduler.capacity.evicts and not self._scheduler.prompts.num_waiting
 
     # ---- what comes and goes ----------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class KvReader:
         params = params_of(visit.request)
         visit.num_generated = params.num_generated
         visit.num_to_compute = params.num_kv_tokens  # what it brings; once preempted, what it must compute again
-        visit.num_blocks = self._scheduler.blocks_to_admit(visit)
+        visit.num_blocks = self._scheduler.capacity.blocks_to_admit(visit)
         self.has_canned = self.has_canned or params.executor == ORCHESTRATOR
         visit.awaits_token = params.is_promised
         self._queue(visit, now)
@@ -121,7 +121,7 @@ class KvReader:
         cache = scheduler.cache
         if cache is not None and not is_canned(visit.request):
             cache.arrived(visit.id)
-            scheduler.note_written(visit)
+            scheduler.prompts.note_written(visit)
             self.blocks_came_free()  # or whoever waits finds more here, and needs fewer
         if visit.awaits_token:
             visit.advance(Cause.KV_COMES_FIRST)
@@ -159,7 +159,7 @@ class KvReader:
         """If anything here waits for blocks, the span ends for it at the next boundary."""
         scheduler = self._scheduler
         pulls_wait = self.local or (self.num_pulls and not self.pulls_at_once)
-        if pulls_wait or (scheduler.num_waiting and scheduler.num_free_slots > 0):
+        if pulls_wait or (scheduler.prompts.num_waiting and scheduler.num_free_slots > 0):
             scheduler.ask_to_stop()
 
     def heartbeat(self, now: int) -> None:
@@ -200,7 +200,7 @@ class KvReader:
             if visit.num_blocks > scheduler.num_spare_blocks - reserve:
                 return
             if cache is not None and visit.num_kv_tokens:
-                if not cache.confirm(visit, scheduler.blocks_to_admit(visit)):
+                if not cache.confirm(visit, scheduler.capacity.blocks_to_admit(visit)):
                     continue
             heapq.heappop(self._pulls)
             self._begin(visit, now)
@@ -210,7 +210,7 @@ class KvReader:
         scheduler, cache = self._scheduler, self._scheduler.cache
         self._taken_up(visit, now)
         if cache is not None:
-            cache.share(visit, scheduler.blocks_to_admit(visit), is_arriving=True)
+            cache.share(visit, scheduler.capacity.blocks_to_admit(visit), is_arriving=True)
             visit.num_cached_tokens = visit.num_kv_tokens
         blocks = self._blocks.allocate(visit.id, visit.num_blocks)
         visit.num_blocks = 0
@@ -221,7 +221,7 @@ class KvReader:
                 scheduler.ask_to_stop()
             return
         self.in_flight[visit.id] = visit
-        used = blocks[: scheduler.blocks_for(params.num_kv_tokens)]
+        used = blocks[: scheduler.capacity.blocks_for(params.num_kv_tokens)]
         if visit.num_cached_tokens:
             self._agenda.out.append(self._receive_rest(visit, params, used))
         else:
@@ -242,7 +242,7 @@ class KvReader:
 
         Only of KV that is whole: what is sent while it is computed is sent from its beginning.
         """
-        visit.num_blocks = self._scheduler.blocks_to_admit(visit)
+        visit.num_blocks = self._scheduler.capacity.blocks_to_admit(visit)
         if not visit.awaits_token and params_of(visit.request).executor != ORCHESTRATOR:
             cache.look(visit, visit.num_blocks)
 
@@ -294,7 +294,7 @@ class KvReader:
         An early reservation waits for a context phase that may wait, elsewhere, for blocks that what is stuck here holds:
         without this the two might wait for each other.
         """
-        is_stuck = self._scheduler.num_waiting or (self._pulls and not self._pulls[0][0]) or self.local
+        is_stuck = self._scheduler.prompts.num_waiting or (self._pulls and not self._pulls[0][0]) or self.local
         if not is_stuck:
             return
         for visit in self.in_flight.values():

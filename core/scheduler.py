@@ -1,32 +1,31 @@
 """Continuous batching in one executor: which requests the next steps run, and with which blocks.
 
-Plans between steps and orders whole spans of them. Owns the waiting prompts, the decode batch, the KV blocks and the
-epochs; knows nothing of messages, transfers or leases - `executor.py` does, and tells it what becomes ready or must go.
+Plans between steps and orders whole spans of them. Owns the prompts, the decode batch, the KV blocks and the epochs; knows
+nothing of messages, transfers or leases - `executor.py` does, and tells it what becomes ready or must go.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from ..policies import registry
-from ..policies.interfaces import BatchPolicy, CapacityPolicy, PolicyError
-from ..policies.vocabulary import BatchPlan, RequestType
-from .batch_view import BatchView, WaitingPrompts
+from ..policies.interfaces import BatchPolicy, PolicyError
+from ..policies.vocabulary import BatchPlan
 from .blocks import BlockManager
+from .capacity import Capacity
 from .commands import Chunk, Joined, RunSteps, StopAfterStep
 from .config import ExecutorConfig
 from .decode_batch import DecodeBatch
 from .epochs import Epoch, Epochs
 from .events import StepsCommitted, StepsDone, Stopped
 from .life_cycle import Cause, State
-from .prefix_cache import MatchedPrompts, PrefixCache
+from .prefix_cache import PrefixCache
+from .prompts import Prompts, Room
 from .tails import Over, Prefilled, Stop, Tail, ended_at
 from .visit import Visit
 
-_NO_BATCH: Final = BatchPlan()
+_NO_CHUNKS: Final = BatchPlan()
 
 
 class Scheduler:
@@ -35,17 +34,15 @@ class Scheduler:
     def __init__(self, config: ExecutorConfig, batching: BatchPolicy, emit: Callable[[Any], object]) -> None:
         self.config = config
         self.role = config.role  # that it serves now
-        capacity: type[CapacityPolicy] = registry.load(config.scheduler.capacity, "capacity")
-        self.evicts = capacity.evicts
         self.cache = PrefixCache(config.num_blocks, config.tokens_per_block) if config.enable_block_reuse else None
         self.blocks = BlockManager(config.num_blocks) if self.cache is None else self.cache
         self.batch = DecodeBatch(config.tokens_per_block)
-        self.prefilling: dict[int, Visit] = {}  # begun, in order of beginning
+        self.capacity = Capacity(config, self.blocks, self.batch)
+        self.prompts = Prompts(config, batching, self.capacity, self.blocks, self.cache)
+        self.prefilling = self.prompts.begun
         self.joining: list[Visit] = []  # prompts finished here, in the decode batch from the next plan on
         self.ready: dict[int, Visit] = {}  # KV is here, waiting for a place in the decode batch
         self.early: dict[int, Visit] = {}  # KV is here, and the context phase that it is of is not known to be done
-        self.num_waiting = 0
-        self.num_queued_tokens = 0
         self.num_steps = 0
         self.running: RunSteps | None = None  # the plan whose end is open
         self.tails: deque[Tail] = deque()  # committed plans before it that have not ended
@@ -56,14 +53,10 @@ class Scheduler:
         self._shown_written = 0
         self._batching = batching
         self._emit = emit
-        self._waiting: list[tuple[int, Any, int, Visit]] = []  # heap: preempted first, then the queue order
-        self._left: list[int] = []  # delta not yet told to the driver
-        self._joined: dict[int, Visit] = {}
         self._plan_number = 0
         self._epochs = Epochs(config.id, emit)
         self._stopped: dict[int, Visit] = {}  # in the batch, though the world ended them in a step before
         self._stop_asked = False
-        self._grown = 0  # blocks appended to the decode batch since the epoch began (max_utilization)
 
     # ---- what is there ----------------------------------------------------------------------------------------------
 
@@ -75,12 +68,12 @@ class Scheduler:
     @property
     def num_free_blocks(self) -> int:
         """Free at the next step boundary at least: those appended ahead of the running span come back if it is cut."""
-        return self.blocks.num_free + self._grown
+        return self.blocks.num_free + self.capacity.num_ahead
 
     @property
     def num_spare_blocks(self) -> int:
         """Free, and not needed by the decode batch's next step. While a plan runs, for use where nothing evicts only."""
-        needed = self.batch.blocks_for(1) if self.evicts and self.batch.members else 0
+        needed = self.batch.blocks_for(1) if self.capacity.evicts and self.batch.members else 0
         return self.blocks.num_free - needed
 
     @property
@@ -91,14 +84,20 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to plan, nor an epoch to close."""
-        if self.num_waiting or self.has_begun:
+        if self.prompts.num_waiting or self.has_begun:
             return False
         return self._epochs.open is None and not self.has_doomed
 
     @property
     def is_end_quiet(self) -> bool:
         """Whether the end of the only committed plan, if no stop comes with it, changes no plan that is made or to be made."""
-        if len(self.tails) != 1 or self.num_waiting or self.has_doomed or self._stopped or self.tails[0].given_up:
+        if (
+            len(self.tails) != 1
+            or self.prompts.num_waiting
+            or self.has_doomed
+            or self._stopped
+            or self.tails[0].given_up
+        ):
             return False
         if self.running is not None:
             return True
@@ -138,33 +137,12 @@ class Scheduler:
         groups = (self.batch.members.values(), self.joining, self.prefilling.values())
         return [v for group in groups for v in group if v.doom is not None or v.is_moving]
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.tokens_per_block)
-
-    def blocks_to_admit(self, visit: Visit) -> int:
-        """Blocks taken at admission: everything it can ever need, or, under max_utilization, what it is about to write."""
-        request = visit.request
-        if request.request_type is RequestType.CONTEXT_ONLY or self.evicts:
-            return self.blocks_for(visit.num_to_compute)
-        return self.blocks_for(request.total_kv_tokens)
-
     # ---- what comes and goes ----------------------------------------------------------------------------------------
-
-    def queue(self, visit: Visit, rank: int = 1) -> None:
-        """A prompt to compute; rank 0, of preempted ones, goes before all others."""
-        visit.num_blocks = self.blocks_to_admit(visit)
-        if self.cache is not None:
-            self.cache.look(visit, visit.num_blocks)
-            visit.num_found_tokens, visit.num_kv_tokens = visit.num_kv_tokens, 0
-        heapq.heappush(self._waiting, (rank, visit.order_key, visit.serial, visit))
-        self.num_waiting += 1
-        self.num_queued_tokens += visit.num_to_compute - visit.num_found_tokens
 
     def remove(self, visit: Visit, state: State) -> None:
         """Forget a visit that was in `state`, wherever it is; its blocks stay its own. For use when no plan names it."""
         if state is State.QUEUED:
-            self.num_waiting -= 1
-            self.num_queued_tokens -= visit.num_to_compute - visit.num_found_tokens
+            self.prompts.no_longer_waits(visit)
         if visit.id in self.batch.members:
             self._leave_batch(visit)
         elif visit in self.joining:
@@ -209,7 +187,11 @@ class Scheduler:
         self._note_stops(event.stopped, event.num_steps, self.batch.step, self.num_steps)
         stopped = {stop.request_id for stop in event.stopped}
         ended = [ended_at(visit, self.batch.step, self.num_steps) for visit in self._pop_ended()]
-        prefilled = [Prefilled(v, v.id in stopped) for c in run.chunks if (v := self._chunk_done(c)) is not None]
+        prefilled = [
+            Prefilled(v, v.id in stopped)
+            for c in run.chunks
+            if (v := self.prompts.chunk_done(c, self.num_steps)) is not None
+        ]
         return Over(run, ended, prefilled, [])
 
     def _tail_over(self, event: StepsDone, now: int) -> Over:
@@ -227,7 +209,7 @@ class Scheduler:
         elif self._stopped:
             for visit in self._pop_ended():
                 if run is not None:  # the batch stands still, and is shown as it was
-                    self._shown_written -= self.blocks_for(visit.num_kv_tokens)
+                    self._shown_written -= self.capacity.blocks_for(visit.num_kv_tokens)
                 if self.tails:
                     self.tails[-1].take(visit, has_ended=True)
                 else:
@@ -253,8 +235,8 @@ class Scheduler:
         self.num_steps += num_steps
         if run.decodes and self.batch.members:
             self.batch.advance(num_steps)
-            if self.evicts:
-                self._give_back_unwritten(run)
+            if self.capacity.evicts:
+                self.capacity.give_back_unwritten(run)
 
     def _note_stops(
         self, stops: tuple[Stopped, ...], num_steps: int, decode_step: int, last_step: int, tail: Tail | None = None
@@ -280,20 +262,6 @@ class Scheduler:
             self._leave_batch(visit)
         return ended
 
-    def _chunk_done(self, chunk: Chunk) -> Visit | None:
-        """The visit, if that was its prompt's last chunk."""
-        visit = self.prefilling[chunk.request_id]
-        visit.num_kv_tokens += chunk.length
-        if self.cache is not None:
-            self.note_written(visit)
-        if not chunk.is_last:
-            return None
-        del self.prefilling[visit.id]
-        visit.num_generated += 1
-        if visit.first_step is None:
-            visit.first_step = self.num_steps
-        return visit
-
     # ---- the planning pass, in this order: fill places, preempt, choose, run -------------------------------------------
 
     def fill_places(self) -> list[Visit]:
@@ -302,29 +270,23 @@ class Scheduler:
         if not self.joining and not self.ready:
             return entered
         for visit in self.joining:
-            self._enter_batch(visit)
+            self.batch.join(visit)
         self.joining.clear()
         while self.ready and self.num_free_slots > 0:
             visit = self.ready.pop(next(iter(self.ready)))
             visit.advance(Cause.JOIN)
             entered.append(visit)
             visit.first_step = self.num_steps + 1
-            self._enter_batch(visit)
+            self.batch.join(visit)
         return entered
-
-    def _enter_batch(self, visit: Visit) -> None:
-        self.batch.join(visit)
-        self._joined[visit.id] = visit
 
     def _leave_batch(self, visit: Visit) -> None:
         self.batch.leave(visit)
         self._stopped.pop(visit.id, None)
-        if self._joined.pop(visit.id, None) is None:
-            self._left.append(visit.id)
 
     def must_wait(self) -> bool:
         """Whether blocks would have to be taken that committed steps still write: then the plan is made after those."""
-        if not self.evicts or not self.tails or not self.batch.members:
+        if not self.capacity.evicts or not self.tails or not self.batch.members:
             return False
         return self.batch.blocks_for(1) > self.blocks.num_free
 
@@ -334,7 +296,7 @@ class Scheduler:
         Never from a context phase whose blocks an early reader is at.
         """
         preempted = False
-        if not self.evicts:
+        if not self.capacity.evicts:
             return False
         while self.batch.members and self.batch.blocks_for(1) > self.blocks.num_free:
             prompts = (visit for visit in self.prefilling.values() if visit.pinned_by is None and not visit.is_read)
@@ -348,23 +310,16 @@ class Scheduler:
             victim.num_preemptions += 1
             victim.num_kv_tokens = 0
             victim.num_to_compute = victim.request.num_prompt_tokens + victim.num_generated
-            self.queue(victim, 0)
+            self.prompts.queue(victim, 0)
             preempted = True
         return preempted
 
     def choose(self, now: int, may_admit: bool = True) -> tuple[BatchPlan, tuple[Chunk, ...]]:
         """Ask the batch policy, check its answer, and admit the prompts that it begins; `may_admit`: there may be any."""
-        if not (self.num_waiting and may_admit) and not self.prefilling:
-            return _NO_BATCH, ()
-        waiting = WaitingPrompts(self._waiting if may_admit else [])
-        if self.cache is not None and may_admit:
-            waiting = MatchedPrompts(self._waiting, self.cache, self.blocks_to_admit)
-        plan = self._ask_policy(waiting, now)
-        while self.cache is not None and not self._confirm(plan, waiting, self.cache):
-            plan = self._ask_policy(waiting, now)  # which sees that nothing is found of some
-        chunks = self._begin(plan, waiting, now)
-        waiting.put_back()
-        return plan, chunks
+        if not (self.prompts.num_waiting and may_admit) and not self.prefilling:
+            return _NO_CHUNKS, ()
+        room = Room(len(self.batch), self.num_spare_blocks, self.num_free_slots)
+        return self.prompts.choose(self.role, room, now, may_admit)
 
     def run(self, plan: BatchPlan, chunks: tuple[Chunk, ...], now: int) -> None:
         """Order the next span, if there is anything to run."""
@@ -374,84 +329,6 @@ class Scheduler:
         self.close_epoch()
         if self.batch.members and plan.ask_again_at is None:
             raise PolicyError(f"{type(self._batching).__name__} stood the decode batch still and ran nothing else")
-
-    def _ask_policy(self, waiting: WaitingPrompts, now: int) -> BatchPlan:
-        view = BatchView(
-            self.role,
-            self.config.scheduler,
-            now,
-            len(self.batch),
-            self.num_spare_blocks,
-            self.num_free_slots,
-            list(self.prefilling.values()),
-            waiting,
-        )
-        plan = self._batching.plan(view)
-        budget = self.config.scheduler.max_num_tokens - (len(self.batch) if plan.decodes else 0)
-        if sum(chunk.num_tokens for chunk in plan.chunks) > budget and plan.chunks:
-            total = sum(chunk.num_tokens for chunk in plan.chunks)
-            raise PolicyError(
-                f"{type(self._batching).__name__} planned {total} prompt tokens; at most {budget} are allowed"
-            )
-        return plan
-
-    def _begin(self, plan: BatchPlan, waiting: WaitingPrompts, now: int) -> tuple[Chunk, ...]:
-        """Check the policy's chunks, admit the prompts that are new, and say what each chunk computes."""
-        chunks = []
-        seen = set()
-        if self.cache is not None:  # before anything is evicted
-            self._share(plan, waiting)
-        for chosen in plan.chunks:
-            visit = self.prefilling.get(chosen.request_id) or waiting.find(chosen.request_id)
-            if visit is None or chosen.request_id in seen or not 0 < chosen.num_tokens <= visit.num_tokens_left:
-                raise PolicyError(
-                    f"{type(self._batching).__name__} planned {chosen}, which is not there to compute: a plan names each"
-                    " prompt once, one that has begun or that was read from `waiting` in this call, and tokens it has left"
-                )
-            seen.add(chosen.request_id)
-            if visit.state is State.QUEUED:
-                if self.num_free_slots <= 0 or visit.num_blocks > self.blocks.num_free:
-                    raise PolicyError(
-                        f"{type(self._batching).__name__} planned {chosen}, which takes a slot and {visit.num_blocks}"
-                        f" blocks; free are {self.num_free_slots} slots and {self.blocks.num_free} blocks"
-                    )
-                self.blocks.allocate(visit.id, visit.num_blocks)
-                visit.num_blocks = 0
-                visit.advance(Cause.START)
-                self.num_waiting -= 1
-                self.num_queued_tokens -= visit.num_to_compute - visit.num_found_tokens
-                self.prefilling[visit.id] = visit
-                if visit.started_at is None:
-                    visit.started_at = now
-            is_last = chosen.num_tokens == visit.num_tokens_left
-            table = self.blocks.blocks_of(visit.id)
-            chunks.append(Chunk(visit.id, visit.num_kv_tokens, chosen.num_tokens, is_last, table))
-        return tuple(chunks)
-
-    def _confirm(self, plan: BatchPlan, waiting: WaitingPrompts, cache: PrefixCache) -> bool:
-        """Whether the names of all prompts that begin are the prefix chains they were taken for; others lose theirs."""
-        are_chains = True
-        for chosen in plan.chunks:
-            visit = waiting.find(chosen.request_id)
-            if visit is not None and visit.state is State.QUEUED and visit.num_kv_tokens:
-                are_chains &= cache.confirm(visit, self.blocks_to_admit(visit))
-        return are_chains
-
-    def _share(self, plan: BatchPlan, waiting: WaitingPrompts) -> None:
-        """Give prompts that begin the blocks that are here already."""
-        for chosen in plan.chunks:
-            visit = waiting.find(chosen.request_id)
-            if self.cache is not None and visit is not None and visit.state is State.QUEUED:
-                self.cache.share(visit, self.blocks_to_admit(visit))
-                if visit.started_at is None and visit.transfer_start_at is None:
-                    visit.num_cached_tokens = visit.num_kv_tokens
-
-    def note_written(self, visit: Visit) -> None:
-        """Its KV was written up to `num_kv_tokens`: others may find its blocks."""
-        if self.cache is None:
-            return
-        num_full = visit.num_kv_tokens // self.config.tokens_per_block
-        self.cache.register(visit.id, visit.request.block_hashes, num_full, visit.pinned_by is None)
 
     def note_generated(self, visit: Visit) -> None:
         """It has ended, and the world names its generated blocks: others may find them. The last token is not written."""
@@ -466,7 +343,7 @@ class Scheduler:
         batch, epoch = self.batch, self._epochs.open
         continues = (
             epoch is not None
-            and not (chunks or self._left or self._joined or epoch.chunks)
+            and not (chunks or self.batch.left or self.batch.joined or epoch.chunks)
             and epoch.decodes == decodes
             and (epoch.num_tails > 0 or epoch.end_at == now)
         )
@@ -476,13 +353,13 @@ class Scheduler:
         num_steps = 1
         if not chunks:
             num_steps = min(batch.steps_until_max_tokens(), self.config.max_span_steps)
-            if self.evicts:
+            if self.capacity.evicts:
                 num_steps = batch.steps_until_out_of_blocks(self.blocks.num_free, num_steps)
                 if self.cache is not None:  # what is evicted for a step that is not run would be lost for nothing
                     num_empty = max(self.cache.num_empty, batch.blocks_for(1))
                     num_steps = batch.steps_until_out_of_blocks(num_empty, num_steps)
-        joined = tuple([Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in self._joined.values()])
-        appended = self._grow(num_steps) if self.evicts and running else ()
+        joined = tuple([Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in self.batch.joined.values()])
+        appended = self.capacity.append(num_steps) if self.capacity.evicts and running else ()
         self._plan_number += 1
         kv = self.shown_kv
         done = epoch.num_done
@@ -491,7 +368,7 @@ class Scheduler:
             epoch.number,
             done + 1,
             done + num_steps,
-            tuple(self._left),
+            tuple(self.batch.left),
             joined,
             chunks,
             appended,
@@ -501,32 +378,13 @@ class Scheduler:
         )
         if not continues:
             epoch.row_head = (running, kv if running else 0, *self.block_counts())
-        self._left.clear()
-        self._joined.clear()
+        self.batch.told()
         self._emit(self.running)
 
     def _new_epoch(self, chunks: tuple[Chunk, ...], decodes: bool, now: int) -> Epoch:
         self._show()
         self.has_changed = True
         return self._epochs.begin(now, self.num_steps + 1, chunks, decodes, bool(self.tails))
-
-    def _grow(self, num_steps: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """Give each decode the blocks that it writes to in the next steps (max_utilization)."""
-        appended = []
-        for visit in self.batch.members.values():
-            tokens = visit.num_kv_tokens + self.batch.step - visit.joined_step
-            missing = self.blocks_for(tokens + num_steps) - len(self.blocks.blocks_of(visit.id))
-            if missing > 0:
-                appended.append((visit.id, self.blocks.extend(visit.id, missing)))
-                self._grown += missing
-        return tuple(appended)
-
-    def _give_back_unwritten(self, run: RunSteps) -> None:
-        """A span cut short: blocks appended for steps that were not run are free again."""
-        for request_id, _ in run.appended:
-            visit = self.batch.members[request_id]
-            tokens = visit.num_kv_tokens + self.batch.step - visit.joined_step
-            self._grown -= self.blocks.trim(request_id, self.blocks_for(tokens))
 
     def close_epoch(self) -> None:
         if self._epochs.open is None:
@@ -541,7 +399,7 @@ class Scheduler:
         self.shown_kv = self.batch.num_kv_tokens
         self._shown_written = self.batch.num_blocks_written
         self.shown_steps = self.num_steps
-        self._grown = 0
+        self.capacity.num_ahead = 0
 
     def block_counts(self) -> tuple[int, int, int, int, int, int]:
         """free, reserved, used, held, quarantined, cached; as of the last change of batch."""
@@ -559,7 +417,7 @@ class Scheduler:
             for visit in tail.leaving.values():
                 written += -(-visit.num_kv_tokens // size)
         blocks = self.blocks
-        free, cached = blocks.num_free + self._grown, 0
+        free, cached = blocks.num_free + self.capacity.num_ahead, 0
         if self.cache is not None:
             cached = self.cache.num_cached
             free -= cached

@@ -82,7 +82,7 @@ class VisitEnds:
         self._agenda.has_news = True
         self._scheduler.remove(visit, visit.state)
         visit.advance(Cause.MOVE)
-        self._blocks.trim(visit.id, self._scheduler.blocks_for(visit.num_kv_tokens))
+        self._blocks.trim(visit.id, self._scheduler.capacity.blocks_for(visit.num_kv_tokens))
         self._hold(visit, now)
         params = ContextPhaseParams(visit.id, self.config.id, visit.num_kv_tokens, num_generated=visit.num_generated)
         self._respond(visit, None, visit.num_generated, context_phase_params=params, last_token=now)
@@ -231,5 +231,7 @@ class VisitEnds:
         self._agenda.out.append(Record(stay_row(self.config.id, visit, now, last_step)))
 
     def _record_transfer(self, visit: Visit, now: int, ok: bool, error: str | None) -> None:
-        num_blocks = self._scheduler.blocks_for(params_of(visit.request).num_kv_tokens - visit.num_cached_tokens)
+        num_blocks = self._scheduler.capacity.blocks_for(
+            params_of(visit.request).num_kv_tokens - visit.num_cached_tokens
+        )
         self._agenda.out.append(Record(transfer_row(self.config.id, visit, num_blocks, now, ok, error)))

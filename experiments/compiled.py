@@ -27,10 +27,10 @@ PACKAGE: Final = Path(__file__).resolve().parent.parent
 FLOORS: Final = ("policies", "core", "simulator", "runtime", "reports", "experiments")
 MODULES: Final = {
     "core": (
-        "agenda batch_view blocks chunk_sums decisions decode_batch dispatches epoch_times epochs executor"
+        "agenda batch_view blocks capacity chunk_sums decisions decode_batch dispatches epoch_times epochs executor"
         " executor_reports fleet free_blocks grants held_tasks kv_reader kv_source life_cycle local_kv measured_cost"
-        " moves orchestrator prefix_cache prefix_index refusal roles routers scheduler step_sizes tails task timers"
-        " unbound_kv visit visit_ends visit_rows"
+        " moves orchestrator prefix_cache prefix_index prompts refusal roles routers scheduler step_sizes tails task"
+        " timers unbound_kv visit visit_ends visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link sequences timing",
     "experiments": "load_source simulated_load",
