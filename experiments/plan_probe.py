@@ -21,7 +21,7 @@ from ..reports.statistics import t_quantile
 from .config import Experiment, Slo
 from .load_source import LoadSource
 from .run_point import NoProgress
-from .run_simulation import build_cluster
+from .run_simulation import batches_outside, build_cluster
 from .simulated_load import SimulatedLoad
 from .workload import PlannedRequest, Workload
 
@@ -42,7 +42,7 @@ class Verdict:
     """Whether the objectives are met at `rate` (requests/s), and why not.
 
     `attainment` is that of the requests whose fate was known at the end. `missed` counts the misses by the objective that
-    was missed first: ttft, tpot, e2e, error.
+    was missed first: ttft, tpot, e2e, error. `num_outside` of `num_batches` were dearer than any that the profile measured.
     """
 
     rate: float
@@ -53,6 +53,8 @@ class Verdict:
     missed: dict[str, int] = field(default_factory=dict)
     is_saturated: bool = False
     error: str | None = None
+    num_outside: int = 0
+    num_batches: int = 0
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,6 +94,7 @@ def probe(config: Experiment, rate: float) -> Verdict:
     except _Decided:
         pass
     saturated = judge.is_saturated()
+    outside, batches = batches_outside(cluster)
     return Verdict(
         rate,
         is_met=error is None and judge.is_met and not saturated,
@@ -101,6 +104,8 @@ def probe(config: Experiment, rate: float) -> Verdict:
         missed=dict(judge.missed),
         is_saturated=saturated,
         error=error,
+        num_outside=outside,
+        num_batches=batches,
     )
 
 

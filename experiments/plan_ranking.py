@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ class Rank:
     """One finalist. `rate` is the mean over seeds of the highest rate (requests/s) at which the objectives are met.
 
     `per_gpu` has its interval; `behind` is best − this, paired by seed (None for the best itself). `is_apart` says that the
-    difference is distinguishable: its interval leaves out 0 and it is larger than the distance of two rates.
+    difference is distinguishable: its interval leaves out 0 and it is larger than the distance of two rates. `outside` is
+    the share of its batches whose times are extrapolated, for the profile was measured up to smaller ones.
     """
 
     entry: Entry
@@ -26,6 +28,7 @@ class Rank:
     per_gpu: Estimate
     behind: Estimate | None = None
     is_apart: bool = False
+    outside: float = 0.0
 
 
 def rank(search: Search) -> list[Rank]:
@@ -49,7 +52,14 @@ def _measure(entry: Entry) -> Rank:
         attainment=min(attained) if attained else None,
         limits=limits_of(entry.finals),
         per_gpu=t_interval([rate / entry.num_gpus for rate in rates]).from_zero(),
+        outside=share_outside(entry.finals),
     )
+
+
+def share_outside(found: Sequence[Found]) -> float:
+    """Of the batches of these searches, at the rates found."""
+    counts = [each.outside for each in found]
+    return sum(outside for outside, _ in counts) / max(1, sum(batches for _, batches in counts))
 
 
 def limits_of(finals: list[Found]) -> tuple[str, ...]:
@@ -95,6 +105,7 @@ def plain_search(search: Search, ranks: list[Rank]) -> dict[str, Any]:
                 "gpus": entry.num_gpus,
                 "why": entry.error or entry.left_out or "no rate meets the objectives",
                 "screened_goodput_per_gpu": None if entry.screened is None else entry.screened_per_gpu,
+                "batches_outside_measured_range": share_outside([] if entry.screened is None else [entry.screened]),
                 "rate_matching": entry.arithmetic.plain(),
             }
             for entry in search.entries
@@ -120,6 +131,7 @@ def _plain_rank(each: Rank, number: int) -> dict[str, Any]:
         "goodput_per_gpu": interval(each.per_gpu),
         "rates": [found.rate for found in entry.finals],
         "attainment": each.attainment,
+        "batches_outside_measured_range": each.outside,
         "limited_by": list(each.limits),
         "missed_above": [None if found.above is None else found.above["missed"] for found in entry.finals],
         "behind_best_per_gpu": interval(each.behind),

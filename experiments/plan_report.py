@@ -12,6 +12,7 @@ from .plan_ranking import Rank
 from .run_simulation import costs_of
 
 _MOST_LINES: Final = 20
+_MARK: Final = "*"
 
 
 def print_plan(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | None) -> None:
@@ -51,13 +52,13 @@ def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | N
                 each.entry.candidate.routers,
                 str(each.entry.num_gpus),
                 f"{each.rate:.3g}",
-                f"{each.per_gpu.value or 0:.3g}",
+                f"{each.per_gpu.value or 0:.3g}{_MARK if each.outside else ''}",
                 _interval(each.per_gpu.low, each.per_gpu.high),
                 ", ".join(each.limits) or "-",
                 _against(each, number),
             )
         )
-    lines += _table(rows)
+    lines += [*_table(rows), *_extrapolated(ranks[:_MOST_LINES])]
     lines += ["", "rate matching: requests/s of one executor that never waits, and what follows for the cluster"]
     rows = [
         ("", "cluster", "context", "generation", "mixed", "matched rate", "per GPU", "reached", "limit", "ideal ratio")
@@ -93,6 +94,17 @@ def plan_lines(search: Search, ranks: Sequence[Rank], winner: dict[str, Any] | N
         lines += ["", f"winner: {winner['candidate']}, every seed met the objectives at {winner['rate']:g} requests/s",
                   f"wrote {winner['file']}; next: disagg run {winner['file']} [--backend hardware]"]  # fmt: skip
     return lines
+
+
+def _extrapolated(ranks: Sequence[Rank]) -> list[str]:
+    """What the mark means, with the share of each."""
+    shares = [f"{100 * each.outside:.2g} % of {number}" for number, each in enumerate(ranks, start=1) if each.outside]
+    if not shares:
+        return []
+    return [
+        f"{_MARK} extrapolated: batches outside the measured range of the profile ({', '.join(shares)}); calibrate with"
+        " executors that run such steps before you rely on it"
+    ]
 
 
 def _why(search: Search, ranks: Sequence[Rank]) -> list[str]:

@@ -21,7 +21,7 @@ from .run_simulation import costs_of
 
 _FIRST_STEP: Final = 0.3  # how much higher or lower the second rate is than the first
 _FARTHEST: Final = 1000.0  # from the rate to start at: a cluster that meets its objectives at no rate, or at any
-_VERSION: Final = 1  # of what a task means: results of another one are not taken up
+_VERSION: Final = 2  # of what a task means: results of another one are not taken up
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,12 @@ class Found:
     @property
     def attainment(self) -> float | None:
         return None if self.at is None else float(self.at["attainment"])
+
+    @property
+    def outside(self) -> tuple[int, int]:
+        """Batches that the profile was not measured for, and all, at the rate found; where none was, at the lowest tried."""
+        seen = self.at or self.above
+        return (0, 0) if seen is None else (seen["num_outside"], seen["num_batches"])
 
     @property
     def limit(self) -> str:

@@ -42,6 +42,8 @@ def write_winner(search: Search, winner: Rank, folder: Path) -> tuple[Path, list
         f"# Found by disagg plan: {winner.entry.candidate.label}; {winner.entry.num_gpus} GPUs.\n"
         f"# Every one of {len(search.seeds)} seeds met the objectives at {winner.least_rate:g} requests/s.\n"
     )
+    if winner.outside:
+        head += f"# {100 * winner.outside:.2g} % of its batches lie outside the measured range of the profile: extrapolated.\n"
     data = winner_data(search, winner)
     dataset = data["workload"]["dataset"]
     if isinstance(dataset.get("path"), str):  # relative to the folder of the file that it was read from

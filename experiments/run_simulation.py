@@ -123,12 +123,16 @@ def build_cluster(
     )
 
 
+def batches_outside(cluster: SimulatedCluster) -> tuple[int, int]:
+    """How many batches began outside what the profile was measured for, and how many there were."""
+    timing = cluster.timing
+    return (timing.num_outside, timing.num_epochs) if isinstance(timing, ModelTiming) else (0, 0)
+
+
 def _outside(cluster: SimulatedCluster) -> str | None:
     """A warning, where steps were dearer than any that was measured."""
-    timing = cluster.timing
-    if not isinstance(timing, ModelTiming) or not timing.num_outside:
-        return None
-    return f"warning: {timing.num_outside} of {timing.num_epochs} batches lie outside the measured range of the profile"
+    outside, batches = batches_outside(cluster)
+    return f"warning: {outside} of {batches} batches lie outside the measured range of the profile" if outside else None
 
 
 def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:
@@ -193,6 +197,6 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
             "simulated_s": cluster.now_s,
             "simulator_events": cluster.count_events(),
             "profile_measured": None if profile is None else profile.created,
-            "epochs_outside_measured_range": getattr(cluster.timing, "num_outside", 0),
+            "epochs_outside_measured_range": batches_outside(cluster)[0],
         },
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from disagg.experiments.config import Experiment
@@ -16,11 +17,13 @@ from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.plan import Search, _leave_out_hopeless, run_search
 from disagg.experiments.plan_probe import _Decided, _Judge, probe
-from disagg.experiments.plan_ranking import rank
+from disagg.experiments.plan_ranking import plain_search, rank
 from disagg.experiments.plan_rates import at_rate, base_rate, grid_place, grid_rate
 from disagg.experiments.plan_report import plan_lines
 from disagg.experiments.plan_search import Found, highest_rate
 from disagg.experiments.plan_space import routers_of, shapes_of
+from disagg.experiments.plan_winner import write_winner
+from disagg.experiments.profile_file import SHIPPED
 from disagg.experiments.run_directory import RunDirectory
 from disagg.experiments.run_point import NoProgress, run_points
 from disagg.experiments.run_simulation import run_simulation
@@ -244,6 +247,8 @@ def found(rate: float) -> Found:
         "num_requests": 1,
         "num_known": 1,
         "missed": {"ttft": 1},
+        "num_outside": 0,
+        "num_batches": 1,
     }
     return Found(rate, verdict, verdict | {"is_met": False}, 1, 1, 1)
 
@@ -291,6 +296,40 @@ def test_rate_matching_leaves_out_no_mixed_shape(tmp_path: Path) -> None:
     assert {entry.role for entry in entries if entry.left_out} == {"disaggregated"}
 
 
+def test_a_cluster_whose_steps_lie_beyond_what_the_profile_measured_is_marked_and_written_so(tmp_path: Path) -> None:
+    """A profile of steps of up to 1,024 rows: prompts in parts of 512 are within it, whole ones of 1,500 are not."""
+    shipped = msgspec.json.decode((SHIPPED / "h200-llama-3.1-8b.json").read_bytes())
+    for engine in shipped["engines"]:
+        engine["measured"]["rows"] = 1024
+    (tmp_path / "small.json").write_bytes(msgspec.json.encode(shipped))
+    more = (
+        "cluster.profile=small.json",
+        "cluster.cache_transceiver.backend=auto",
+        "plan={roles: mixed, max_gpus: 1, tensor_parallel_sizes: [1], seeds: 1, tolerance: 0.3, horizon_s: 0.1,"
+        " mixed_max_num_tokens: [512, 2048]}",
+        "workload.dataset.isl={mean: 1500, stddev: 1}",
+        "workload.phases.profiling.requests=40",
+        "slo={ttft_ms: 2000, tpot_ms: 100, attainment: 0.9}",
+    )
+    search = search_in(tmp_path, *more)
+    ranks = {each.entry.candidate.shape.label: each for each in rank(search)}
+    measured, extrapolated = ranks["1 mixed tp1, 512 tokens"], ranks["1 mixed tp1, 2048 tokens"]
+    assert measured.outside == 0
+    assert 0 < extrapolated.outside < 1
+    lines = plan_lines(search, list(ranks.values()), None)
+    place = list(ranks.values()).index(extrapolated) + 1
+    (note,) = [line for line in lines if line.startswith("* extrapolated")]
+    assert f"{100 * extrapolated.outside:.2g} % of {place})" in note
+    marked = [line for line in lines[5:7] if "* " in line]
+    assert len(marked) == 1
+    assert "2048 tokens" in marked[0]
+    plain = plain_search(search, list(ranks.values()))
+    shares = [each["batches_outside_measured_range"] for each in plain["ranking"]]
+    assert shares == [each.outside for each in ranks.values()]
+    path, _ = write_winner(search, extrapolated, tmp_path)
+    assert "lie outside the measured range of the profile" in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [
@@ -306,8 +345,6 @@ def test_what_cannot_be_searched_is_refused(more: list[str], told: str, tmp_path
 
 
 def test_results_are_json(tmp_path: Path) -> None:
-    from disagg.experiments.plan_ranking import plain_search
-
     search = search_in(tmp_path, "plan.seeds=1")
     plain = plain_search(search, rank(search))
     assert json.loads(json.dumps(plain)) == plain
