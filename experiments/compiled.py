@@ -7,7 +7,8 @@ as they stand, into extension modules in a folder of their own:
     PYTHONPATH=build/compiled disagg run FILE        # the same results, faster
 
 What is compiled is what runs for every simulated event: the cores' state machines and the simulator. Policies, and the
-structs that travel, stay Python, so that a user's policies and the event logs are the same.
+structs that travel, stay Python, so that a user's policies and the event logs are the same; `compiled_caches.h` makes that
+cheap: compiled code remembers, at each place, how it read an attribute or made a struct of the type that it met there last.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -37,10 +39,22 @@ MODULES: Final = {
 }
 
 _SETUP: Final = """
+import sys
+from pathlib import Path
+
 from mypyc.build import mypycify
 from setuptools import setup
 
-setup(name="compiled", packages=[], ext_modules=mypycify(["--config-file=mypy.ini", *{files!r}], opt_level="3"))
+modules = mypycify(["--config-file=mypy.ini", *{files!r}], opt_level="3")
+cached = 0
+for source in {{Path(name) for module in modules for name in module.sources}}:
+    text = source.read_text()
+    if {behind!r} in text:
+        source.write_text(text.replace({behind!r}, {behind!r} + {caches!r}, 1))
+        cached += 1
+if not cached:
+    print("this mypyc's C begins otherwise: compiled without caches", file=sys.stderr)
+setup(name="compiled", packages=[], ext_modules=modules)
 """
 _MYPY: Final = """[mypy]
 strict = True
@@ -49,6 +63,9 @@ follow_imports = silent
 mypy_path = .
 """
 
+
+CACHES: Final = "compiled_caches.h"  # beside this module: C that goes behind mypyc's own library
+_BEHIND: Final = "#include <function_wrapper.c>\n"
 
 # functions of the one library call each other, and Python, directly, and may be inlined: a twentieth faster
 _C_FLAGS: Final = "-g0 -fno-semantic-interposition -fvisibility=hidden -fno-plt"
@@ -63,6 +80,7 @@ def digest_of_sources() -> str:
     for floor in FLOORS:
         for path in sorted((PACKAGE / floor).rglob("*.py")):
             digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
+    digest.update(Path(__file__).with_name(CACHES).read_bytes())
     return digest.hexdigest()
 
 
@@ -92,15 +110,21 @@ def build(output: Path) -> None:
     compiled = {Path(file).stem for file in files}
     for file in files:
         (output / file).write_text(bind_names((output / file).read_text(), compiled))
-    (output / "setup.py").write_text(_SETUP.format(files=files))
-    (output / "mypy.ini").write_text(_MYPY)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
-    flags = f"{os.environ.get('CFLAGS', '')} {_C_FLAGS}"
-    environment = {**os.environ, "PYTHONPATH": str(output), "CFLAGS": flags}
-    subprocess.run(command, cwd=output, check=True, env=environment)
-    shutil.rmtree(output / "build", ignore_errors=True)
+    compile_modules(output, files)
     (output / SOURCES).write_text(digest)
     (output / BEGUN).unlink()
+
+
+def compile_modules(folder: Path, files: Sequence[str]) -> None:
+    """Compile these Python files of `folder`, whose root it is, in their place. CalledProcessError if that fails."""
+    include = f'#include "{Path(__file__).with_name(CACHES)}"\n'
+    (folder / "setup.py").write_text(_SETUP.format(files=list(files), behind=_BEHIND, caches=include))
+    (folder / "mypy.ini").write_text(_MYPY)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
+    flags = f"{os.environ.get('CFLAGS', '')} {_C_FLAGS}"
+    environment = {**os.environ, "PYTHONPATH": str(folder), "CFLAGS": flags}
+    subprocess.run(command, cwd=folder, check=True, env=environment)
+    shutil.rmtree(folder / "build", ignore_errors=True)
 
 
 def main() -> int:
