@@ -2,7 +2,7 @@
 
 Each part of a step is a feature that means something on a device - rows through the matrices, KV read, query-key pairs -
 times a coefficient that is never negative, so a step never gets cheaper by doing more. Outside what was measured the
-outermost slope goes on; `covers` says where that begins.
+outer slope goes on; `covers` says where that begins.
 """
 
 from __future__ import annotations

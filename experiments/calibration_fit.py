@@ -153,7 +153,7 @@ def _rounded(x: Any) -> float:
 def knots_for(values: NDArray[Any], candidates: Sequence[int]) -> list[int]:
     """From 0 to the largest value, each at a value: the last one up to each candidate, so that it is held by samples.
 
-    Knots that are nearly alike would tell noise from noise, and the outermost slope is what goes on: one of them stays.
+    Knots that are nearly alike would tell noise from noise: one of them stays.
     """
     distinct = np.unique(values[values > 0])
     knots = [0]
@@ -182,11 +182,14 @@ def ramps(values: NDArray[Any], knots: Sequence[int]) -> Floats:
 
 
 def curve_fit(start: float, knots: Sequence[int], increments: Floats) -> CurveFit:
-    """The piecewise linear function that begins at `start`. Beyond the last knot its outermost slope goes on."""
+    """The piecewise linear function that begins at `start`. Beyond the last knot the mean slope of its outer half goes on:
+    that of the last interval alone is as much noise as time where knots lie close.
+    """
     ns = [float(start)]
     for increment in increments:
         ns.append(ns[-1] + float(increment))
-    beyond = float(increments[-1]) / (knots[-1] - knots[-2])
+    inner = max(i for i, knot in enumerate(knots[:-1]) if knot <= max(knots[-1] // 2, knots[0]))
+    beyond = (ns[-1] - ns[inner]) / (knots[-1] - knots[inner])
     return CurveFit(tuple(int(k) for k in knots), tuple(round(x, 3) for x in ns), round(beyond, 9))
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.step_sizes import chunk_graph, graph_sizes, padded_rows
 from disagg.experiments.calibrate import fit_link, fit_messages
-from disagg.experiments.calibration_fit import fit_engine, keep_near, knots_for, ramps
+from disagg.experiments.calibration_fit import curve_fit, fit_engine, keep_near, knots_for, ramps
 from disagg.experiments.calibration_samples import (
     CONTINUED,
     FIRST,
@@ -140,6 +140,15 @@ def test_what_the_host_takes_is_found_in_short_steps_that_told_of_their_layers(f
     assert without.chunks.launch_floor_ns == 0
     assert fit.chunks.rows == without.chunks.rows  # the device's time is told by the others alone
     assert fit_engine(samples, "cpu", 32) == fit_engine([s for s in samples if not s.sends_early], "cpu", 32)
+
+
+def test_beyond_the_last_knot_a_curve_goes_on_as_in_its_outer_half() -> None:
+    """Knots on a staircase of 128 rows, 20 us each on the whole: its last step may be flat or steep."""
+    knots = [0, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048]
+    flat = curve_fit(3e6, knots, np.array([20480.0, 2560, 2560, 2560, 2560, 2560, 2560, 5120, 0]))
+    assert flat.ns_beyond == 20.0
+    assert flat.curve().at(4096) - flat.curve().at(2048) == 2048 * 20_000 << 20
+    assert curve_fit(3e6, [0, 512], np.array([1024.0])).ns_beyond == 2.0
 
 
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:
