@@ -27,10 +27,41 @@ def _even_part(span, cut, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: i
 
 
 @triton.jit
+def _work_of(  # type: ignore[no-untyped-def]
+    index,
+    positions,
+    batch,
+    window,
+    programs,
+    LEAST: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(sequence, which of its parts, tokens of each of them) of program `index`; sequence ≥ batch: none.
+
+    All sequences are cut into parts of one length, more or less: of all KV there is over so many programs. Whatever one
+    sequence's length, a program's share is as large as any other's.
+    """
+    place = tl.arange(0, WIDTH)
+    length = tl.load(positions + place, mask=place < batch, other=-1) + 1
+    span = length - tl.maximum(length - window, 0) // BLOCK * BLOCK
+    cut = tl.maximum(LEAST, tl.cdiv(tl.sum(span, 0), programs))
+    parts = tl.minimum(tl.maximum(tl.cdiv(span, cut), 1), SPLITS)
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(span, parts), BLOCK), 1) * BLOCK
+    parts = tl.maximum(tl.cdiv(span, per_split), 1)
+    behind = tl.cumsum(parts, 0)
+    sequence = tl.sum((behind <= index).to(tl.int32), 0)
+    split = index - tl.sum(tl.where(place < sequence, parts, 0), 0)
+    return sequence, split, tl.sum(tl.where(place == sequence, per_split, 0), 0)
+
+
+@triton.jit(do_not_specialize=["batch"])
 def _split(  # type: ignore[no-untyped-def]
     q,
     q_stride,
     positions,
+    batch,
     tables,
     table_width,
     k_pages,
@@ -44,6 +75,7 @@ def _split(  # type: ignore[no-untyped-def]
     scale,
     num_kv,
     window,
+    programs,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -51,34 +83,40 @@ def _split(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     FUSED: tl.constexpr,
-    BY_ALL: tl.constexpr,
+    FLAT: tl.constexpr,
+    WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_kernel_before(PDL)
     head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
-    # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
-    split = tl.program_id(2)
-    length = tl.load(positions + sequence) + 1
+    if FLAT:
+        sequence, split, per_split = _work_of(
+            tl.program_id(1), positions, batch, window, programs, MIN_SPLIT, SPLITS, BLOCK, WIDTH
+        )
+        sequence = sequence.to(tl.int64)
+    else:
+        sequence = tl.program_id(1).to(tl.int64)
+        # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
+        split = tl.program_id(2)
+    length = tl.load(positions + sequence, mask=sequence < batch, other=-1) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    if FUSED:
-        per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
-        if BY_ALL:
-            parts = tl.minimum(tl.maximum(tl.cdiv(span, tl.load(cut)), 1), SPLITS)
-            per_split = tl.cdiv(tl.cdiv(span, parts), BLOCK) * BLOCK
-    else:
-        per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
+    if not FLAT:
+        if FUSED:
+            per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
+        else:
+            per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     start = oldest + split * per_split
     stop = tl.minimum(start + per_split, length)
     row = tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     in_group = row < GROUP
-    if (start < stop) | (split == 0):
+    if (start < stop) | ((split == 0) & (sequence < batch)):
         query = tl.load(
             q + sequence * q_stride + (head * GROUP + row)[:, None] * DIM + at[None, :],
             mask=in_group[:, None],
@@ -123,7 +161,7 @@ def _split(  # type: ignore[no-untyped-def]
                 parts = tl.cdiv(span, per_split)
                 if tl.atomic_add(arrived + pair, 1) == parts - 1:
                     tl.store(arrived + pair, 0)
-                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, AT_ONCE, GROUP_PADDED)
+                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, PADDED, WIDE, GROUP_PADDED)
 
 
 @triton.jit
@@ -136,40 +174,37 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
 ):
+    part = tl.arange(0, PADDED)
     member = tl.arange(0, GROUP_PADDED)
-    at = tl.arange(0, DIM)
-    highest = tl.full([GROUP_PADDED], -float("inf"), tl.float32)
-    whole = tl.zeros([GROUP_PADDED], tl.float32)
-    merged = tl.zeros([GROUP_PADDED, DIM], tl.float32)
-    for first in range(0, parts, AT_ONCE):
-        part = first + tl.arange(0, AT_ONCE)
-        there = (part < parts)[:, None] & (member < GROUP)[None, :]
-        slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
-        # Past the first-level cache: it may hold what a layer before left there.
-        tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
-        totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    there = (part < parts)[:, None] & (member < GROUP)[None, :]
+    slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
+    # Past the first-level cache: it may hold what a layer before left there.
+    tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
+    totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+    highest = tl.max(tops, 0)
+    highest = tl.where(highest == -float("inf"), 0.0, highest)
+    share = tl.where(there, tl.exp2(tops - highest[None, :]), 0.0)
+    whole = tl.sum(totals * share, 0)
+    share = share / tl.where(whole > 0, whole, 1.0)[None, :]
+    for first in range(
+        0, DIM, WIDE
+    ):  # some of the columns at a time: all of many parts would take registers from the rest
+        at = first + tl.arange(0, WIDE)
         values = tl.load(
             partial + slots[:, :, None] * DIM + at[None, None, :],
             mask=there[:, :, None],
             other=0.0,
             cache_modifier=".cg",
         )
-        higher = tl.maximum(highest, tl.max(tops, 0))
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        share = tl.where(there, tl.exp2(tops - shift[None, :]), 0.0)
-        fade = tl.exp2(highest - shift)
-        merged = merged * fade[:, None] + tl.sum(values * share[:, :, None], 0)
-        whole = whole * fade + tl.sum(totals * share, 0)
-        highest = higher
-    whole = tl.where(whole > 0, whole, 1.0)
-    tl.store(
-        out + (pair * GROUP + member)[:, None] * DIM + at[None, :],
-        (merged / whole[:, None]).to(out.dtype.element_ty),
-        mask=(member < GROUP)[:, None],
-    )
+        tl.store(
+            out + (pair * GROUP + member)[:, None] * DIM + at[None, :],
+            tl.sum(values * share[:, :, None], 0).to(out.dtype.element_ty),
+            mask=(member < GROUP)[:, None],
+        )
 
 
 @triton.jit
@@ -185,7 +220,8 @@ def _merge(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -197,7 +233,7 @@ def _merge(  # type: ignore[no-untyped-def]
     per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
     if span > per_split:
         pair = sequence * num_kv + tl.program_id(0)
-        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, AT_ONCE, GROUP_PADDED)
+        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, PADDED, WIDE, GROUP_PADDED)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -234,9 +270,10 @@ class SplitSizes:
     num_warps: int = 4
     num_stages: int = 3
     fused: bool = False  # the merge is done by the last part; else `min_split` is found on the device
-    by_all: bool = False  # if fused: parts are as long as the batch's KV over `waves` of programs a multiprocessor
-    waves: int = 4
-    at_once: int = 32  # parts that are merged in one go
+    flat: bool = False  # programs find their parts among all: of about as many tokens each, whatever the longest is
+    waves: int = 4  # of programs a multiprocessor, if flat
+    width: int = 64  # if flat: at least the sequences of the batch; a power of two
+    merged: int = 8  # parts times the share of the columns that are merged at a time
 
 
 def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
@@ -281,10 +318,10 @@ class DecodeAttention:
         """
         batch = positions.shape[0]
         sizes = self.sizes(batch) if sizes is None else sizes
-        if sizes.by_all or not sizes.fused:
+        if not sizes.fused:
             programs, width = sizes.waves * self._num_sms, min(1024, triton.next_power_of_2(batch))
             more = {
-                "LEAST": sizes.min_split if sizes.fused else _LEAST_CUT,
+                "LEAST": _LEAST_CUT,
                 "WIDTH": width,
                 "num_warps": 1,
                 **overlaps(),
@@ -311,12 +348,17 @@ class DecodeAttention:
         sizes = self.sizes(batch) if sizes is None else sizes
         shared = {"GROUP": self._group, "DIM": self._dim, "BLOCK": sizes.block}
         shared["SPLITS"] = sizes.max_splits
-        shared["AT_ONCE"] = min(sizes.at_once, triton.next_power_of_2(sizes.max_splits))
+        padded = triton.next_power_of_2(sizes.max_splits)
+        shared["PADDED"] = padded
+        shared["WIDE"] = min(self._dim, max(1, self._dim * sizes.merged // padded))
         shared["GROUP_PADDED"] = triton.next_power_of_2(self._group)
-        _split[(self._num_kv, batch, sizes.max_splits)](
+        programs = triton.cdiv(sizes.waves * self._num_sms, self._num_kv)
+        grid = (self._num_kv, programs + batch, 1) if sizes.flat else (self._num_kv, batch, sizes.max_splits)
+        _split[grid](
             q,
             q.stride(0),
             positions,
+            batch,
             tables,
             tables.stride(0),
             k_pages,
@@ -330,11 +372,13 @@ class DecodeAttention:
             self._scale,
             self._num_kv,
             self._window,
+            programs,
             ROWS=max(16, triton.next_power_of_2(self._group)),
             TOKENS=k_pages.shape[2],
             MIN_SPLIT=sizes.min_split,
             FUSED=sizes.fused,
-            BY_ALL=sizes.by_all,
+            FLAT=sizes.flat,
+            WIDTH=sizes.width,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps,
             **overlaps(),

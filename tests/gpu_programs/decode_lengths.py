@@ -16,7 +16,7 @@ import torch
 from disagg.runtime.decode_attention import DecodeAttention, SplitSizes
 
 QUERY, KV, DIM, TOKENS, BLOCKS, LAYERS = 32, 8, 128, 32, 4096, 32
-SMALL, LARGE = (1, 4, 12, 32), (33, 40, 64, 128, 256)
+SMALL, LARGE = (1, 4, 8, 12, 32), (33, 40, 64, 128, 256)
 
 
 def bandwidth() -> float:
@@ -86,17 +86,18 @@ def replayed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:
 
 def small_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
     """The ways for a batch that is merged by its last parts; `now` is what the engine takes."""
-    by_all = replace(now, by_all=True, max_splits=16, at_once=16)
+    now = replace(now, merged=now.max_splits)
+    flat = replace(now, flat=True, max_splits=32, width=1 << (batch - 1).bit_length(), num_stages=3, merged=8)
     return {
-        "now": replace(now, at_once=now.max_splits),
-        "16": by_all,
-        "16, s3": replace(by_all, num_stages=3),
-        "16, s5": replace(by_all, num_stages=5),
-        "16, 32 s3": replace(by_all, block=32, num_stages=3),
-        "16, 32 s5": replace(by_all, block=32, num_stages=5),
-        "16 by 8, 32 s5": replace(by_all, block=32, num_stages=5, at_once=8),
-        "32, s3": replace(by_all, max_splits=32, at_once=32, num_stages=3),
-        "32 by 16, 32 s5": replace(by_all, max_splits=32, block=32, num_stages=5),
+        "now": now,
+        "now, s3": replace(now, num_stages=3),
+        "flat 16": replace(flat, max_splits=16),
+        "flat 16, s2": replace(flat, max_splits=16, num_stages=2),
+        "flat 32": flat,
+        "flat 32, w3": replace(flat, waves=3),
+        "flat 32, w6": replace(flat, waves=6),
+        "flat 32, s2": replace(flat, num_stages=2),
+        "flat 32, by 16": replace(flat, merged=16),
     }
 
 
