@@ -16,7 +16,7 @@ import torch
 from disagg.runtime.decode_attention import DecodeAttention, SplitSizes
 
 QUERY, KV, DIM, TOKENS, BLOCKS, LAYERS = 32, 8, 128, 32, 4096, 32
-SMALL, LARGE = (1, 4, 8, 12, 32), (33, 40, 64, 128, 256)
+SMALL, LARGE = (1, 4, 8, 12, 32), (33, 64, 128)
 
 
 def bandwidth() -> float:
@@ -102,7 +102,15 @@ def small_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
 
 
 def large_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
-    return {"now": now}
+    """Those of large batches, beside the way of small ones."""
+    flat = SplitSizes(64, 512, 32, 4, 3, fused=True, flat=True, width=1 << (batch - 1).bit_length())
+    return {
+        "now": now,
+        "now, s3": replace(now, num_stages=3),
+        "flat": flat,
+        "flat, s2": replace(flat, num_stages=2),
+        "flat, 8 warps": replace(flat, num_warps=8),
+    }
 
 
 def cases(batch: int, device: torch.device) -> Iterator[tuple[str, list[int]]]:
@@ -123,7 +131,7 @@ def table(batches: tuple[int, ...], ways_of: Callable[[int, SplitSizes], dict[st
     pool = torch.empty(LAYERS, 2, BLOCKS, KV, TOKENS, DIM, dtype=torch.bfloat16, device=device)
     for layer in pool:
         layer.normal_()
-    attention = DecodeAttention(256, QUERY, KV, DIM, None, device)
+    attention = DecodeAttention(1024, QUERY, KV, DIM, None, device)  # room for any way's parts
     rate = bandwidth()
     for batch in batches:
         ways = ways_of(batch, attention.sizes(batch))
