@@ -1,10 +1,11 @@
 """Attention of one new token per sequence over its pages: split-KV flash decoding (Dao et al., 2023), in Triton.
 
-A sequence's KV is cut into at most `max_splits` parts, so that one long sequence does not wait for one program: in a small
-batch of at least `min_split` tokens, in a large one of as many as make some waves of programs of all KV there is, which one
-program finds out once a step. The parts are merged by their log-sum-exp, in a small batch by the program that ends last, in
-a large one, where that costs the many programs registers, by a kernel of its own. All sizes of the launch are fixed by the
-batch size alone, so that a CUDA graph can hold it while lengths grow.
+A sequence's KV is cut into at most `max_splits` parts, so that one long sequence does not wait for one program. A part has at
+least `min_split` tokens in the smallest batches and in the larger of the small ones; between them, and in large ones, as many
+as make some waves of programs of all KV there is, which one program finds out once a step. The parts are merged by their
+log-sum-exp, in a small batch by the program that ends last, in a large one, where that costs the many programs registers, by
+a kernel of its own. All sizes of the launch are fixed by the batch size alone, so that a CUDA graph can hold it while lengths
+grow.
 """
 
 from __future__ import annotations
@@ -20,48 +21,20 @@ from .dependent_launch import overlaps, wait_for_kernel_before
 
 
 @triton.jit
-def _even_part(span, cut, SPLITS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tokens of each of the parts, about as long as `cut`, that a sequence is cut into."""
-    parts = tl.minimum(tl.maximum((span + cut // 2) // cut, 1), SPLITS)
+def _even_part(  # type: ignore[no-untyped-def]
+    span, cut, SPLITS: tl.constexpr, BLOCK: tl.constexpr, NOT_LONGER: tl.constexpr
+):
+    """Tokens of each of the parts, about as long as `cut`, or at most so long, that a sequence is cut into."""
+    parts = tl.cdiv(span, cut) if NOT_LONGER else (span + cut // 2) // cut
+    parts = tl.minimum(tl.maximum(parts, 1), SPLITS)
     return tl.cdiv(tl.cdiv(span, parts), BLOCK) * BLOCK
 
 
 @triton.jit
-def _work_of(  # type: ignore[no-untyped-def]
-    index,
-    positions,
-    batch,
-    window,
-    programs,
-    LEAST: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """(sequence, which of its parts, tokens of each of them) of program `index`; sequence ≥ batch: none.
-
-    All sequences are cut into parts of one length, more or less: of all KV there is over so many programs. Whatever one
-    sequence's length, a program's share is as large as any other's.
-    """
-    place = tl.arange(0, WIDTH)
-    length = tl.load(positions + place, mask=place < batch, other=-1) + 1
-    span = length - tl.maximum(length - window, 0) // BLOCK * BLOCK
-    cut = tl.maximum(LEAST, tl.cdiv(tl.sum(span, 0), programs))
-    parts = tl.minimum(tl.maximum(tl.cdiv(span, cut), 1), SPLITS)
-    per_split = tl.maximum(tl.cdiv(tl.cdiv(span, parts), BLOCK), 1) * BLOCK
-    parts = tl.maximum(tl.cdiv(span, per_split), 1)
-    behind = tl.cumsum(parts, 0)
-    sequence = tl.sum((behind <= index).to(tl.int32), 0)
-    split = index - tl.sum(tl.where(place < sequence, parts, 0), 0)
-    return sequence, split, tl.sum(tl.where(place == sequence, per_split, 0), 0)
-
-
-@triton.jit(do_not_specialize=["batch"])
 def _split(  # type: ignore[no-untyped-def]
     q,
     q_stride,
     positions,
-    batch,
     tables,
     table_width,
     k_pages,
@@ -75,7 +48,6 @@ def _split(  # type: ignore[no-untyped-def]
     scale,
     num_kv,
     window,
-    programs,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -83,40 +55,31 @@ def _split(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     FUSED: tl.constexpr,
-    FLAT: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BY_ALL: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_kernel_before(PDL)
     head = tl.program_id(0)
-    if FLAT:
-        sequence, split, per_split = _work_of(
-            tl.program_id(1), positions, batch, window, programs, MIN_SPLIT, SPLITS, BLOCK, WIDTH
-        )
-        sequence = sequence.to(tl.int64)
-    else:
-        sequence = tl.program_id(1).to(tl.int64)
-        # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
-        split = tl.program_id(2)
-    length = tl.load(positions + sequence, mask=sequence < batch, other=-1) + 1
+    sequence = tl.program_id(1).to(tl.int64)
+    # In this order what has nothing to do comes last: first, it kept 64 × 1,024 tokens waiting for 27 of 93 µs.
+    split = tl.program_id(2)
+    length = tl.load(positions + sequence) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    if not FLAT:
-        if FUSED:
-            per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
-        else:
-            per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
+    if BY_ALL:
+        per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK, FUSED)
+    else:
+        per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(span, SPLITS), BLOCK) * BLOCK)
     start = oldest + split * per_split
     stop = tl.minimum(start + per_split, length)
     row = tl.arange(0, ROWS)
     at = tl.arange(0, DIM)
     in_group = row < GROUP
-    if (start < stop) | ((split == 0) & (sequence < batch)):
+    if (start < stop) | (split == 0):
         query = tl.load(
             q + sequence * q_stride + (head * GROUP + row)[:, None] * DIM + at[None, :],
             mask=in_group[:, None],
@@ -161,7 +124,7 @@ def _split(  # type: ignore[no-untyped-def]
                 parts = tl.cdiv(span, per_split)
                 if tl.atomic_add(arrived + pair, 1) == parts - 1:
                     tl.store(arrived + pair, 0)
-                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, PADDED, WIDE, GROUP_PADDED)
+                    _merge_parts(partial, sums, out, pair, parts, GROUP, DIM, SPLITS, AT_ONCE, GROUP_PADDED)
 
 
 @triton.jit
@@ -174,37 +137,40 @@ def _merge_parts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
 ):
-    part = tl.arange(0, PADDED)
     member = tl.arange(0, GROUP_PADDED)
-    there = (part < parts)[:, None] & (member < GROUP)[None, :]
-    slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
-    # Past the first-level cache: it may hold what a layer before left there.
-    tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
-    totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-    highest = tl.max(tops, 0)
-    highest = tl.where(highest == -float("inf"), 0.0, highest)
-    share = tl.where(there, tl.exp2(tops - highest[None, :]), 0.0)
-    whole = tl.sum(totals * share, 0)
-    share = share / tl.where(whole > 0, whole, 1.0)[None, :]
-    for first in range(
-        0, DIM, WIDE
-    ):  # some of the columns at a time: all of many parts would take registers from the rest
-        at = first + tl.arange(0, WIDE)
+    at = tl.arange(0, DIM)
+    highest = tl.full([GROUP_PADDED], -float("inf"), tl.float32)
+    whole = tl.zeros([GROUP_PADDED], tl.float32)
+    merged = tl.zeros([GROUP_PADDED, DIM], tl.float32)
+    for first in range(0, parts, AT_ONCE):
+        part = first + tl.arange(0, AT_ONCE)
+        there = (part < parts)[:, None] & (member < GROUP)[None, :]
+        slots = (pair * SPLITS + part[:, None]) * GROUP + member[None, :]
+        # Past the first-level cache: it may hold what a layer before left there.
+        tops = tl.load(sums + slots * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
+        totals = tl.load(sums + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
         values = tl.load(
             partial + slots[:, :, None] * DIM + at[None, None, :],
             mask=there[:, :, None],
             other=0.0,
             cache_modifier=".cg",
         )
-        tl.store(
-            out + (pair * GROUP + member)[:, None] * DIM + at[None, :],
-            tl.sum(values * share[:, :, None], 0).to(out.dtype.element_ty),
-            mask=(member < GROUP)[:, None],
-        )
+        higher = tl.maximum(highest, tl.max(tops, 0))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        share = tl.where(there, tl.exp2(tops - shift[None, :]), 0.0)
+        fade = tl.exp2(highest - shift)
+        merged = merged * fade[:, None] + tl.sum(values * share[:, :, None], 0)
+        whole = whole * fade + tl.sum(totals * share, 0)
+        highest = higher
+    whole = tl.where(whole > 0, whole, 1.0)
+    tl.store(
+        out + (pair * GROUP + member)[:, None] * DIM + at[None, :],
+        (merged / whole[:, None]).to(out.dtype.element_ty),
+        mask=(member < GROUP)[:, None],
+    )
 
 
 @triton.jit
@@ -220,8 +186,7 @@ def _merge(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -230,10 +195,10 @@ def _merge(  # type: ignore[no-untyped-def]
     length = tl.load(positions + sequence) + 1
     oldest = tl.maximum(length - window, 0) // BLOCK * BLOCK
     span = length - oldest
-    per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK)
+    per_split = _even_part(span, tl.load(cut), SPLITS, BLOCK, False)
     if span > per_split:
         pair = sequence * num_kv + tl.program_id(0)
-        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, PADDED, WIDE, GROUP_PADDED)
+        _merge_parts(partial, sums, out, pair, tl.cdiv(span, per_split), GROUP, DIM, SPLITS, AT_ONCE, GROUP_PADDED)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -258,35 +223,46 @@ def _find_cut(  # type: ignore[no-untyped-def]
 
 
 _LEAST_CUT = 512  # tokens: shorter parts cost more in partial results than they balance (33 × 300: 28 µs, whole 18)
+_WAVES = (
+    4  # programs a multiprocessor, in all: sequences of one length make whole parts up to 1,024 tokens and 64 of them
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SplitSizes:
-    """How a launch is cut: tokens per loop step, least tokens of a part, most parts, and the launch's own knobs."""
+    """How a launch is cut: tokens per loop step, least tokens of a part, most parts, and the launch's own knobs.
+
+    `fused`: the merge is done by the last part, `at_once` parts at a time. `by_all`: a part's tokens are found on the
+    device, by all KV of the batch, and `min_split` are the least; else a part has so many, or a sequence's over `max_splits`.
+    """
 
     block: int = 64
     min_split: int = 512
     max_splits: int = 16
     num_warps: int = 4
     num_stages: int = 3
-    fused: bool = False  # the merge is done by the last part; else `min_split` is found on the device
-    flat: bool = False  # programs find their parts among all: of about as many tokens each, whatever the longest is
-    waves: int = 4  # of programs a multiprocessor, if flat
-    width: int = 64  # if flat: at least the sequences of the batch; a power of two
-    merged: int = 8  # parts times the share of the columns that are merged at a time
+    fused: bool = False
+    by_all: bool = True
+    at_once: int = 32
 
 
-def split_sizes(batch: int, num_kv: int, num_sms: int = 132) -> SplitSizes:
+def split_sizes(batch: int, num_kv: int, num_sms: int = 132, group: int = 4) -> SplitSizes:
     """Parts such that a context of about 1,000 tokens makes one or two waves of programs, and 32 times that still does.
 
-    Tuned on an H200 over pages of 32 tokens, 8 KV heads of 128 (docs/log.md): few programs want few warps each.
+    Tuned on an H200 over pages of 32 tokens, 8 KV heads of 128, 4 query heads each (docs/log.md): few programs want few
+    warps each. A merge of n parts at once takes registers in proportion to n, and 2 µs for each round where it is not all.
     """
     wanted = max(1, (4 * num_sms) // max(1, batch * num_kv))  # parts per sequence
     min_split = max(64, min(2048, triton.next_power_of_2(1024 // wanted)))
-    max_splits = max(8, min(32, triton.next_power_of_2(wanted)))
     if batch * num_kv >= 2 * num_sms:
-        return SplitSizes(64, 0, max_splits, num_warps=8, num_stages=2)
-    return SplitSizes(64, min_split, max_splits, num_warps=4, num_stages=2, fused=True)
+        return SplitSizes(64, _LEAST_CUT, 8, num_warps=8, num_stages=2)
+    if wanted >= 16:
+        most = min(32, triton.next_power_of_2(wanted))
+        return SplitSizes(64, min_split, most, 4, num_stages=2, fused=True, by_all=False)
+    if wanted >= 4:  # one long sequence among few: 12,000 tokens and 11 × 300 in 35 µs, 55 in eight parts each
+        at_once = max(1, 64 // max(4, triton.next_power_of_2(group)))
+        return SplitSizes(64, min_split, 16, 4, num_stages=3, fused=True, at_once=at_once)
+    return SplitSizes(64, min_split, 32, 4, num_stages=2, fused=True, by_all=False, at_once=8)
 
 
 class DecodeAttention:
@@ -309,7 +285,7 @@ class DecodeAttention:
 
     def sizes(self, batch: int) -> SplitSizes:
         """How a launch for `batch` sequences is cut."""
-        return split_sizes(batch, self._num_kv, self._num_sms)
+        return split_sizes(batch, self._num_kv, self._num_sms, self._group)
 
     def find_cut(self, positions: Tensor, sizes: SplitSizes | None = None) -> None:
         """Once a step, before its layers: how long parts are to be, by all KV of the batch.
@@ -318,14 +294,9 @@ class DecodeAttention:
         """
         batch = positions.shape[0]
         sizes = self.sizes(batch) if sizes is None else sizes
-        if not sizes.fused:
-            programs, width = sizes.waves * self._num_sms, min(1024, triton.next_power_of_2(batch))
-            more = {
-                "LEAST": _LEAST_CUT,
-                "WIDTH": width,
-                "num_warps": 1,
-                **overlaps(),
-            }
+        if sizes.by_all:
+            programs, width = _WAVES * self._num_sms, min(1024, triton.next_power_of_2(batch))
+            more = {"LEAST": sizes.min_split, "WIDTH": width, "num_warps": 1, **overlaps()}
             _find_cut[(1,)](positions, batch, self._num_kv, self._window, programs, self._cut, **more)
 
     def __call__(
@@ -348,17 +319,12 @@ class DecodeAttention:
         sizes = self.sizes(batch) if sizes is None else sizes
         shared = {"GROUP": self._group, "DIM": self._dim, "BLOCK": sizes.block}
         shared["SPLITS"] = sizes.max_splits
-        padded = triton.next_power_of_2(sizes.max_splits)
-        shared["PADDED"] = padded
-        shared["WIDE"] = min(self._dim, max(1, self._dim * sizes.merged // padded))
+        shared["AT_ONCE"] = min(sizes.at_once, triton.next_power_of_2(sizes.max_splits))
         shared["GROUP_PADDED"] = triton.next_power_of_2(self._group)
-        programs = triton.cdiv(sizes.waves * self._num_sms, self._num_kv)
-        grid = (self._num_kv, programs + batch, 1) if sizes.flat else (self._num_kv, batch, sizes.max_splits)
-        _split[grid](
+        _split[(self._num_kv, batch, sizes.max_splits)](
             q,
             q.stride(0),
             positions,
-            batch,
             tables,
             tables.stride(0),
             k_pages,
@@ -372,13 +338,11 @@ class DecodeAttention:
             self._scale,
             self._num_kv,
             self._window,
-            programs,
             ROWS=max(16, triton.next_power_of_2(self._group)),
             TOKENS=k_pages.shape[2],
             MIN_SPLIT=sizes.min_split,
             FUSED=sizes.fused,
-            FLAT=sizes.flat,
-            WIDTH=sizes.width,
+            BY_ALL=sizes.by_all,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=sizes.num_warps,
             **overlaps(),

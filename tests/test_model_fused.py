@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from disagg.core.step_sizes import graph_sizes
 from disagg.policies.vocabulary import SamplingConfig
-from disagg.runtime import decode_attention
 from disagg.runtime.decode_attention import DecodeAttention, SplitSizes, split_sizes
 from disagg.runtime.model_kernels import argmax_rows
 from disagg.runtime.model_place import Place
@@ -23,24 +21,22 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("window", [None, 10])
-@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     "sizes",
     [
-        SplitSizes(16, 16, 4, merged=2),
-        SplitSizes(16, 64, 4),
-        SplitSizes(16, 16, 2),
-        SplitSizes(16, 16, 4, flat=True, merged=2, width=8),
-        SplitSizes(16, 16, 2, flat=True, width=8, waves=2),
-        SplitSizes(16, 16, 4, flat=True, width=8, waves=40),
+        *(SplitSizes(16, least, most) for least, most in ((16, 4), (64, 4), (16, 2))),
+        *(SplitSizes(16, least, most, fused=True, by_all=False) for least, most in ((16, 4), (64, 4), (16, 2))),
+        *(SplitSizes(16, least, most, fused=True) for least, most in ((16, 4), (16, 2))),
+        SplitSizes(16, 16, 4, fused=True, by_all=False, at_once=2),
+        SplitSizes(16, 16, 4, fused=True, at_once=1),
     ],
+    ids=lambda sizes: "-".join(
+        str(getattr(sizes, name)) for name in ("min_split", "max_splits", "fused", "by_all", "at_once")
+    ),
 )
 def test_decode_attention_over_scattered_pages_equals_softmax_over_the_tokens(
-    window: int | None, sizes: SplitSizes, fused: bool, monkeypatch: pytest.MonkeyPatch
+    window: int | None, sizes: SplitSizes
 ) -> None:
-    if sizes.flat and not fused:
-        return
-    monkeypatch.setattr(decode_attention, "_LEAST_CUT", sizes.min_split)
     torch.manual_seed(0)
     num_query, num_kv, dim, tokens, blocks = 8, 2, 16, 4, 40
     k_pages, v_pages = torch.randn(2, blocks, num_kv, tokens, dim, device=DEVICE)
@@ -51,8 +47,8 @@ def test_decode_attention_over_scattered_pages_equals_softmax_over_the_tokens(
     attention = DecodeAttention(8, num_query, num_kv, dim, window, torch.device(DEVICE))
     out = torch.full((len(lengths), num_query * dim), torch.nan, device=DEVICE)
     for _ in range(2):  # the second finds the counters as the first left them
-        attention.find_cut(positions, replace(sizes, fused=fused))
-        attention(qkv, positions, tables, k_pages, v_pages, out, replace(sizes, fused=fused))
+        attention.find_cut(positions, sizes)
+        attention(qkv, positions, tables, k_pages, v_pages, out, sizes)
     for i, length in enumerate(lengths):
         if length == 0:
             assert bool((out[i] == 0).all())
@@ -85,9 +81,11 @@ def test_the_greatest_logit_is_found_and_of_equals_the_first() -> None:
         ([900] * 39 + [9000], 1000, 547),
         ([16] * 40, None, 512),
         ([512] * 1500, None, 11637),  # more than one look at the positions
+        ([300] * 11 + [12_000], None, 256),  # 232 would be too short
+        ([4096] * 12, None, 745),
     ],
 )
-def test_in_a_large_batch_long_sequences_are_cut_by_what_there_is_to_read_in_all(
+def test_in_a_batch_long_sequences_are_cut_by_what_there_is_to_read_in_all(
     lengths: list[int], window: int | None, cut: int
 ) -> None:
     attention = DecodeAttention(40, 32, 8, 16, window, torch.device(DEVICE))
@@ -103,6 +101,17 @@ def test_a_launch_is_cut_by_the_batch_size_alone_and_fills_the_device() -> None:
         parts = min(sizes.max_splits, max(1, 1024 // sizes.min_split))
         assert batch * 8 * parts >= 64
         assert sizes.min_split & (sizes.min_split - 1) == 0
+
+
+def test_where_one_long_sequence_would_be_waited_for_it_is_cut_in_many_parts() -> None:
+    """In parts of 750 tokens at most, where they were of 1,500 from eight sequences on."""
+    for batch in range(1, 33):
+        sizes = split_sizes(batch, 8)
+        assert 12_000 / sizes.max_splits <= 750
+        assert sizes.by_all is (5 <= batch <= 16)
+        assert sizes.fused
+    assert not split_sizes(33, 8).fused
+    assert split_sizes(12, 4, group=7).at_once == 8  # as many registers for a merge as 16 parts of 4
 
 
 def test_the_ladder_ends_with_the_largest_batch_and_pads_little() -> None:

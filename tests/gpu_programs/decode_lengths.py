@@ -8,7 +8,7 @@ one CUDA graph, `find_cut` once) beside the KV's bytes over a copy's bandwidth. 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from disagg.runtime.decode_attention import DecodeAttention, SplitSizes
 
 QUERY, KV, DIM, TOKENS, BLOCKS, LAYERS = 32, 8, 128, 32, 4096, 32
-SMALL, LARGE = (1, 4, 8, 12, 32), (33, 64, 128)
+SMALL, LARGE = (1, 4, 8, 12, 16, 32), (33, 64, 128)
 
 
 def bandwidth() -> float:
@@ -84,33 +84,14 @@ def replayed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:
     return start.elapsed_time(end) * 1000 / (times * LAYERS)
 
 
-def small_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
-    """The ways for a batch that is merged by its last parts; `now` is what the engine takes."""
-    now = replace(now, merged=now.max_splits)
-    flat = replace(now, flat=True, max_splits=32, width=1 << (batch - 1).bit_length(), num_stages=3, merged=8)
-    return {
-        "now": now,
-        "now, s3": replace(now, num_stages=3),
-        "flat 16": replace(flat, max_splits=16),
-        "flat 16, s2": replace(flat, max_splits=16, num_stages=2),
-        "flat 32": flat,
-        "flat 32, w3": replace(flat, waves=3),
-        "flat 32, w6": replace(flat, waves=6),
-        "flat 32, s2": replace(flat, num_stages=2),
-        "flat 32, by 16": replace(flat, merged=16),
-    }
-
-
-def large_ways(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
-    """Those of large batches, beside the way of small ones."""
-    flat = SplitSizes(64, 512, 32, 4, 3, fused=True, flat=True, width=1 << (batch - 1).bit_length())
-    return {
-        "now": now,
-        "now, s3": replace(now, num_stages=3),
-        "flat": flat,
-        "flat, s2": replace(flat, num_stages=2),
-        "flat, 8 warps": replace(flat, num_warps=8),
-    }
+def ways_of(batch: int, now: SplitSizes) -> dict[str, SplitSizes]:
+    """What the engine takes, beside how small batches were cut before: in few parts, eight from eight sequences on."""
+    if not now.fused:
+        return {"now": now, "reading ahead": replace(now, num_stages=3)}
+    wanted = 4 * 132 // (batch * KV)
+    most = max(8, min(32, 1 << (wanted - 1).bit_length()))
+    before = replace(now, by_all=False, max_splits=most, at_once=most, num_stages=2)
+    return {"now": now, "before": before, "reading ahead": replace(now, num_stages=3)}
 
 
 def cases(batch: int, device: torch.device) -> Iterator[tuple[str, list[int]]]:
@@ -125,7 +106,7 @@ def cases(batch: int, device: torch.device) -> Iterator[tuple[str, list[int]]]:
     yield "one of 12000, others 300", [12_000] + [300] * (batch - 1)
 
 
-def table(batches: tuple[int, ...], ways_of: Callable[[int, SplitSizes], dict[str, SplitSizes]]) -> None:
+def table(batches: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     device = torch.device("cuda")
     pool = torch.empty(LAYERS, 2, BLOCKS, KV, TOKENS, DIM, dtype=torch.bfloat16, device=device)
@@ -151,9 +132,9 @@ def table(batches: tuple[int, ...], ways_of: Callable[[int, SplitSizes], dict[st
 def main() -> None:
     wanted = sys.argv[1:] or ["small", "large"]
     if "small" in wanted:
-        table(SMALL, small_ways)
+        table(SMALL)
     if "large" in wanted:
-        table(LARGE, large_ways)
+        table(LARGE)
 
 
 if __name__ == "__main__":
