@@ -44,6 +44,7 @@ def _row_addresses(base, table, block_bytes, token_bytes, token, size, mask, PAG
 
 # By device, warps and constants: launched without Triton's own way to the driver, which costs more than some of the copies.
 _compiled: dict[tuple[Any, ...], DirectLaunch | None] = {}  # None: Triton must
+_by_driver = True  # until a launch has been seen to go wrong
 _SIZES: Final = (*(8, 8, 8, 8, 8, 8, 4, 4) * 2, 4, 4, 4)  # of _NUMBERS, in bytes
 
 
@@ -112,8 +113,13 @@ def copy_rows(
 
 def _direct(compiled: Any) -> DirectLaunch | None:
     try:
-        return DirectLaunch(compiled, _SIZES)
-    except (AttributeError, ValueError):  # a Triton or a driver of another time: slower, not wrong
+        return DirectLaunch(compiled, _SIZES) if _by_driver else None
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # a Triton or driver of another time: slower, not wrong
         return None
 
 
@@ -142,9 +148,26 @@ def _copy_there_and_back(pages: KvPages) -> None:
     buffer = torch.empty(2 * pool.row_bytes, dtype=torch.uint8, device=pages.device)
     paged = pool.place(layers, heads, 0, table.data_ptr())
     packed = packed_place(buffer.data_ptr(), 1, 1, pool.row_bytes)
+    own = pool.place(layers, heads, 0, table.data_ptr())
     for source, destination in ((paged, packed), (packed, paged), (paged, paged)):
         copy_rows(KvCopy(source, destination, 1, 1, 1, pool.row_bytes))
         copy_rows(KvCopy(source, destination, 1, 1, 1, pool.row_bytes), tile=FEW_TILE, num_warps=FEW_WARPS)
+    _check_launches(KvCopy(own, packed, 1, 1, 1, pool.row_bytes), buffer)
+
+
+def _check_launches(copy: KvCopy, buffer: torch.Tensor) -> None:
+    """See that launches without Triton do what one by Triton did, or do without them: `buffer` holds what `copy` brings."""
+    global _by_driver
+    expected = buffer.clone()
+    try:
+        for options in ({}, {"tile": FEW_TILE, "num_warps": FEW_WARPS}):
+            buffer.bitwise_not_()
+            copy_rows(copy, **options)
+            _by_driver = _by_driver and bool(torch.equal(buffer, expected))
+    except RuntimeError:
+        _by_driver = False
+    if not _by_driver:
+        _compiled.clear()
 
 
 def _numbers(place: KvPlace) -> tuple[int, ...]:
