@@ -34,6 +34,7 @@ WAYS: dict[str, tuple[str, str, dict[str, str]]] = {
 def measure(name: str, backend: str, variant: str, settings: dict[str, str]) -> None:
     from disagg.runtime import bench_transfer
     from disagg.runtime.launcher import LaunchError, launch
+    from disagg.runtime.transport_facts import gather_facts
 
     def launch_here(program: str, args: Sequence[str], ranks: int, **options: Any) -> int:
         return launch(__file__, [program, *args], ranks, **options)
@@ -42,7 +43,8 @@ def measure(name: str, backend: str, variant: str, settings: dict[str, str]) -> 
     os.environ.update(settings)
     bench_transfer.launch = launch_here
     try:
-        result = bench_transfer._in_world(bench_transfer.TransferJob(backend, "cuda", variant, (1024,), 0, 2, 15))
+        job = bench_transfer.TransferJob(backend, "cuda", variant, (1024,), 0, gather_facts().num_devices, 15)
+        result = bench_transfer._in_world(job)
     except LaunchError as error:
         print(f"{name:24s} {error}", flush=True)
         return
