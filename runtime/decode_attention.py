@@ -256,13 +256,14 @@ def split_sizes(batch: int, num_kv: int, num_sms: int = 132, group: int = 4) -> 
     min_split = max(64, min(2048, triton.next_power_of_2(1024 // wanted)))
     if batch * num_kv >= 2 * num_sms:
         return SplitSizes(64, _LEAST_CUT, 8, num_warps=8, num_stages=2)
+    room = 2 * num_sms  # of one sequence's parts: Triton's interpreter runs one program after the other
     if wanted >= 16:
-        most = min(32, triton.next_power_of_2(wanted))
+        most = min(32, room, triton.next_power_of_2(wanted))
         return SplitSizes(64, min_split, most, 4, num_stages=2, fused=True, by_all=False)
     if wanted >= 4:  # one long sequence among few: 12,000 tokens and 11 × 300 in 35 µs, 55 in eight parts each
         at_once = max(1, 64 // max(4, triton.next_power_of_2(group)))
-        return SplitSizes(64, min_split, 16, 4, num_stages=3, fused=True, at_once=at_once)
-    return SplitSizes(64, min_split, 32, 4, num_stages=2, fused=True, by_all=False, at_once=8)
+        return SplitSizes(64, min_split, min(16, room), 4, num_stages=3, fused=True, at_once=at_once)
+    return SplitSizes(64, min_split, min(32, room), 4, num_stages=2, fused=True, by_all=False, at_once=8)
 
 
 class DecodeAttention:
@@ -276,7 +277,7 @@ class DecodeAttention:
         self._dim = dim
         self._window = window if window is not None else 1 << 30
         self._scale = dim**-0.5 * 1.4426950408889634  # exp2 instead of exp
-        self._num_sms = 132 if device.type == "cuda" else 4  # Triton's interpreter runs one program after the other
+        self._num_sms = 132 if device.type == "cuda" else 4
         slots = max(b * self.sizes(b).max_splits for b in range(1, max_batch + 1)) * num_query
         self._partial = torch.empty(slots * dim, dtype=torch.float32, device=device)
         self._sums = torch.empty(slots * 2, dtype=torch.float32, device=device)
