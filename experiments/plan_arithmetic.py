@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ..core.config import ExecutorConfig
 from ..core.cost import UNITS_PER_S, CostModel, StepFeatures
+from ..core.measured_cost import MeasuredCost
 from ..policies.vocabulary import Role
 from .cluster import cluster_of
 from .config import Experiment
@@ -145,11 +146,14 @@ def mixed_rate(executor: ExecutorConfig, cost: CostModel, lengths: Lengths, tpot
     return best
 
 
-def full_step(executor: ExecutorConfig, cost: CostModel, lengths: Lengths) -> tuple[int, float]:
-    """Prompt tokens of the fullest step of a mixed executor that decodes one request, and the seconds that it takes."""
+def full_step(executor: ExecutorConfig, cost: CostModel, lengths: Lengths) -> tuple[int, float, bool]:
+    """Prompt tokens of the fullest step of a mixed executor that decodes one request, the seconds that it takes, and
+    whether they are extrapolated: beyond what a measured cost was measured for.
+    """
     tokens = min(executor.scheduler.max_num_tokens - 1, round(lengths.prompt) * executor.scheduler.max_batch_size)
     chunks = _chunks(tokens, max(1, round(lengths.prompt)))
-    return tokens, _seconds(cost, _decodes(1, lengths)._replace(chunks=chunks))
+    step = _decodes(1, lengths)._replace(chunks=chunks)
+    return tokens, _seconds(cost, step), isinstance(cost, MeasuredCost) and not cost.covers(step)
 
 
 def batch_that_fits(executor: ExecutorConfig, lengths: Lengths) -> int:

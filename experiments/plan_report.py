@@ -152,8 +152,8 @@ def _mixed_why(search: Search, entry: Entry) -> list[str]:
     """What prompts do to the decodes that share their steps."""
     experiment, slo = entry.candidate.experiment, search.base.slo
     executor = cluster_of(experiment).executors[0]
-    tokens, seconds = full_step(executor, costs_of(experiment)[executor.id], search.lengths)
-    step = f"a step with {tokens} prompt tokens takes {1e3 * seconds:.3g} ms"
+    tokens, seconds, is_beyond = full_step(executor, costs_of(experiment)[executor.id], search.lengths)
+    step = f"a step with {tokens} prompt tokens takes {1e3 * seconds:.3g} ms{' (extrapolated)' if is_beyond else ''}"
     text = f"mixed: nothing idles for want of the other phase, but {step}"
     if slo is None or slo.tpot_ms is None:
         return [text]

@@ -68,6 +68,7 @@ def test_kv_bounds_a_batch(tmp_path: Path) -> None:
 
 def test_the_fullest_step_of_a_mixed_executor_is_as_long_as_its_prompts_make_it(tmp_path: Path) -> None:
     _, experiment = of(Shape(mixed=Group(1, 1, 1), mixed_max_num_tokens=512), tmp_path)
-    tokens, seconds = full_step(cluster_of(experiment).executors[0], COST, LENGTHS)
+    tokens, seconds, is_beyond = full_step(cluster_of(experiment).executors[0], COST, LENGTHS)
     assert tokens == 511
+    assert not is_beyond
     assert seconds == pytest.approx(0.002 + 0.0001 + 0.000511)

@@ -300,7 +300,7 @@ def test_a_cluster_whose_steps_lie_beyond_what_the_profile_measured_is_marked_an
     """A profile of steps of up to 1,024 rows: prompts in parts of 512 are within it, whole ones of 1,500 are not."""
     shipped = msgspec.json.decode((SHIPPED / "h200-llama-3.1-8b.json").read_bytes())
     for engine in shipped["engines"]:
-        engine["measured"]["rows"] = 1024
+        engine["measured"] = dict.fromkeys(engine["measured"], 10**9) | {"rows": 1024}
     (tmp_path / "small.json").write_bytes(msgspec.json.encode(shipped))
     more = (
         "cluster.profile=small.json",
@@ -323,6 +323,7 @@ def test_a_cluster_whose_steps_lie_beyond_what_the_profile_measured_is_marked_an
     marked = [line for line in lines[5:7] if "* " in line]
     assert len(marked) == 1
     assert "2048 tokens" in marked[0]
+    assert ("ms (extrapolated)" in "\n".join(lines)) is (place == 1)  # of the best one's fullest step
     plain = plain_search(search, list(ranks.values()))
     shares = [each["batches_outside_measured_range"] for each in plain["ranking"]]
     assert shares == [each.outside for each in ranks.values()]
