@@ -38,7 +38,7 @@ _PROMPTS: Final = (
 _BURSTS: Final = ((2, 32), (4, 128), (8, 128), (2, 512), (4, 512), (8, 1024), (16, 64), (32, 256))
 _LAUNCHED: Final = (16, 64, 128, 256, 384, 512)  # so short that the host takes longer to launch than a device to run
 _BURST_EVERY_S: Final = 0.06
-_TOO_MANY: Final = (3 * CHUNK_SLOTS // 2, 16)  # prompts of so many tokens: more than a graph has room for
+_TOO_MANY: Final = (3 * CHUNK_SLOTS // 2, 4)  # prompts of so many tokens: more than a graph has room for, few rows
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
 

@@ -99,6 +99,8 @@ def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
     for count in bursts.values():
         together = count // num_mixed - 8  # on each executor, should some have begun before the others came
         assert together > CHUNK_SLOTS
+    tokens = sum(s.request.num_prompt_tokens for s in mixed[crowded].phases[0].submissions)
+    assert tokens / len(bursts) / num_mixed <= 256  # a third of what a device computes while the host launches
     assert not [
         s for s in sessions_of("calibrate_1p1", ["cluster.cache_transceiver.layerwise=false"], QUICK) if s.name == told
     ]
