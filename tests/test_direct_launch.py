@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,3 +75,30 @@ def test_what_the_driver_refuses_is_told_by_name() -> None:
     launch = DirectLaunch(kernel(), (8,), HostDriver((8,), code=700))
     with pytest.raises(CudaError, match="cuLaunchKernel failed with 700"):
         launch(1, STREAM, (3,))
+
+
+PARAMETERS = """
+import re
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from disagg.runtime import kv_kernels as kernels
+
+function = kernels._copy_rows
+kinds = {name: "i64" if size == 8 else "i32" for name, size in zip(kernels._NUMBERS, kernels._SIZES, strict=True)}
+constants = dict(WORDS=64, COLUMNS=64, WORD_BYTES=4, ALIGN=16, TILE=64, SRC_PAGED=True, DST_PAGED=True)
+places = {(function.arg_names.index(name),): value for name, value in constants.items()}
+source = ASTSource(function, {name: kinds.get(name, "constexpr") for name in function.arg_names}, places)
+made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+print(*(int(bits) // 8 for bits in re.findall(r"\\.param \\.u(\\d+) ", made.asm["ptx"])))
+print(*kernels._SIZES)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_copy_kernel_as_triton_compiles_it_takes_the_numbers_that_it_is_given() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "0"}  # of a process of its own: here it may be interpreted
+    found = subprocess.run([sys.executable, "-c", PARAMETERS], capture_output=True, text=True, env=env, check=False)
+    assert found.returncode == 0, found.stderr
+    sizes, given = ([int(size) for size in line.split()] for line in found.stdout.splitlines())
+    assert sizes[: len(given)] == given
+    assert set(sizes[len(given) :]) <= {8}, "Triton appends what is no pointer"
