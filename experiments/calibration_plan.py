@@ -37,7 +37,6 @@ _PROMPTS: Final = (
 )
 _BURSTS: Final = ((2, 32), (4, 128), (8, 128), (2, 512), (4, 512), (8, 1024), (16, 64), (32, 256))
 _LAUNCHED: Final = (16, 64, 128, 256, 384, 512)  # so short that the host takes longer to launch than a device to run
-_BURST_EVERY_S: Final = 0.06
 _TOO_MANY: Final = (3 * CHUNK_SLOTS // 2, 4)  # prompts of so many tokens: more than a graph has room for, few rows
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
@@ -106,7 +105,7 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
     cluster = _Cluster(config)
     plans = [
         *_contexts(cluster, effort, cost),
-        *_launches(cluster, effort),
+        *_launches(cluster, effort, cost),
         *_decodes(cluster, effort),
         *_serving(config, cluster, effort, cost),
     ]
@@ -145,7 +144,7 @@ def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
     yield _Plan("contexts in bursts", bursts, None)
 
 
-def _launches(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
+def _launches(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
     """Short prompts in steps that are no graph: they take as long as the host launches kernels.
 
     Such are all that tell of their layers, and those with more prompts than a graph has room for.
@@ -156,12 +155,19 @@ def _launches(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
         asks = [_Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
         yield _Plan("contexts kernel by kernel", asks, 2 * cluster.num_prefilling, sends_early=True)
     count, length = _TOO_MANY
-    room = min(cluster.context_batch, cluster.step_tokens // length, cluster.kv_tokens // cluster.rounded(length))
-    if room >= count and length <= cluster.longest:
+    long = min(cluster.step_tokens, effort.most_tokens, cluster.longest)  # the others come while it fills a step
+    room = cluster.kv_tokens - cluster.rounded(long)
+    if (
+        cluster.context_batch > count
+        and count * length < cluster.step_tokens
+        and count * cluster.rounded(length) <= room
+    ):
+        every_s = 0.06 + 2.5 * cost.step_time(StepFeatures(0, 0, ((0, long, True),))) / UNITS_PER_S
         bursts = [
-            _Ask(length, 1, _BURST_EVERY_S * number)
+            _Ask(tokens, 1, every_s * number)
             for number in range(2 * effort.repeats)
-            for _ in range(count * cluster.num_prefilling)
+            for tokens in (long, *(length,) * count)
+            for _ in range(cluster.num_prefilling)
         ]
         yield _Plan("more contexts than a graph holds", bursts, None)
 
