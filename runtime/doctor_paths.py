@@ -16,7 +16,8 @@ from msgspec import Struct
 
 from ..core.devices import DEVICES
 from .doctor_facts import GpuFacts, MachineFacts
-from .launcher import LaunchError, StartError, launch
+from .launch_start import StartError
+from .launcher import LaunchError, launch
 
 _REPEATS: Final = 10
 _DEVICE_BYTES: Final = 1 << 30

@@ -10,10 +10,11 @@ from typing import Final
 
 import msgspec
 
-from .executor_spec import HardwareSpec, ModelSource, Placement, SpecError, check_spec
+from .executor_spec import HardwareSpec, ModelSource, Placement, Roster, SpecError, check_spec
 from .hosts import Placing, is_local
 from .job_broadcast import FROM_RANK0
-from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, check_world_size, inside_mpi, launch
+from .launch_start import StartError
+from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, check_world_size, inside_mpi, launch
 from .orchestrator_job import (
     JOB,
     PLACEMENT,
@@ -116,11 +117,7 @@ def run_cluster(
                     start_limit_s=_START_LIMIT_S,
                 )
             except StartError as error:
-                if error.rank is None:
-                    raise HardwareRunError(str(error)) from None
-                who = "the orchestrator" if error.rank == 0 else f"executor {roster.core_of(error.rank)}"
-                text = f"rank {error.rank} of {who} died while the cluster was starting"
-                raise HardwareRunError(text) from None
+                raise HardwareRunError(start_failure(error, roster)) from None
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
         if code == EXIT_TIMEOUT:
@@ -144,6 +141,15 @@ def _no_result(placing: Placing | None, code: int) -> str:
     if not is_local(placing.hosts[0].name):
         text += f"; rank 0 was on {placing.hosts[0].name}, which must share the output folder's file system"
     return f"{text} (hosts {hosts}: what their ranks printed is above)"
+
+
+def start_failure(error: StartError, roster: Roster) -> str:
+    """What kept a cluster from starting, by the executors whose ranks died."""
+    if not error.ranks:
+        return str(error)
+    of = ("the orchestrator" if rank == 0 else f"executor {roster.core_of(rank)}" for rank in error.ranks)
+    who = " and ".join(f"rank {rank} of {whose}" for rank, whose in zip(error.ranks, of))
+    return f"{who} died while the cluster was starting"
 
 
 class _Watcher:

@@ -25,18 +25,15 @@ from typing import IO, Any, Final
 
 from msgspec import Struct
 
+from .launch_start import Start, session_members, wait_quietly
 from .mpi_scratch import ScratchFolder
 
 EXIT_RESOURCES: Final = 3
 EXIT_TIMEOUT: Final = 124
 EXIT_INTERRUPTED: Final = 130
 STATUS_DIR: Final = "DISAGG_STATUS_DIR"  # where rank 0 leaves its process id and exit status for the launcher
-JOINED: Final = "joined"  # there once every rank has reached MpiWorld
-LEFT: Final = "left-"  # with the number of a rank that ended by itself, not by a signal
 FAULT_TOLERANT: Final = "DISAGG_FAULT_TOLERANT"  # "1" in the ranks of a world that was started with ULFM
 _POLL_S: Final = 0.05
-_LOOK_S: Final = 0.25
-_MISSING_S: Final = 4.0  # mpiexec starts all ranks of a host at about the same time
 _PR_SET_PDEATHSIG: Final = 1
 _OWN_KEYS: Final = ("OMP_NUM_THREADS", STATUS_DIR, FAULT_TOLERANT)
 _TOLD_KEYS: Final = ("PYTHONPATH", "DISAGG_TRACES")  # what ranks on other hosts need of this one's environment
@@ -46,14 +43,6 @@ class LaunchError(RuntimeError):
     """An MPI world that cannot be had: no `mpiexec`, or too few ranks."""
 
     exit_code: Final = EXIT_RESOURCES
-
-
-class StartError(RuntimeError):
-    """An MPI world whose ranks never came together: `rank` died, or (None) the time was up."""
-
-    def __init__(self, message: str, rank: int | None = None) -> None:
-        super().__init__(message)
-        self.rank = rank
 
 
 class MpiEnvironment(Struct, frozen=True):
@@ -184,6 +173,8 @@ def launch(
             command += ["--mca", "btl_sm_backing_directory", str(shared_memory)]
         if fault_tolerant:
             command += ["--with-ft", "ulfm"]
+            # else a rank that meets a dead one in MPI_Init ends all others, and nobody knows who was the first
+            command += ["--initial-errhandler", "mpi_errors_return"]
         for name, value in (mca or {}).items():
             command += ["--mca", name, value]
         rank0_is_here = True
@@ -266,7 +257,7 @@ def _supervise(
     rank0_ended: float | None = None
     signalled: float | None = None
     lingering = False
-    start = _Start(scratch, num_ranks, start_limit_s) if has_status else None
+    start = Start(scratch, num_ranks, start_limit_s) if has_status else None
     with _Signals() as signals:
         # A session of its own: all ranks are in it, so that what is left of it can be found and killed.
         process = subprocess.Popen(
@@ -280,12 +271,16 @@ def _supervise(
         )
         try:
             while True:
-                try:
-                    process.wait(timeout=_POLL_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    pass
+                if start is not None:
+                    start.wait(process, _POLL_S)
+                else:
+                    wait_quietly(process, _POLL_S)
                 now = time.monotonic()
+                if start is not None and not signals.received and start.is_over(process.pid, now):
+                    start.close()
+                    start = None
+                if process.returncode is not None:
+                    break
                 if timeout_s is not None and now - began > timeout_s:
                     outcome = EXIT_TIMEOUT
                     break
@@ -297,8 +292,6 @@ def _supervise(
                             break
                     elif signals.received > 1 or now - signalled > interrupt_grace_s:
                         break
-                if start is not None and not signals.received and start.is_over(process.pid, now):
-                    start = None
                 if rank0_ended is None and ((scratch / "exit").exists() or (has_status and _rank0_is_gone(scratch))):
                     rank0_ended = now
                 if rank0_ended is not None and now - rank0_ended > linger_s:
@@ -306,10 +299,12 @@ def _supervise(
                     lingering = True
                     break
         finally:
+            if start is not None:
+                start.close()
             _end(process)
     if outcome is not None:
         return outcome
-    returned = 0 if lingering else process.returncode
+    returned = 0 if lingering else process.wait()
     status = _read_int(scratch / "exit") if has_status else None
     if status is not None:
         return status or (returned if returned >= 0 else 128 - returned)
@@ -318,63 +313,6 @@ def _supervise(
         print("disagg: rank 0 ended without an exit status: it was killed", file=sys.stderr)
         return 1
     return returned if returned >= 0 else 128 - returned
-
-
-class _Start:
-    """Watches ranks on this host until all have joined their world; before that MPI reports no death.
-
-    `num_ranks` None: others are on other hosts, and nobody here knows how many.
-    """
-
-    def __init__(self, scratch: Path, num_ranks: int | None, limit_s: float | None) -> None:
-        self._scratch = scratch
-        self._num_ranks = num_ranks
-        self._limit_s = limit_s
-        self._began = self._last_look = self._last_new = time.monotonic()
-        self._seen: dict[int, int] = {}  # process id: rank
-
-    def is_over(self, session: int, now: float) -> bool:
-        """Whether there is nothing to watch any more. Raises StartError."""
-        if now - self._last_look < _LOOK_S:
-            return False
-        self._last_look = now
-        alive = set(session_members(session))
-        gone = sorted(rank for pid, rank in self._seen.items() if pid not in alive)
-        # looked at after the processes: who left in order, or joined and then died, has left its mark by now
-        if (self._scratch / JOINED).exists() or (self._scratch / "exit").exists():
-            return True
-        for rank in gone:
-            if not (self._scratch / f"{LEFT}{rank}").exists():
-                raise StartError(f"rank {rank} died while the MPI world was starting", rank)
-        for pid in alive - self._seen.keys():
-            rank_of = _rank_of(pid)
-            if rank_of is not None:
-                self._seen[pid] = rank_of
-                self._last_new = now
-        if self._seen and self._num_ranks is not None and now - self._last_new > _MISSING_S:
-            for rank in range(self._num_ranks):  # one that was killed before anybody looked
-                if rank not in self._seen.values() and not (self._scratch / f"{LEFT}{rank}").exists():
-                    raise StartError(f"rank {rank} died while the MPI world was starting", rank)
-        if self._limit_s is not None and now - self._began > self._limit_s:
-            raise StartError(f"the ranks did not come together as an MPI world within {self._limit_s:g} s")
-        return False
-
-
-def _rank_of(pid: int) -> int | None:
-    """The rank that a process is, if it was started by mpiexec itself."""
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        launched_by = Path(f"/proc/{parent}/comm").read_text().strip()
-    except OSError:
-        return None
-    if not launched_by.startswith(("mpiexec", "prte", "mpirun")):
-        return None  # a child of a rank may come and go
-    for entry in entries:
-        key, _, value = entry.partition(b"=")
-        if key == b"OMPI_COMM_WORLD_RANK" and value.isdigit():
-            return int(value)
-    return None
 
 
 def leave_status(name: str, value: int) -> None:
@@ -427,19 +365,6 @@ def _end(process: subprocess.Popen[bytes], grace_s: float = 2.0) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-
-
-def session_members(session: int) -> list[int]:
-    """Ids of the living processes of a session (on Linux; elsewhere none are found)."""
-    members = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = entry.read_text().rpartition(")")[2].split()  # the command in parentheses may hold anything
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            members.append(int(entry.parent.name))
-    return members
 
 
 def die_with_parent_setter() -> Any:

@@ -16,7 +16,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from .launcher import EXIT_INTERRUPTED, LEFT, die_with_parent_setter, inside_mpi, leave_status
+from .launch_start import LEFT
+from .launcher import EXIT_INTERRUPTED, die_with_parent_setter, inside_mpi, leave_status
 
 
 def run_rank(main: Callable[[], int | None]) -> NoReturn:

