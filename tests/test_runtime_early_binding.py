@@ -22,6 +22,7 @@ from disagg.policies.vocabulary import PS_PER_MS, Request
 from disagg.runtime.executor_spec import ModelSource
 from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, run_cluster
 from disagg.simulator.recorded import Recording, conform
+from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import Layout, cluster, context, generation, submissions
 from tests.tiny_models import SHAPES, Script, make_engine, prompts
 
@@ -93,14 +94,21 @@ def test_kv_that_travels_while_it_is_computed_is_the_kv_that_one_engine_computes
     source, reader = LAYOUTS[layout]
     slow = SchedulerConfig(max_batch_size=8, max_num_tokens=4)  # many steps to a prompt: time to ask in
     layouts = [context(*source, scheduler=slow), generation(*reader)]
-    result = run(layouts, submissions(PROMPTS, 6, every_ms=2), binding)
-    assert [row.token_ids for row in result.sends] == [expected(prompt, 6) for prompt in PROMPTS]
+    least = 2 if binding == "at_arrival" else 0
+
+    def one_run() -> HardwareResult:
+        done = run(layouts, submissions(PROMPTS, 6, every_ms=2), binding)
+        assert [row.token_ids for row in done.sends] == [expected(prompt, 6) for prompt in PROMPTS]
+        return done
+
+    def num_early(done: HardwareResult) -> int:
+        return sum(command.is_early for command in commands(done, ServeKv))
+
+    result = run_until_shown(one_run, lambda done: num_early(done) >= least, "was KV sent before it was whole")
     served = commands(result, ServeKv)
     assert sum(command.ok for command in served) == len(PROMPTS)
     # a question may overtake the context phase that it is about, and a short prompt be computed before one has come
     assert all(command.ok or "is not held here" in command.error for command in served)
-    least = 2 if binding == "at_arrival" else 0
-    assert sum(command.is_early for command in served) >= least
     assert len(commands(result, PrepareReceive)) + len(commands(result, ReceiveKv)) == len(served)
     assert least <= len(events(result, FirstTokens)) <= len(PROMPTS)
     assert {row.num_attempts for row in result.rows if isinstance(row, RequestRow)} == {1}
@@ -116,8 +124,15 @@ def test_a_long_prompt_bound_at_context_start_is_sent_while_it_is_computed() -> 
     slow = SchedulerConfig(max_batch_size=8, max_num_tokens=2)  # 75 steps: time to ask in, on any machine
     (text,) = prompts(SHAPE, [150], seed=4)
     layouts = [context(1, 2, scheduler=slow), generation(2, 1)]
-    result = run(layouts, submissions([text], 6), "at_context_start")
-    assert result.sends[0].token_ids == expected(text, 6)
+
+    def one_run() -> HardwareResult:
+        done = run(layouts, submissions([text], 6), "at_context_start")
+        assert done.sends[0].token_ids == expected(text, 6)
+        return done
+
+    result = run_until_shown(
+        one_run, lambda done: commands(done, ServeKv)[0].is_early, "was KV asked for before it was whole"
+    )
     (served,) = commands(result, ServeKv)
     assert served.is_early
     (row,) = [row for row in result.rows if isinstance(row, RequestRow)]
@@ -210,9 +225,14 @@ def test_an_early_reservation_that_stands_in_the_way_of_what_it_waits_for_is_tak
     made = cluster(ModelSource(SHAPE, seed=3), [context(num_blocks=10, scheduler=slow), generation(num_blocks=11)])
     router = PolicySpec(f"{tmp_path / 'hold.py'}:HoldTheFirst")
     made = replace(made, orchestrator=replace(made.orchestrator, router=router, generation_binding="at_arrival"))
-    result = run_cluster(made, submissions(texts, 5, every_ms=0), timeout_s=120, warm_up=False)
-    assert isinstance(result, HardwareResult)
-    assert [row.token_ids for row in result.sends] == [expected(text, 5) for text in texts]
+
+    def one_run() -> HardwareResult:
+        done = run_cluster(made, submissions(texts, 5, every_ms=0), timeout_s=120, warm_up=False)
+        assert isinstance(done, HardwareResult)
+        assert [row.token_ids for row in done.sends] == [expected(text, 5) for text in texts]
+        return done
+
+    result = run_until_shown(one_run, lambda done: events(done, KvWithdrawn), "was a reservation taken back")
     assert len(events(result, KvWithdrawn)) == 1
     assert {row.num_attempts for row in result.rows if isinstance(row, RequestRow)} == {1}
     check_all_blocks_are_free(result, [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -18,6 +19,7 @@ from disagg.runtime.executor_spec import ModelSource
 from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, run_cluster
 from disagg.runtime.weights import write_random_checkpoint
 from disagg.simulator.recorded import ConformanceDifference, Recording, conform
+from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import Layout, cluster, context, generation, mixed
 from tests.tiny_models import SHAPES, oracle, prompts
 
@@ -124,12 +126,13 @@ def test_tokens_are_those_of_transformers_and_the_simulator_makes_the_same_plans
     known: Known, name: str
 ) -> None:
     layouts, launch = CLUSTERS[name]
-    for _ in range(3):  # how many plans are queued, the load of the machine decides: none at all shows nothing
-        result = run(known.model, layouts, scripted(), launch)
-        assert [row.token_ids for row in result.sends] == [a[:n] for a, n in zip(known.answers, LENGTHS, strict=True)]
-        if num_queued := count_queued(frames(result, len(layouts))):
-            break
-    assert num_queued > 0
+
+    def one_run() -> HardwareResult:
+        done = run(known.model, layouts, scripted(), launch)
+        assert [row.token_ids for row in done.sends] == [a[:n] for a, n in zip(known.answers, LENGTHS, strict=True)]
+        return done
+
+    result = run_until_shown(one_run, lambda done: count_queued(frames(done, len(layouts))), "was a plan queued")
     recording = check_replay_and_conformance(result, len(layouts), launch)
     with pytest.raises(ConformanceDifference):  # the comparison sees whether plans were made ahead
         conform(recording, dict.fromkeys(range(1, len(layouts) + 1), launch))
@@ -146,18 +149,20 @@ def test_a_stop_token_found_in_a_committed_step_ends_the_sequence_there(known: K
             request = Request(id, len(text), NUM_TOKENS, input_token_ids=text, end_id=end)
             submissions.append(PlannedSubmission(request, i * 3 * PS_PER_MS))
             wanted.append(tokens)
-    result = run(known.model, [context(), generation(num_blocks=400)], (LoadPhase(tuple(submissions)),), (1, 3))
-    assert [row.token_ids for row in result.sends] == wanted
-    late = [
-        stop
-        for frame in frames(result, 2)
-        for event in frame.events
-        if isinstance(event, StepsDone)
-        for stop in event.stopped
-    ]
-    told = [s for f in frames(result, 2) for e in f.events if isinstance(e, StepsCommitted) for s in e.stopped]
-    assert told
-    assert late
+
+    def one_run() -> HardwareResult:
+        done = run(known.model, [context(), generation(num_blocks=400)], (LoadPhase(tuple(submissions)),), (1, 3))
+        assert [row.token_ids for row in done.sends] == wanted
+        return done
+
+    def stops(done: HardwareResult, kind: type) -> list[Any]:
+        return [s for f in frames(done, 2) for e in f.events if isinstance(e, kind) for s in e.stopped]
+
+    result = run_until_shown(
+        one_run,
+        lambda done: stops(done, StepsCommitted) and stops(done, StepsDone),
+        "was one stop told with the commitment and another with the end",
+    )
     check_replay_and_conformance(result, 2, (1, 3))
     check_nothing_is_left(result, [1, 2])
 

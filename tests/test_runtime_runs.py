@@ -21,6 +21,7 @@ from disagg.core.tables import RequestRow, StayRow
 from disagg.policies.vocabulary import PS_PER_MS, Request
 from disagg.runtime.executor_spec import ModelSource
 from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, SendRow, run_cluster
+from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import NUM_BLOCKS, Layout, cluster, context, generation, mixed, submissions
 from tests.tiny_models import SHAPES, Script, make_engine, prompts
 
@@ -107,20 +108,23 @@ def check_ends_of_spans(result: HardwareResult, core: int, steps_per_grant: int,
 @pytest.mark.parametrize(("steps_per_grant", "depth"), [(1, 1), (4, 1), (1, 3), (3, 2)])
 def test_an_arrival_cuts_a_span_short_at_the_last_step_granted(steps_per_grant: int, depth: int) -> None:
     phases = submissions(PROMPTS[:5], 40, every_ms=8)
-    for _ in range(3):  # where a stall of the machine lets all arrive at once, nothing is cut and nothing shown
-        result = run([mixed()], phases, steps_per_grant=steps_per_grant, pipeline_depth=depth)
-        assert [row.token_ids for row in result.sends] == [expected(p, 40) for p in PROMPTS[:5]]
-        num_cut = check_ends_of_spans(result, 1, steps_per_grant, depth)
+
+    def one_run() -> HardwareResult:
+        done: HardwareResult = run([mixed()], phases, steps_per_grant=steps_per_grant, pipeline_depth=depth)
+        assert [row.token_ids for row in done.sends] == [expected(p, 40) for p in PROMPTS[:5]]
+        return done
+
+    def is_cut(done: HardwareResult) -> bool:
+        num_cut = check_ends_of_spans(done, 1, steps_per_grant, depth)
         cut = [
             frame
-            for frame in frames(result, 1)
+            for frame in frames(done, 1)
             if any(isinstance(event, Enqueue) for event in frame.events)
             and any(isinstance(command, StopAfterStep) for command in frame.commands)
         ]
-        if num_cut and cut:
-            break
-    assert num_cut > 0
-    assert cut
+        return num_cut > 0 and bool(cut)
+
+    result = run_until_shown(one_run, is_cut, "did an arrival cut a span: all came at once")
     spans = commands(result, 1, RunSteps)
     assert any(span.last_step > span.first_step for span in spans)
     assert replay(result.logs[1]) == len(frames(result, 1))
