@@ -45,7 +45,7 @@ from pathlib import Path
 from mypyc.build import mypycify
 from setuptools import setup
 
-modules = mypycify(["--config-file=mypy.ini", *{files!r}], opt_level="3")
+modules = mypycify(["--config-file=mypy.ini", *{files!r}], opt_level="{opt_level}")
 cached = 0
 for source in {{Path(name) for module in modules for name in module.sources}}:
     text = source.read_text()
@@ -84,7 +84,7 @@ def digest_of_sources() -> str:
     return digest.hexdigest()
 
 
-def build(output: Path) -> None:
+def build(output: Path, opt_level: int = 3) -> None:
     """Copy the package to `output`/disagg and compile the hot modules there. CalledProcessError if that fails.
 
     What is there is removed. FileExistsError if that is anything but an empty folder or an earlier copy.
@@ -110,15 +110,19 @@ def build(output: Path) -> None:
     compiled = {Path(file).stem for file in files}
     for file in files:
         (output / file).write_text(bind_names((output / file).read_text(), compiled))
-    compile_modules(output, files)
+    compile_modules(output, files, opt_level)
     (output / SOURCES).write_text(digest)
     (output / BEGUN).unlink()
 
 
-def compile_modules(folder: Path, files: Sequence[str]) -> None:
-    """Compile these Python files of `folder`, whose root it is, in their place. CalledProcessError if that fails."""
+def compile_modules(folder: Path, files: Sequence[str], opt_level: int = 3) -> None:
+    """Compile these Python files of `folder`, whose root it is, in their place. CalledProcessError if that fails.
+
+    `opt_level` is the C compiler's: what is computed does not depend on it, how fast does; 0 takes half the time.
+    """
     include = f'#include "{Path(__file__).with_name(CACHES)}"\n'
-    (folder / "setup.py").write_text(_SETUP.format(files=list(files), behind=_BEHIND, caches=include))
+    setup = _SETUP.format(files=list(files), opt_level=opt_level, behind=_BEHIND, caches=include)
+    (folder / "setup.py").write_text(setup)
     (folder / "mypy.ini").write_text(_MYPY)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
     flags = f"{os.environ.get('CFLAGS', '')} {_C_FLAGS}"

@@ -26,10 +26,11 @@ def copy_of_the_sources(folder: Path) -> Path:
         pytest.skip("nothing was compiled of these sources: make compiled")
     if not shutil.which("cc") or not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         pytest.skip("there is no C compiler, or no header of Python, to compile with")
-    compiled.build(folder)
+    compiled.build(folder, opt_level=0)
     return folder
 
 
+@pytest.mark.timeout(900)  # half a minute of one core, which several whole suites at once make minutes of
 def test_random_worlds_leave_the_same_logs_compiled_and_not(tmp_path: Path) -> None:
     copy = copy_of_the_sources(tmp_path / "compiled")
     command = [sys.executable, "-P", "-c", _PROGRAM, "0", "40"]
