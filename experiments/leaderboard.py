@@ -237,7 +237,7 @@ def task_text(config: Experiment, digest: str, **more: Any) -> str:
 
 def run_task(text: str) -> str:
     """A worker's deed: one simulation; its measures under `values`, or what went wrong under `error`, as JSON."""
-    from ..reports.metrics import brief_summary
+    from ..reports.summary import brief_summary
 
     config = experiment_from(json.loads(text))
     try:

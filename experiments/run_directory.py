@@ -230,7 +230,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def _summarise(path: Path) -> dict[str, Any]:
-    from ..reports.metrics import summarise
+    from ..reports.summary import summarise
 
     try:
         return dict(summarise(path))

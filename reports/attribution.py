@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from .comparison import Case, Pair, agreement
-from .metrics import STAGES
+from .metric_table import STAGES
 from .run_errors import RunPair
 from .runs import Run
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from .board import FRESH, NOT_SERVED, Board, BoardScenario, ageing, goodput_curve, own_policies, pareto, standings
 from .board_text import seeds_text
-from .figures import GREY, Drawing, draw, plain_log_ticks, scale_of, styles_of
+from .drawing import GREY, Drawing, draw, plain_log_ticks, scale_of, styles_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

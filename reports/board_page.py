@@ -9,8 +9,8 @@ from .board import Board, BoardScenario, Standing, overall, pareto, standings
 from .board_figures import goodput, latencies, older_reports
 from .board_text import behind_text, interval_text, pareto_text, shown, with_interval
 from .comparison import label_of
-from .figures import Drawing
-from .metrics import BY_KEY
+from .drawing import Drawing
+from .metric_table import BY_KEY
 from .page import page_environment
 
 

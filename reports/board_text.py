@@ -7,7 +7,7 @@ from typing import Final
 
 from .board import FRESH, NOT_SERVED, Board, Point, Standing, ageing, overall, pareto, standings
 from .comparison import label_of, split_key
-from .figures import scale_of
+from .drawing import scale_of
 from .statistics import Estimate
 
 _MOST_COLUMNS: Final = 100  # of a terminal

@@ -14,7 +14,8 @@ import numpy as np
 from msgspec import Struct
 
 from .case_labels import flat_keys, in_order, plain, policy_labels, short_keys
-from .metrics import BY_KEY, STAGES, Metric, measured, meets_objectives, summary_of
+from .metric_table import BY_KEY, STAGES, Metric
+from .metrics import measured, meets_objectives
 from .runs import Run
 from .statistics import (
     Estimate,
@@ -27,6 +28,7 @@ from .statistics import (
     share,
     t_interval,
 )
+from .summary import summary_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from .comparison import label_of, split_key
-from .figures import GREY, PALETTE, Drawing, draw, plain_log_ticks, scale_of
+from .drawing import GREY, PALETTE, Drawing, draw, plain_log_ticks, scale_of
 from .run_errors import LATENCIES, RunPair
 
 if TYPE_CHECKING:

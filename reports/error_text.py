@@ -8,7 +8,7 @@ from typing import Final
 from .attribution import Split, StageDifference
 from .comparison import label_of, split_key
 from .fidelity import GOALS, FidelityRow
-from .metrics import BY_KEY
+from .metric_table import BY_KEY
 from .ranking import LEAST_PAIRS, LEAST_POLICIES, Ranking
 from .run_errors import ErrorRow, RunPair
 from .tables import number

@@ -159,7 +159,7 @@ def _row(title: str, goal: Goal, errors: Sequence[ErrorRow]) -> FidelityRow:
 
 def summary_excerpt(run: Run, folder: Path) -> dict[str, Any]:
     """What a reader wants of a run directory: where it lies, what it ran on, its counts and the table's metrics."""
-    from .metrics import summary_of
+    from .summary import summary_of
 
     summary = summary_of(run)
     wanted = ["num_requests", "num_completed", "num_failed", "duration_s", *(goal.key for goal in GOALS)]

@@ -1,144 +1,40 @@
-"""Figures of a report, each a PNG and an SVG: drawn from numbers alone, in colours that the colour-blind tell apart.
-
-A policy has one colour, line style and hatch in all figures of a report, so that print without colour stays legible.
-"""
+"""Figures of runs, drawn from numbers alone: distributions, service levels, stages, executors over time."""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Callable, Sequence
-from textwrap import fill
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from msgspec import Struct
 
-from .comparison import Case, MetricError, Pair, Section, estimate, label_of, split_key
+from .comparison import Case, Section, estimate
+from .drawing import (
+    GREY,
+    HATCHES,
+    Drawing,
+    Style,
+    draw,
+    legend,
+    plain_log_ticks,
+    scale_of,
+    tick_labels,
+    whiskers,
+)
 from .executors import timelines
-from .metrics import BY_KEY, STAGES, window_s
+from .metric_table import BY_KEY, STAGES
+from .metrics import window_s
 from .statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure as MatplotlibFigure
 
-# Okabe and Ito's palette without its yellow, which white paper swallows
-PALETTE: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-HATCHES: Final = ("", "///", "---", "xxx", "\\\\\\", "++", "|||")
-MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 STAGE_COLOURS: Final = ("#999999", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9")
-GREY: Final = "#555555"
 NOT_FREE: Final = "#c4c4c4"
 HELD: Final = "#333333"  # no policy's colour
 MAX_EXECUTORS: Final = 8
-MAX_POINTS: Final = 4000
 TIME_BINS: Final = 150
-MAX_ERROR_PERCENT: Final = 200.0
 _CURVE_POINTS: Final = 400
-_CHARACTERS_AN_INCH: Final = 15  # of a legend
-_LEGEND_ROW_INCHES: Final = 0.2
-_TICK_CHARACTERS: Final = 24
-
-
-class Style(Struct, frozen=True):
-    colour: str
-    line: Any
-    hatch: str
-    marker: str
-
-
-class Drawing(Struct, frozen=True):
-    """A finished figure: `name` is its file's stem, `alt` says in words what it shows."""
-
-    name: str
-    title: str
-    alt: str
-    png: bytes
-    svg: bytes
-
-
-def styles_of(policies: Sequence[str]) -> dict[str, Style]:
-    """One style per policy, by order of name: the same policies get the same styles in every report."""
-    return {
-        policy: Style(
-            PALETTE[i % len(PALETTE)],
-            LINES[(i + i // len(PALETTE)) % len(LINES)],
-            HATCHES[i % len(HATCHES)],
-            MARKERS[i % len(MARKERS)],
-        )
-        for i, policy in enumerate(sorted(set(policies)))
-    }
-
-
-_RC: Final[Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "disagg",
-    "hatch.linewidth": 0.6,
-}
-
-
-def draw(
-    name: str,
-    title: str,
-    alt: str,
-    size: tuple[float, float],
-    paint: Callable[[MatplotlibFigure], None],
-    layout: Literal["constrained"] | None = "constrained",
-    dpi: int = 150,
-) -> Drawing:
-    """`paint` on an empty figure of `size` inches, as PNG and SVG."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=size, layout=layout)
-        FigureCanvasAgg(figure)
-        paint(figure)
-        png, svg = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png", dpi=dpi)
-        FigureCanvasSVG(figure)
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-    return Drawing(name, title, alt, png.getvalue(), svg.getvalue())
-
-
-def _legend(figure: MatplotlibFigure, axes: Axes, columns: int = 4) -> None:
-    """Below the panels, as many columns as its words leave room for; its further rows make the figure higher."""
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        room = int(_CHARACTERS_AN_INCH * figure.get_figwidth()) // (max(map(len, labels)) + 4)
-        columns = max(1, min(columns, room, len(handles)))
-        figure.set_figheight(figure.get_figheight() + _LEGEND_ROW_INCHES * ((len(handles) - 1) // columns))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
-
-
-def _tick_labels(policies: Sequence[str]) -> list[str]:
-    return [fill(policy, _TICK_CHARACTERS) for policy in policies]
-
-
-def scale_of(values: Sequence[float | None], unit: str) -> tuple[float, str]:
-    """Factor and unit in which times read well: milliseconds under a second, otherwise the unit itself."""
-    largest = max((abs(value) for value in values if value is not None and math.isfinite(value)), default=0.0)
-    if unit in ("s", "s/token") and 0 < largest < 1.0:
-        return (1e3, f"m{unit}") if largest >= 1e-3 else (1e6, f"µ{unit}")
-    return 1.0, unit
 
 
 # ---- distributions --------------------------------------------------------------------------------------------------
@@ -195,19 +91,10 @@ def latency_cdf(name: str, groups: dict[str, list[Case]], styles: dict[str, Styl
             axes.set_xlabel(f"{metric.label} ({unit})")
             axes.set_ylim(0.0, 1.02)
         panels[0].set_ylabel("share of requests")
-        _legend(figure, panels[0])
+        legend(figure, panels[0])
 
     alt = "Cumulative distributions of TTFT and TPOT, one curve per policy: " + ", ".join(groups)
     return draw(name, title, alt, (9.0, 3.9), paint)
-
-
-def plain_log_ticks(axis: Axis, span: float) -> None:
-    """Ticks of a logarithmic axis as plain numbers; `span` is its largest value over its smallest."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1.0,) if span > 100 else (1.0, 2.0, 5.0), numticks=9))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 # ---- service levels -------------------------------------------------------------------------------------------------
@@ -244,7 +131,7 @@ def service_levels(
                 axes.errorbar(
                     [value + spread for value in x],
                     y,
-                    yerr=_whiskers([e for _, e in points]),
+                    yerr=whiskers([e for _, e in points]),
                     label=policy,
                     color=style.colour,
                     linestyle=style.line,
@@ -255,7 +142,7 @@ def service_levels(
                 )
             axes.set_xlabel(_swept_label(key_name))
             _level_axis(axes, key, cases)
-        _legend(figure, panels[0])
+        legend(figure, panels[0])
 
     def bars(figure: MatplotlibFigure) -> None:
         panels = figure.subplots(1, 2, sharey=True)
@@ -267,13 +154,13 @@ def service_levels(
             axes.errorbar(
                 [e.value or 0.0 for e in found],
                 range(len(found)),
-                xerr=_whiskers(found),
+                xerr=whiskers(found),
                 fmt="none",
                 ecolor="black",
                 capsize=3,
                 lw=1.2,
             )
-            axes.set_yticks(range(len(policies)), _tick_labels(policies))
+            axes.set_yticks(range(len(policies)), tick_labels(policies))
             axes.grid(axis="y", visible=False)
             _level_axis(axes, key, cases, horizontal=True)
         panels[0].invert_yaxis()
@@ -297,13 +184,6 @@ def _level_axis(axes: Axes, key: str, cases: Sequence[Case], horizontal: bool = 
             (axes.axvline if horizontal else axes.axhline)(wanted, color=GREY, lw=1.0, ls=":")
     else:
         (axes.set_xlim if horizontal else axes.set_ylim)(0.0, None)
-
-
-def _whiskers(estimates: Sequence[Estimate]) -> Any:
-    """Lengths of error bars below and above, (2, n); NaN, which draws nothing, where a bound is missing."""
-    below = [math.nan if e.low is None or e.value is None else max(0.0, e.value - e.low) for e in estimates]
-    above = [math.nan if e.high is None or e.value is None else max(0.0, e.high - e.value) for e in estimates]
-    return np.array([below, above])
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------
@@ -336,11 +216,11 @@ def stage_breakdown(name: str, groups: dict[str, list[Case]], title: str) -> Dra
         for y, total in enumerate(totals.values()):
             axes.text(total * factor, y, f" {total * factor:.3g} {unit}", va="center", fontsize=9)
         axes.set_xlim(0.0, max([*left, 1e-12]) * 1.12)
-        axes.set_yticks(range(len(means)), _tick_labels(list(means)))
+        axes.set_yticks(range(len(means)), tick_labels(list(means)))
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(f"mean time of a completed request ({unit})")
-        _legend(figure, axes, 6)
+        legend(figure, axes, 6)
 
     alt = "Mean time by stage: " + "; ".join(
         f"{policy} {total * factor:.3g} {unit} in all" for policy, total in totals.items()
@@ -419,99 +299,3 @@ def executor_timelines(name: str, case: Case, style: Style, title: str) -> Drawi
 def _fill(axes: Axes, edges: Any, values: Any, colour: str) -> None:
     if np.any(values > 0):
         axes.stairs(values, edges, color=colour, fill=True)
-
-
-# ---- simulation beside hardware -------------------------------------------------------------------------------------
-
-
-def error_bars(
-    name: str, errors: dict[str, list[MetricError]], styles: dict[str, Style], keys: Sequence[str], title: str
-) -> Drawing | None:
-    """Relative error of each metric, simulation against hardware, a mark per policy, with intervals over repeats."""
-    shown = [
-        key for key in keys if any(e.key == key and e.relative.value is not None for es in errors.values() for e in es)
-    ]
-    if not shown:
-        return None
-
-    def paint(figure: MatplotlibFigure) -> None:
-        axes = figure.subplots()
-        height = 0.7 / len(errors)
-        for i, (policy, found) in enumerate(errors.items()):
-            by_key = {error.key: error.relative for error in found}
-            rows = [(y, by_key[key]) for y, key in enumerate(shown) if key in by_key and by_key[key].value is not None]
-            style = styles[policy]
-            places = [y + (i - (len(errors) - 1) / 2) * height for y, _ in rows]
-            percents = np.array([100.0 * (e.value or 0.0) for _, e in rows])
-            beyond = np.abs(percents) > MAX_ERROR_PERCENT
-            axes.barh(
-                places,
-                np.clip(percents, -MAX_ERROR_PERCENT, MAX_ERROR_PERCENT),
-                height * 0.9,
-                xerr=np.where(beyond, math.nan, 100.0 * _whiskers([e for _, e in rows])),
-                label=policy,
-                color=style.colour,
-                hatch=style.hatch,
-                edgecolor="white",
-                lw=0,
-                ecolor="black",
-                capsize=2,
-            )
-            # one metric that is off by orders of magnitude must not flatten all others
-            for place, percent in zip(np.array(places)[beyond], percents[beyond]):
-                axes.text(MAX_ERROR_PERCENT, place, f" {percent:+,.0f} %", fontsize=8, va="center")
-        axes.axvline(0.0, color="black", lw=0.8)
-        axes.set_yticks(range(len(shown)), [label_of(key) for key in shown])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("simulation − hardware, % of hardware")
-        _legend(figure, axes)
-
-    alt = f"Relative error of simulation against hardware by metric for {', '.join(errors)}"
-    rows = len(shown) * max(1.0, 0.5 * len(errors))
-    return draw(name, title, alt, (9.0, 1.5 + 0.28 * rows), paint)
-
-
-def request_scatter(name: str, pairs: Sequence[Pair], styles: dict[str, Style], title: str) -> Drawing | None:
-    """TTFT and e2e latency of each request, hardware against simulation; the diagonal is agreement."""
-    tables = [
-        (pair, pair.simulation.rows.merge(pair.hardware.rows, on="request_id", suffixes=("_s", "_h"))) for pair in pairs
-    ]
-    if not any(len(table) for _, table in tables):
-        return None
-
-    def paint(figure: MatplotlibFigure) -> None:
-        panels = figure.subplots(1, 2)
-        for axes, key in zip(panels, ("ttft_s", "e2e_latency_s")):
-            values = np.concatenate([t[[f"{key}_h", f"{key}_s"]].to_numpy(np.float64).ravel() for _, t in tables])
-            values = values[np.isfinite(values)]
-            if not len(values):
-                continue
-            factor, unit = scale_of([float(values.max())], "s")
-            labelled: set[str] = set()
-            for pair, table in tables:
-                sample = table if len(table) <= MAX_POINTS else table.sample(MAX_POINTS, random_state=0)
-                style = styles[pair.policy]
-                axes.scatter(
-                    sample[f"{key}_h"] * factor,
-                    sample[f"{key}_s"] * factor,
-                    s=14,
-                    alpha=0.6,
-                    color=style.colour,
-                    marker=style.marker,
-                    linewidths=0,
-                    rasterized=len(sample) > 500,
-                    label=None if pair.policy in labelled else pair.policy,
-                )
-                labelled.add(pair.policy)
-            low, high = float(values.min()) * factor, float(values.max()) * factor
-            axes.axline((low, low), slope=1.0, color=GREY, lw=1.0, ls="--") if high > low else None
-            if low > 0 and high / low > 20:
-                axes.set_xscale("log")
-                axes.set_yscale("log")
-            label = split_key(key)[1].label
-            axes.set_xlabel(f"{label} on hardware ({unit})")
-            axes.set_ylabel(f"{label} in simulation ({unit})")
-        _legend(figure, panels[0])
-
-    return draw(name, title, "TTFT and e2e latency of each request, simulation against hardware", (9.0, 4.4), paint)

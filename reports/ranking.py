@@ -15,9 +15,10 @@ from msgspec import Struct
 
 from .case_labels import plain
 from .comparison import split_key
-from .metrics import BY_KEY, summary_of
+from .metric_table import BY_KEY
 from .run_errors import check_comparable
 from .runs import ReportError, Run, find_runs
+from .summary import summary_of
 
 TIE: Final = 0.10
 LEAST_POLICIES: Final = 5

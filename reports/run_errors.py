@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from .case_labels import flat_keys
 from .comparison import Agreement, Case, Pair, agreement, estimate
-from .metrics import STAGES
+from .metric_table import STAGES
 from .runs import ReportError, Run, find_runs
 from .statistics import kendall_tau, min_observations
 

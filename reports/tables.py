@@ -11,7 +11,7 @@ from typing import Any
 from msgspec import Struct
 
 from .comparison import Case, Cell, MetricError, label_of, split_key
-from .figures import scale_of
+from .drawing import scale_of
 from .statistics import Estimate
 
 

@@ -16,8 +16,8 @@ from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.oracle_gap import instance_of, latency_of, measure_gap, options_of, with_router
 from disagg.experiments.regret import regrets_of
 from disagg.experiments.simulated_rows import simulate_rows
-from disagg.reports.metrics import brief_summary, summarise
 from disagg.reports.regret import summarise_regret
+from disagg.reports.summary import brief_summary, summarise
 
 PINNED = """
 from disagg.policies import RouteMixed, RoutingPolicy, Route

@@ -12,8 +12,10 @@ from msgspec.structs import replace
 
 from disagg.core.tables import StayRow, StepRow, TransferRow
 from disagg.reports.gaps import token_gaps
-from disagg.reports.metrics import METRICS, STAGES, instants_ps, measure, measured, summarise, summary_of
+from disagg.reports.metric_table import METRICS, STAGES
+from disagg.reports.metrics import instants_ps, measure, measured
 from disagg.reports.runs import TABLES, Run
+from disagg.reports.summary import summarise, summary_of
 from tests.test_reports_runs import MS, config_of, frame_of, request, serve, write_run
 
 

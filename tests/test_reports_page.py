@@ -11,7 +11,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from disagg.reports.figures import _legend, styles_of
+from disagg.reports.drawing import legend, styles_of
 from disagg.reports.page import write_report
 from disagg.reports.runs import ReportError
 from disagg.reports.tables import number, signed_percent, to_csv
@@ -184,10 +184,10 @@ def test_a_legend_of_long_names_stays_inside_its_figure() -> None:
     axes = figure.subplots()
     for i in range(12):
         axes.plot([0, 1], [i, i], label=f"{i:02d} " + "wide name " * 4 + "x")
-    _legend(figure, axes)
+    legend(figure, axes)
     figure.draw_without_rendering()
-    (legend,) = figure.legends
-    words = legend.get_window_extent()
+    (drawn,) = figure.legends
+    words = drawn.get_window_extent()
     assert words.width < figure.bbox.width
     assert axes.bbox.height > figure.dpi * 2.5
 
