@@ -11,7 +11,7 @@ from itertools import count
 import numpy as np
 
 from ..policies.vocabulary import PS_PER_S
-from .config import ConstantPhase, GammaPhase, PoissonPhase
+from .config_workload import ConstantPhase, GammaPhase, PoissonPhase
 
 _DRAWS = 4096  # at a time; the sequence does not depend on it
 

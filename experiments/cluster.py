@@ -20,7 +20,8 @@ from ..core.devices import DEVICES, Device
 from ..core.kv_layout import KvLayout
 from ..core.model_shapes import PRESETS, ModelError, ModelShape, preset, shape_from_hf_config
 from ..policies.vocabulary import PS_PER_MS, PS_PER_S, Role
-from .config import Cluster, ExecutorKeys, Experiment, Instance, PolicyChoice
+from .config import Cluster, ExecutorKeys, Experiment, Instance
+from .config_keys import PolicyChoice
 from .errors import ConfigError, ResourceError, did_you_mean
 from .predictions import prediction_of
 from .profile_file import (

@@ -1,7 +1,8 @@
 """The experiment file: its keys, their types, units and defaults.
 
-One model per mapping of the file. What a single key may hold is said here; how keys must fit together (ranks, heads,
-memory, policies, traces) is checked in `config_checks.py`. Units are in the keys' names.
+One model per mapping of the file; those of the workload are in `config_workload.py`. What a single key may hold is said
+there and here; how keys must fit together (ranks, heads, memory, policies, traces) is checked in `config_checks.py`. Units
+are in the keys' names.
 """
 
 from __future__ import annotations
@@ -10,17 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    PrivateAttr,
-    Tag,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+
+from .config_keys import Count, Keys, Milliseconds, Name, Policy, PolicyChoice, Rate, Seed
+from .config_workload import Workload
 
 # MLPerf inference, p99 objectives in milliseconds: (ttft, tpot).
 SLO_PRESETS: Final[dict[str, tuple[float, float]]] = {
@@ -32,47 +26,6 @@ SLO_PRESETS: Final[dict[str, tuple[float, float]]] = {
     "deepseek-r1": (2000.0, 80.0),
     "gpt-oss-120b": (3000.0, 80.0),
 }
-
-Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+ -]*$")]
-Count = Annotated[int, Field(ge=1, le=1 << 31)]
-Milliseconds = Annotated[float, Field(gt=0, le=1e9)]
-Rate = Annotated[float, Field(ge=1e-6, le=1e9)]  # per second
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-
-
-class Keys(BaseModel):
-    """Strict types, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _remember_keys(cls, data: Any, info: ValidationInfo) -> Any:
-        # so that an unknown key can be answered with the keys of its own mapping
-        if isinstance(info.context, dict) and isinstance(data, dict):
-            info.context[id(data)] = list(cls.model_fields)
-        return data
-
-
-def _policy_from_name(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-class PolicyChoice(BaseModel):
-    """A policy by name, or `path/to/file.py:Class` from the experiment file's folder, with its parameters inline."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    name: str = Field(min_length=1, max_length=1000)
-
-    @property
-    def params(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-Policy = Annotated[PolicyChoice, BeforeValidator(_policy_from_name)]
 
 
 class Model(Keys):
@@ -194,200 +147,6 @@ class Policies(Keys):
     )
 
 
-# ---- workload -------------------------------------------------------------------------------------------------------
-
-Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
-PositiveTokens = Annotated[float, Field(ge=1, le=1 << 24)]
-
-
-class FixedLength(Keys):
-    type: Literal["fixed"]
-    value: Tokens
-
-
-class NormalLength(Keys):
-    """Rounded and clamped to [min, max]."""
-
-    type: Literal["normal"]
-    mean: PositiveTokens
-    stddev: Annotated[float, Field(ge=0, le=1 << 24)] = 0.0
-    min: Tokens = 1
-    max: Tokens | None = None
-
-
-class LognormalLength(Keys):
-    """`mean` and `stddev` of the length itself, not of its logarithm, before clamping to [min, max]."""
-
-    type: Literal["lognormal"]
-    mean: PositiveTokens
-    stddev: Annotated[float, Field(gt=0, le=1 << 30)]
-    min: Tokens = 1
-    max: Tokens | None = None
-
-
-class UniformLength(Keys):
-    """Whole numbers from min to max, both included."""
-
-    type: Literal["uniform"]
-    min: Tokens
-    max: Tokens
-
-
-class ExponentialLength(Keys):
-    type: Literal["exponential"]
-    mean: PositiveTokens
-    min: Tokens = 1
-    max: Tokens | None = None
-
-
-class EmpiricalLength(Keys):
-    type: Literal["empirical"]
-    values: Annotated[list[Tokens], Field(min_length=1, max_length=1 << 20)]
-    weights: list[Annotated[float, Field(ge=0, le=1e12)]] | None = None
-
-
-LENGTH_TYPES: Final = ("fixed", "normal", "lognormal", "uniform", "exponential", "empirical")
-
-
-def _length(value: Any) -> Any:
-    """A whole number is a fixed length; the type may be left out where the keys tell it."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return {"type": "fixed", "value": value}
-    if isinstance(value, dict) and "type" not in value:
-        if "values" in value:
-            value["type"] = "empirical"
-        elif "mean" in value:
-            value["type"] = "normal"
-        elif "min" in value or "max" in value:
-            value["type"] = "uniform"
-    return value
-
-
-Length = Annotated[
-    FixedLength | NormalLength | LognormalLength | UniformLength | ExponentialLength | EmpiricalLength,
-    Field(discriminator="type"),
-    BeforeValidator(_length),
-]
-
-
-class SharedPrefixes(Keys):
-    """Prefixes, such as system prompts, each shared by the requests of a group; they come on top of `isl`."""
-
-    groups: Annotated[int, Field(ge=1, le=1 << 20)]
-    length: Length
-    skew: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="popularity ~ rank^-skew; 0: all equal")
-    share: Annotated[float, Field(ge=0, le=1)] = Field(1.0, description="of requests, or sessions, that have one")
-
-
-class Sessions(Keys):
-    """Conversations: each turn's prompt holds the earlier prompts and answers. They take turns in sending."""
-
-    concurrent: Annotated[int, Field(ge=1, le=1 << 20)] = Field(
-        32, description="sessions at a time; a session's turns are as many requests apart"
-    )
-    turns: Length = Field(description="requests of a session")
-    turn_isl: Length | None = Field(None, description="tokens that a later turn adds; default: isl")
-
-
-class TrafficClass(Keys):
-    """One of several kinds of requests that are mixed in the same phase."""
-
-    name: str = Field(max_length=200)
-    share: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="relative to the other classes'")
-    isl: Length | None = None
-    osl: Length | None = None
-    priority: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="default: the phase's")
-
-
-class SyntheticDataset(Keys):
-    """Lengths drawn by seed. `osl` is the true output length, hidden from policies."""
-
-    type: Literal["synthetic"]
-    isl: Length
-    osl: Length
-    shared_prefixes: SharedPrefixes | None = None
-    sessions: Sessions | None = None
-    classes: Annotated[list[TrafficClass], Field(min_length=1, max_length=1000)] | None = None
-
-
-class TraceDataset(Keys):
-    """A public trace, or conversations (ShareGPT) or samples (TensorRT-LLM's benchmarks), which have no times.
-
-    `path` from the experiment file's folder, else from $DISAGG_TRACES.
-    """
-
-    type: Literal["azure", "burstgpt", "mooncake", "sharegpt", "tensorrt_llm"]
-    path: str = Field(min_length=1, max_length=4096)
-    skip: Annotated[int, Field(ge=0, le=10**9)] = Field(0, description="rows before the first one that is sent")
-
-
-Dataset = Annotated[SyntheticDataset | TraceDataset, Field(discriminator="type")]
-
-
-class Quantile(Keys):
-    quantile: Annotated[float, Field(gt=0, le=1)]
-
-
-class PhaseKeys(Keys):
-    name: Name
-    requests: Annotated[int, Field(ge=1, le=10**9)]
-    exclude_from_results: bool = False
-    traffic_class: str = Field("", max_length=200)
-    priority: Annotated[float, Field(ge=0, le=1)] = 0.5
-
-
-class PoissonPhase(PhaseKeys):
-    type: Literal["poisson"]
-    rate: Rate
-
-
-class GammaPhase(PhaseKeys):
-    """Gaps of mean 1/rate and squared coefficient of variation 1/burstiness (1 = Poisson, less is burstier)."""
-
-    type: Literal["gamma"]
-    rate: Rate
-    burstiness: Annotated[float, Field(ge=1e-6, le=1e6)]
-
-
-class ConstantPhase(PhaseKeys):
-    type: Literal["constant"]
-    rate: Rate
-
-
-class ConcurrencyPhase(PhaseKeys):
-    """Closed loop: a new request is sent when one ends."""
-
-    type: Literal["concurrency"]
-    concurrency: Annotated[int, Field(ge=1, le=1 << 20)]
-
-
-class TracePhase(PhaseKeys):
-    """Arrivals at the trace's own times, divided by `speedup`. Without `requests`: to the end of the trace."""
-
-    type: Literal["trace"]
-    requests: Annotated[int, Field(ge=1, le=10**9)] | None = None  # type: ignore[assignment]
-    speedup: Annotated[float, Field(ge=1e-6, le=1e9)] = 1.0
-
-
-Phase = Annotated[
-    PoissonPhase | GammaPhase | ConstantPhase | ConcurrencyPhase | TracePhase, Field(discriminator="type")
-]
-
-
-MaxTokens = Annotated[
-    Annotated[Tokens, Tag("tokens")] | Annotated[Quantile, Tag("quantile")],
-    Discriminator(lambda value: "quantile" if isinstance(value, dict | Quantile) else "tokens"),
-]
-
-
-class Workload(Keys):
-    dataset: Dataset
-    max_tokens: MaxTokens = Field(description="the declared bound that policies see; longer outputs are cut")
-    max_prompt_tokens: Tokens | None = Field(None, description="longer prompts are cut at their end")
-    streaming: bool = Field(True, description="off: the tokens of a phase reach the orchestrator with its end")
-    phases: Annotated[list[Phase], Field(min_length=1, max_length=1000)]
-
-
 class Slo(Keys):
     preset: str | None = None
     scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
@@ -439,8 +198,10 @@ class Plan(Keys):
     max_gpus: Annotated[int, Field(ge=1, le=4096)] = 8
     min_gpus: Annotated[int, Field(ge=1, le=4096)] = 1
     roles: Literal["disaggregated", "mixed", "both"] = "both"
-    tensor_parallel_sizes: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] = [1, 2, 4, 8]
-    pipeline_parallel_sizes: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] = [1]
+    tensor_parallel_sizes: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] = Field(
+        [1, 2, 4, 8]
+    )
+    pipeline_parallel_sizes: Annotated[list[Annotated[int, Field(ge=1, le=1024)]], Field(min_length=1)] = Field([1])
     routers: (
         Annotated[
             list[Annotated[PlanRouters, BeforeValidator(_routers_from_name)]], Field(min_length=1, max_length=100)
@@ -459,7 +220,7 @@ class Plan(Keys):
 
 
 class ReportKeys(Keys):
-    percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = [50, 90, 95, 99]
+    percentiles: list[Annotated[float, Field(gt=0, lt=100)]] = Field([50, 90, 95, 99])
 
 
 class Experiment(Keys):
@@ -474,9 +235,9 @@ class Experiment(Keys):
     workload: Workload
     sampling: Sampling = Field(default_factory=lambda: Sampling.model_validate({}))
     slo: Slo | None = None
-    sweep: dict[str, Annotated[list[Any], Field(min_length=1, max_length=10_000)]] = {}
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1, max_length=10_000)]] = Field({})
     repeats: Annotated[int, Field(ge=1, le=10_000)] = 1
-    faults: Annotated[list[Any], Field(max_length=0)] = []
+    faults: Annotated[list[Any], Field(max_length=0)] = Field([])
     plan: Plan | None = Field(None, description="of `disagg plan`; a run does not read it")
     report: ReportKeys = Field(default_factory=lambda: ReportKeys.model_validate({}))
 

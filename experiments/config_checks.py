@@ -22,15 +22,9 @@ from .cluster import (
     placements_of,
     shape_of,
 )
-from .config import (
-    SLO_PRESETS,
-    ConcurrencyPhase,
-    ExecutorKeys,
-    Experiment,
-    PolicyChoice,
-    SyntheticDataset,
-    TracePhase,
-)
+from .config import SLO_PRESETS, ExecutorKeys, Experiment
+from .config_keys import PolicyChoice
+from .config_workload import ConcurrencyPhase, SyntheticDataset, TracePhase
 from .errors import ConfigError, ResourceError, did_you_mean
 from .role_checks import check_roles
 from .workload import declared_max_tokens, phase_counts

@@ -18,7 +18,8 @@ from ..policies.registry import register
 from ..policies.views import ExecutorPool, FleetView
 from ..policies.vocabulary import PS_PER_S, Admission, Admit, Hold, Reject, Request, Role, Route, RouteMixed, Routing
 from ..reports.runs import ReportError, Run
-from .config import Experiment, PolicyChoice, validate_mapping
+from .config import Experiment, validate_mapping
+from .config_keys import PolicyChoice
 from .config_loader import read_document
 from .errors import ConfigError, ExperimentError
 from .run_directory import RunDirectory

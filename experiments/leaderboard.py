@@ -18,7 +18,8 @@ from msgspec.structs import replace
 from ..reports.board import Board, BoardPolicy, BoardRegret, BoardRun, BoardScenario
 from .answer_book import AnswerBook
 from .cluster import cluster_of
-from .config import ConcurrencyPhase, Experiment, Phase, TraceDataset
+from .config import Experiment
+from .config_workload import ConcurrencyPhase, Phase, TraceDataset
 from .errors import ExperimentError
 from .leaderboard_entries import Entry, Scenario
 from .manifest import git_commit

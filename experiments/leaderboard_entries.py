@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from ..policies.interfaces import PolicyError
 from ..policies.registry import available, load
-from .config import Experiment, TraceDataset, validate_mapping
+from .config import Experiment, validate_mapping
 from .config_loader import parse_document, read_document
+from .config_workload import TraceDataset
 from .errors import ConfigError, did_you_mean
 from .experiment_file import load_experiment
 from .traces import trace_path

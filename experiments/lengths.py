@@ -8,7 +8,7 @@ from math import log, sqrt
 import numpy as np
 import numpy.typing as npt
 
-from .config import (
+from .config_workload import (
     EmpiricalLength,
     ExponentialLength,
     FixedLength,

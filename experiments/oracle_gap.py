@@ -16,7 +16,8 @@ from typing import Any, Final
 from ..core.tables import RequestRow
 from ..policies.vocabulary import PS_PER_S, FinishReason, Role
 from .cluster import cluster_of
-from .config import Experiment, PolicyChoice
+from .config import Experiment
+from .config_keys import PolicyChoice
 from .errors import ConfigError, ExperimentError
 from .forced_routes import Choice, Recorded
 from .simulated_rows import simulate_into

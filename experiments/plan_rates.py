@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .config import ConcurrencyPhase, ConstantPhase, Experiment, GammaPhase, PoissonPhase, TracePhase
+from .config import Experiment
+from .config_workload import ConcurrencyPhase, ConstantPhase, GammaPhase, PoissonPhase, TracePhase
 from .errors import ConfigError
 from .workload import Workload, phase_counts
 

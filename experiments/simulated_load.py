@@ -10,7 +10,8 @@ from ..policies.vocabulary import FinishReason
 from ..simulator.calls import MESSAGE
 from ..simulator.cluster import SimulatedCluster
 from .cluster import profile_of
-from .config import ConcurrencyPhase, Experiment
+from .config import Experiment
+from .config_workload import ConcurrencyPhase
 from .load_source import LoadSource
 from .planned import RequestForm, true_length
 from .run_point import Progress

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .config import SyntheticDataset, TrafficClass
+from .config_workload import SyntheticDataset, TrafficClass
 from .lengths import token_counts
 from .segments import Segment, segment_id
 from .streams import stream

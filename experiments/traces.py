@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from ..policies.vocabulary import PS_PER_MS
-from .config import TraceDataset
+from .config_workload import TraceDataset
 from .errors import ConfigError
 from .samples import read_samples
 from .segments import Segment, mixed_hashes

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from ..core.prefix_names import token_hashes
 from .arrivals import arrival_offsets, scaled
-from .config import ConcurrencyPhase, Experiment, Phase, Quantile, SyntheticDataset, TracePhase
+from .config import Experiment
+from .config_workload import ConcurrencyPhase, Phase, Quantile, SyntheticDataset, TracePhase
 from .errors import ConfigError
 from .lengths import draw
 from .oracles import uses_oracle

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from disagg.experiments.config import SyntheticDataset
+from disagg.experiments.config_workload import SyntheticDataset
 from disagg.policies.registry import KINDS, create
 from tests.every_policy import names
 

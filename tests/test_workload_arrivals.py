@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from disagg.experiments.arrivals import arrival_offsets, scaled
-from disagg.experiments.config import ConstantPhase, Experiment, GammaPhase, PoissonPhase
+from disagg.experiments.config import Experiment
+from disagg.experiments.config_workload import ConstantPhase, GammaPhase, PoissonPhase
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.lengths import draw
 from disagg.experiments.load_source import LoadSource

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg.core.prefix_names import token_hashes
-from disagg.experiments.config import Experiment, SyntheticDataset, validate_mapping
+from disagg.experiments.config import Experiment, validate_mapping
 from disagg.experiments.config_checks import check_experiment
+from disagg.experiments.config_workload import SyntheticDataset
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.lengths import token_counts
 from disagg.experiments.planned import request_of
