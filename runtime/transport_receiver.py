@@ -126,8 +126,9 @@ class ReceiverDesk(TransferDesk):
 
     def _on_ahead(self, peer: int, ahead: KvAhead) -> None:
         key = (peer, ahead.transfer_id)
-        # One that has been given up takes it too: the sender has not said its last word, and need not know.
-        asked = self._receives.get(key) or next((end for end in self._in.values() if end.key == key), None)
+        # It is of the question that the sender answers: of two with that id, as after one was given up, the first that it
+        # has not said its last word on. One that was given up takes it too; the sender need not know.
+        asked = next((end for end in self._in.values() if end.key == key and not end.is_last_word), None)
         if asked is not None:
             self._take_ahead(asked, ahead)
         elif self._closed_at is not None:

@@ -227,10 +227,13 @@ class SenderDesk(TransferDesk):
         segments = end.outgoing.cut(end.written, 1, self._carrier.max_segment_bytes)
         ahead, end.later = segments[: self._carrier.num_ahead], segments[self._carrier.num_ahead :]
         end.num_cut, end.num_untold = len(segments), len(ahead)
-        for index, segment in enumerate(ahead):
-            end.in_flight[index] = end.outline.bytes_of(segment)
-            self._next_tag = self._next_tag + 1 if self._next_tag < self._progress.max_tag else self._max_line + 1
-            self._carrier.send(end, index, segment, self._sent_handler(end, index), self._next_tag)
+        try:
+            for index, segment in enumerate(ahead):
+                end.in_flight[index] = end.outline.bytes_of(segment)
+                self._next_tag = self._next_tag + 1 if self._next_tag < self._progress.max_tag else self._max_line + 1
+                self._carrier.send(end, index, segment, self._sent_handler(end, index), self._next_tag)
+        except (ValueError, RuntimeError) as error:  # the rest would never be told of
+            self._fail_send(end, f"transfer {end.key[1]}: {error}")
 
     def announce_ahead(self, end: Sending, segment: Segment, tag: int) -> None:
         outline = end.outline

@@ -262,6 +262,48 @@ def test_ends_that_were_told_different_things_leave_nothing_in_mpi() -> None:
     assert not any(pair.wire.sent.values())
 
 
+def test_what_was_sent_ahead_of_a_question_that_was_given_up_is_not_taken_for_an_answer_to_the_next() -> None:
+    pair = Pair(is_staged=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair.lanes[0], "poll", lambda: False)  # it is being packed
+        pair.send(0)
+        pair.progress[0].calls.popleft()()
+    for again in (False, True):
+        pair.receive(0)
+        pair.progress[1].calls.popleft()()
+        if not again:
+            pair.transports[1].abort(0, 0, "given up")
+            pair.progress[1].calls.popleft()()
+            assert pair.outcomes[1].pop(0).error == "given up"
+    while pair.transports[0]._poll():  # packed before the sender hears of any question
+        pass
+    pair.settle()
+    assert pair.outcomes[0].pop(0).error == "given up"
+    pair.pages[0].pool.uniform_(2.0, 3.0)
+    pair.send(0)
+    pair.settle()
+    assert pair.errors(0) == pair.errors(1) == {0: None}
+    assert pair.arrived(0)
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_a_device_that_breaks_while_something_is_sent_ahead_leaves_no_transfer_that_never_ends() -> None:
+    pair = Pair(is_staged=True)
+
+    def poll() -> bool:
+        raise RuntimeError("the device is ill")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair.lanes[0], "poll", poll)
+        pair.send(0)
+        pair.progress[0].calls.popleft()()
+    pair.receive(0)
+    pair.settle()
+    assert pair.errors(0) == {0: "transfer 0: the device is ill"}
+    assert pair.errors(1) == {0: "transfer 0: the device is ill"}
+    assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
 @pytest.mark.parametrize(("verify", "is_staged"), [(False, False), (True, False), (False, True), (True, True)])
 def test_whatever_crosses_whatever_every_end_is_told_once_and_no_page_is_touched_after_that(
     verify: bool, is_staged: bool
