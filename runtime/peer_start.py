@@ -17,7 +17,7 @@ import torch
 from .cuda_ipc import HANDLE_BYTES, CudaError, Driver, device_uuid
 from .kv_pages import TORCH_DTYPES
 from .model_place import Place
-from .peer_reduce import ATTENDED, EMBEDDED, GATED, PeerLayout, PeerReduce, PeerReduceError, most_rows
+from .peer_reduce import ATTENDED, EMBEDDED, GATED, PeerLayout, PeerReduce, most_rows
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -157,7 +157,12 @@ def _tried(comm: MPI.Comm, made: PeerReduce, device: torch.device) -> str | None
         with made.limited(0):  # compiled by each rank in its own time, while none waits
             total(0)
             torch.cuda.synchronize(device)
-        comm.Barrier()
+    except Exception as error:  # of whatever kind a compiler has
+        problem = _failed(error)
+    problem = _agreed(comm, problem)  # all have come so far
+    if problem is not None:
+        return problem
+    try:
         made.forgive()
         residual.zero_()
         with made.limited(_PROBE_LOOKS):
@@ -169,9 +174,14 @@ def _tried(comm: MPI.Comm, made: PeerReduce, device: torch.device) -> str | None
         expected = sum(ranks + trial * layout.tp for trial in range(_TRIALS))
         if not bool((residual == expected).all()):
             problem = f"a trial through peers' memory summed to {residual.flatten()[0]} instead of {expected}"
-    except (PeerReduceError, RuntimeError) as error:
-        problem = f"a trial through peers' memory failed: {error}"
+    except Exception as error:
+        problem = _failed(error)
     return problem
+
+
+def _failed(error: Exception) -> str:
+    words = str(error).strip().partition("\n")[0]
+    return f"a trial through peers' memory failed: {words or type(error).__name__}"
 
 
 # ---- words between ranks ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import mmap
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,3 +279,31 @@ def test_what_one_rank_cannot_none_does_and_all_hear_why(monkeypatch: pytest.Mon
         everyone,  # type: ignore[arg-type]
     )
     assert said(comm, two) == "NCCL: the executor's ranks are on several hosts"
+
+
+def test_a_rank_whose_kernel_cannot_be_compiled_says_so_where_the_others_wait_for_it() -> None:
+    class CompilerError(Exception):  # as Triton's, no RuntimeError
+        pass
+
+    def add_rms_norm(*args: Any) -> None:
+        raise CompilerError("ptxas is not to be found\nand more")
+
+    layout = PeerLayout(2, HIDDEN, torch.float32, ROWS)
+    made: Any = SimpleNamespace(
+        layout=layout,
+        limited=lambda looks: nullcontext(),
+        slot=lambda which, rows: torch.zeros(rows, HIDDEN),
+        add_rms_norm=add_rms_norm,
+    )
+    comm: Any = FakeComm([b""])
+    comm.Get_rank = lambda: 0
+    told: list[bytes] = []
+    comm.Allgather = lambda own, everyone: (told.append(own[0]), FakeComm.Allgather(comm, own, everyone))
+    words = "a trial through peers' memory failed: ptxas is not to be found"
+    assert peer_start._tried(comm, made, torch.device("cpu")) == words
+    assert [each.rstrip(b"\0").decode() for each in told] == [words]
+    comm.theirs = [b"the other has no compiler"]  # whose words come where this rank has come through
+    made.add_rms_norm = lambda *args: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda device: None)
+        assert peer_start._tried(comm, made, torch.device("cpu")) == "the other has no compiler"
