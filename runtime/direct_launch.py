@@ -40,6 +40,7 @@ class DirectLaunch:
             getattr(metadata, f"{kind}_scratch_size", 0) for kind in ("global", "profile")
         ):
             raise ValueError("a kernel with clusters or scratch memory")
+        self._compiled = compiled  # Triton unloads the module of one that nobody has any more
         self._function = ctypes.c_void_p(int(compiled.function))
         self._threads, self._shared = _WARP * int(metadata.num_warps), int(metadata.shared)
         self._check_sizes(sizes)

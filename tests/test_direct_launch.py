@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,20 @@ def test_every_number_is_read_as_it_was_given_and_pointers_that_triton_appends_a
         shape, found = library.launches.pop()
         assert shape == (24, 1, 1, 128, 1, 1, 512, STREAM)
         assert found == [*numbers, 0, 0]
+
+
+def test_a_kernel_stays_loaded_while_it_can_be_launched() -> None:
+    class Compiled:  # Triton's unloads its module when nobody has it any more
+        function = FUNCTION
+        metadata = SimpleNamespace(num_warps=4, shared=0)
+
+    compiled = Compiled()
+    kept = weakref.ref(compiled)
+    launch = DirectLaunch(compiled, (8,), HostDriver((8,)))
+    del compiled
+    assert kept() is not None
+    del launch
+    assert kept() is None
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (8,), (8, 4, 4), (8, 4, *(8,) * 5), ()])
