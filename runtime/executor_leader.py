@@ -149,14 +149,18 @@ class LeaderSession:
 
     def wake(self, items: list[Any]) -> None:
         """Take in everything that has arrived, as one instant. Raises ExecutorBrokenError."""
-        now = self._clock.now()
+        try:
+            self._live(items, self._clock.now())
+        finally:  # what had been decided when something broke is said all the same: nobody else knows it
+            self._speak()
+
+    def _live(self, items: list[Any], now: int) -> None:
         for item in items:
             self._sort(item)
         if self._wake_at is not None and now >= self._wake_at:
             self._wake_at = None
             self._events.append((MESSAGE, self.id, _WAKE))
         if not self._events and not self._reports:
-            self._speak()
             return
         events, self._events = sorted(self._events, key=lambda event: event[:2]), []
         reports, self._reports = self._reports, []
@@ -175,7 +179,6 @@ class LeaderSession:
             self._obey(self._core.handle(None, now))
         got, self._to_stream = self._to_stream, []
         self._stream(got)
-        self._speak()
 
     def _speak(self) -> None:
         unsaid, self._unsaid = self._unsaid, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,14 +14,15 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from disagg.core.commands import Chunk, Joined, ReceiveKv, RunSteps, ServeKv
-from disagg.core.events import KvReceived, KvTaken, Stopped
+from disagg.core.events import Enqueue, KvReceived, KvTaken, Stopped
 from disagg.core.grants import Launch, granted_through
 from disagg.core.prefix_names import token_hashes
 from disagg.policies.vocabulary import PS_PER_MS, ContextPhaseParams, FinishReason, Request, RequestType
 from disagg.runtime.clock import Clock, monotonic_ns
 from disagg.runtime.executor_answers import Answers, UnknownRequestError
-from disagg.runtime.executor_inbox import Inbox, Submitted
+from disagg.runtime.executor_inbox import Arrived, Inbox, RankDown, Submitted
 from disagg.runtime.executor_kv import ExecutorTransfers
+from disagg.runtime.executor_leader import LeaderSession
 from disagg.runtime.executor_spec import ModelSource, SpecError, check_spec
 from disagg.runtime.executor_steps import Span, merged
 from disagg.runtime.executor_tokens import Sequences, TokenError, check_tokens
@@ -239,6 +241,26 @@ def test_a_refusal_and_a_dead_source_give_the_reader_their_reason() -> None:
         done = transfers.part_done(4, KvPart(request_id, False, True))
         assert done == (KvReceived(request_id, False, "its lease ran out"), 1)
     assert not transfers.any_with(1)
+
+
+# ---- a leader's instant ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_decided_before_an_executor_broke_is_said_all_the_same() -> None:
+    said: list[Any] = []
+    engine, kv = SimpleNamespace(grant=lambda *args: None), SimpleNamespace()
+    session = LeaderSession(
+        ROSTER,
+        1,
+        Clock(monotonic_ns()),
+        engine,  # type: ignore[arg-type]
+        kv,  # type: ignore[arg-type]
+        lambda rank, body: None,
+        said.append,
+    )
+    with pytest.raises(ExecutorBrokenError, match="rank 2 is down"):
+        session.wake([Arrived(0, Enqueue(replace(PROMPT, input_token_ids=(99999,)))), RankDown(2)])
+    assert [(response.request_id, response.finish_reason) for response in said] == [(PROMPT.id, FinishReason.ERROR)]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
