@@ -17,8 +17,9 @@ from .executor_spec import HardwareSpec, SpecError
 from .executor_tokens import check_tokens
 from .leader_executor import Closing, join
 from .mpi_world import MpiWorld
-from .orchestrator_driver import FIRST_DIRECT_ID, OrchestratorDriver, SessionRecord
+from .orchestrator_driver import FIRST_DIRECT_ID, OrchestratorDriver
 from .rank_record import RankInfo
+from .session_record import SessionRecord
 
 
 def serve(spec: HardwareSpec, world: MpiWorld | None = None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
@@ -31,25 +30,25 @@ from ..core.events import (
     Wake,
 )
 from ..core.orchestrator import OrchestratorCore
-from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from ..policies.interfaces import PolicyError
-from ..policies.vocabulary import FinishReason, RequestType, Role
+from ..policies.vocabulary import FinishReason, Role
+from .attempts import Attempts
 from .clock import Clock
 from .clock_offsets import ClockMeter
+from .cluster_error import BROKE_CONTRACT, ClusterError, rank_error, session_error
 from .executor_answers import PROMISED, Listener
 from .executor_inbox import MESSAGE, Arrived, Asked, Inbox, RankDown, Submitted
 from .executor_post import Post
-from .executor_spec import EXIT_CONFIGURATION, Roster
-from .launcher import EXIT_RESOURCES
+from .executor_spec import Roster
 from .mpi_world import MpiWorld
 from .rank_record import DRAINED, RankInfo, RankRecord, session_config
+from .session_record import SessionRecord, ShippedRecords
 from .wire import (
     PROTOCOL_VERSION,
     Fault,
     Goodbye,
     Hello,
     HiddenStop,
-    KvPart,
     Ready,
     RecordsChunk,
     TokenChunk,
@@ -63,46 +62,8 @@ _END_S: Final = 20.0
 _GIVE_UP_S: Final = 1.0
 _STALL_S: Final = 1.0
 _WAKE: Final = Wake()
-Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
-_USER_ERRORS: Final = ("SpecError", "TransportError", "ModelError", "PolicyError")
-_RESOURCE_ERRORS: Final = ("DeviceError", "LaunchError", "WorldError")
-_BROKE_CONTRACT: Final = "a policy broke its contract: "
 _encoder: Final = msgspec.msgpack.Encoder()
 _info_decoder: Final = msgspec.json.Decoder(RankInfo)
-
-
-class ClusterError(RuntimeError):
-    """The cluster cannot be built, or cannot go on: a rank says why."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def _rank_error(text: str, said: str) -> ClusterError:
-    """`said` begins with the name of the rank's exception: some of them are the configuration's fault, or resources."""
-    name, _, words = said.partition(": ")
-    if name in _RESOURCE_ERRORS:
-        return ClusterError(text + words, EXIT_RESOURCES)
-    return ClusterError(text + said, EXIT_CONFIGURATION if name in _USER_ERRORS else 1)
-
-
-def _session_error(executor: int, said: str) -> ClusterError:
-    """What a running executor failed with: by now its policies are loaded, and theirs is the run's failure."""
-    name, _, words = said.partition(": ")
-    if name == "PolicyError":
-        return ClusterError(f"{_BROKE_CONTRACT}executor {executor}: {words}")
-    return ClusterError(f"executor {executor}: {said}")
-
-
-@dataclass
-class SessionRecord:
-    """What a session leaves behind. Logs by core (0: the orchestrator), step ends as (epoch, step, instant)."""
-
-    logs: dict[int, bytes] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    step_ends: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
-    parts: dict[int, list[tuple[int, KvPart]]] = field(default_factory=dict)
 
 
 class OrchestratorDriver:
@@ -125,15 +86,12 @@ class OrchestratorDriver:
         self._events: list[tuple[int, int, OrchestratorEvent]] = []
         self._wake_at: int | None = None
         self._gone: set[int] = set()
-        self._owner: dict[int, int] = {}  # executor-level id: user's request
-        self._attempt: dict[int, list[int]] = {}  # user's request: executor-level ids of its present attempt
-        self._output_lengths: dict[int, int] = {}  # scripted, by user's request
+        self._attempts = Attempts()
         self._direct: dict[int, int] = {}  # requests past the core that are out: their executor
         self._held: dict[int, int] = {}  # those whose context phase is done, while nobody was told to read their KV
         self._log: list[bytes] = []
         self._record = SessionRecord()
-        self._chunks: dict[tuple[int, str], list[bytes]] = {}
-        self._rank_records: dict[int, RankRecord] = {}
+        self._shipped = ShippedRecords(roster)
         self._state = "closed"  # open, core drained, executors told, closed
         self._drain = True
         self._said: set[int] = set()  # executors that have drained
@@ -157,7 +115,7 @@ class OrchestratorDriver:
             for rank, body in self._bodies(None, waiting):
                 if isinstance(body, Ready):
                     if body.error is not None:
-                        raise _rank_error(f"rank {rank} of executor {body.executor} cannot start: ", body.error)
+                        raise rank_error(f"rank {rank} of executor {body.executor} cannot start: ", body.error)
                     self.ranks[rank] = info = _info_decoder.decode(body.info)
                     self._note_blocks(info)
                     waiting.discard(rank)
@@ -174,12 +132,12 @@ class OrchestratorDriver:
         orchestrator = self.roster.spec.orchestrator
         config = session_config(record, sends_early=orchestrator.generation_binding != "at_context_done")
         self.clock = Clock(config.origin_ns)
-        self._log, self._record, self._chunks = [], SessionRecord(), {}
+        self._log, self._record, self._shipped = [], SessionRecord(), ShippedRecords(self.roster)
         self._core = OrchestratorCore(orchestrator)
         if record:
             self._core = LoggedCore(self._core, LogHeader(FORMAT, orchestrator=orchestrator), self._log.append)
         self._events, self._wake_at = [], None
-        self._owner, self._attempt, self._output_lengths, self._direct, self._held = {}, {}, {}, {}, {}
+        self._attempts, self._direct, self._held = Attempts(), {}, {}
         self.roles = {executor: config.role for executor, config in self.roster.configs.items()}
         self._visits, self._live, self._quiet_since = {}, set(), time.monotonic()
         waiting = set()
@@ -206,14 +164,8 @@ class OrchestratorDriver:
         """Finish what is there, or fail it, and collect the records. Raises what the session failed with."""
         self._inbox.put(Asked(Shutdown(drain)))
         self.wait_closed()
-        record = self._record
-        record.logs[ORCHESTRATOR] = b"".join(self._log)
-        for executor in self.roster.configs:
-            record.logs[executor] = self._chunk(executor, "log")
-            record.rows += self._decoded(executor, "rows", list[Row])
-            record.step_ends[executor] = self._decoded(executor, "steps", list[tuple[int, int, int]])
-            record.parts[executor] = self._decoded(executor, "parts", list[tuple[int, KvPart]])
-        return record
+        self._shipped.complete(self._record, self._log)
+        return self._record
 
     def wait_closed(self, timeout_s: float | None = None) -> None:
         """Until the session is over. Raises what it failed with."""
@@ -235,11 +187,7 @@ class OrchestratorDriver:
                 if isinstance(body, Goodbye) and body.reason != DRAINED:
                     waiting.discard(rank)
         self._post.close()
-        for rank in self.roster.executor_of:
-            data = b"".join(self._chunks.get((rank, "rank"), ()))
-            if data:
-                self._rank_records[rank] = msgspec.msgpack.decode(data, type=RankRecord)
-        return self._rank_records
+        return self._shipped.of_ranks()
 
     def abandon(self) -> None:
         """Give the cluster up after an error: tell all ranks to leave, and leave MPI with them."""
@@ -286,9 +234,9 @@ class OrchestratorDriver:
                     raise self._died(item.rank)
             elif isinstance(item, Arrived):
                 if isinstance(item.body, RecordsChunk):
-                    self._keep(item.rank, item.body)
+                    self._shipped.keep(item.rank, item.body)
                 elif isinstance(item.body, Fault):
-                    raise _rank_error(f"executor {self.roster.core_of(item.rank)}: ", item.body.error)
+                    raise rank_error(f"executor {self.roster.core_of(item.rank)}: ", item.body.error)
                 else:
                     yield item.rank, item.body
 
@@ -303,7 +251,7 @@ class OrchestratorDriver:
             while self._state != "closed":
                 self._wake(self._inbox.take(self._timeout_s()))
         except PolicyError as error:
-            self._broken(ClusterError(f"{_BROKE_CONTRACT}{error}"))
+            self._broken(ClusterError(f"{BROKE_CONTRACT}{error}"))
         except SystemExit as error:  # must not end the process as if the run had wanted it
             self._broken(ClusterError(f"a policy raised SystemExit: {error.code}"))
         except BaseException as error:
@@ -370,9 +318,9 @@ class OrchestratorDriver:
         elif isinstance(body, (ContextStarted, FirstTokenOut)):
             self._events.append((MESSAGE, executor, body))
         elif isinstance(body, RecordsChunk):
-            self._keep(rank, body)
+            self._shipped.keep(rank, body)
         elif isinstance(body, Fault):
-            raise _session_error(executor, body.error)
+            raise session_error(executor, body.error)
         elif isinstance(body, Goodbye):
             self._said.add(executor)
 
@@ -388,7 +336,7 @@ class OrchestratorDriver:
     def _tokens(self, chunk: TokenChunk) -> None:
         request_id = chunk.request_id
         if request_id < FIRST_DIRECT_ID:
-            owner = self._owner.get(request_id)
+            owner = self._attempts.owner_of(request_id)
             if owner is None:
                 return  # from before a retry
             request_id = owner
@@ -411,7 +359,7 @@ class OrchestratorDriver:
         request = item.request
         if item.executor is None:
             if item.output_length is not None:
-                self._output_lengths[request.id] = item.output_length
+                self._attempts.output_lengths[request.id] = item.output_length
             self._live.add(request.id)
             self._events.append((MESSAGE, ORCHESTRATOR, Arrive(request)))
             return
@@ -465,16 +413,8 @@ class OrchestratorDriver:
         request = command.executor_request
         if command.executor not in self._gone:
             self._visits[request.id] = command.executor
-        attempt = self._attempt.setdefault(command.request_id, [])
-        params = request.context_phase_params
-        if request.request_type is not RequestType.GENERATION_ONLY or params is None or params.req_id not in attempt:
-            # a new attempt
-            for old in attempt:
-                self._owner.pop(old, None)
-            attempt.clear()
-        attempt.append(request.id)
-        self._owner[request.id] = command.request_id
-        length = self._output_lengths.get(command.request_id)
+        self._attempts.dispatched(command)
+        length = self._attempts.output_lengths.get(command.request_id)
         if length is not None and command.executor not in self._gone:
             self._post.send(self._leader(command.executor), HiddenStop(request.id, length))
 
@@ -484,9 +424,7 @@ class OrchestratorDriver:
         if deliver.finish_reason is None:
             return  # the token itself came before
         self._live.discard(deliver.request_id)
-        for executor_request in self._attempt.pop(deliver.request_id, ()):
-            self._owner.pop(executor_request, None)
-        self._output_lengths.pop(deliver.request_id, None)
+        self._attempts.ended(deliver.request_id)
         error = deliver.error
         if error is None and deliver.finish_reason in (FinishReason.ERROR, FinishReason.REJECTED):
             error = deliver.finish_reason.value
@@ -509,20 +447,6 @@ class OrchestratorDriver:
             if self._num_told >= _MAX_TOLD:
                 raise ClusterError(f"executors {left} did not end their session")
             self._tell_executors(False)
-
-    # ---- records -----------------------------------------------------------------------------------------------------
-
-    def _keep(self, rank: int, chunk: RecordsChunk) -> None:
-        self._chunks.setdefault((rank, chunk.kind), []).append(chunk.data)
-
-    def _chunk(self, executor: int, kind: str) -> bytes:
-        """What a leader shipped, or nothing if it died before: then all of it is missing."""
-        pieces = self._chunks.pop((self._leader(executor), kind), [])
-        return b"".join(pieces) if pieces and not pieces[-1] else b""
-
-    def _decoded(self, executor: int, kind: str, shape: Any) -> Any:
-        data = self._chunk(executor, kind)
-        return msgspec.msgpack.decode(data, type=shape) if data else []
 
     def _living(self) -> list[int]:
         return [executor for executor in self.roster.configs if executor not in self._gone]

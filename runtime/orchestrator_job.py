@@ -7,14 +7,13 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from ..core.tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 from .clock_offsets import ClockOffset
 from .executor_spec import HardwareSpec
 from .orchestrator_load import LoadPhase, SendRow
 from .rank_record import RankInfo, RankRecord
+from .session_record import Row
 from .wire import KvPart
 
-Row = RequestRow | StayRow | StepRow | TransferRow | DecisionRow
 JOB: Final = "job"
 RESULT: Final = "result"
 PROGRESS: Final = "progress"

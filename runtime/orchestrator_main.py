@@ -19,12 +19,13 @@ from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import PS_PER_S, ContextPhaseParams, FinishReason, Request, RequestType, Role
 from .clock_offsets import merged_rows
+from .cluster_error import ClusterError
 from .executor_inbox import Submitted
 from .executor_spec import EXIT_CONFIGURATION, Roster, SpecError, check_spec
 from .job_broadcast import FROM_RANK0, broadcast_job
 from .launcher import EXIT_INTERRUPTED, LaunchError
 from .mpi_world import MpiWorld, WorldError
-from .orchestrator_driver import FIRST_DIRECT_ID, ClusterError, OrchestratorDriver
+from .orchestrator_driver import FIRST_DIRECT_ID, OrchestratorDriver
 from .orchestrator_job import (
     JOB,
     PLACEMENT,

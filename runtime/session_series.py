@@ -21,9 +21,10 @@ from .executor_spec import HardwareSpec, SpecError, check_spec
 from .hardware_run import HardwareRunError, start_failure
 from .launch_start import StartError
 from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, launch
-from .orchestrator_job import Failure, Row
+from .orchestrator_job import Failure
 from .orchestrator_load import LoadPhase, SendRow
 from .rank_record import RankInfo
+from .session_record import Row
 from .transport_world import world_needs
 from .wire import KvPart
 

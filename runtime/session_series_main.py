@@ -16,10 +16,11 @@ from msgspec import structs
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
+from .cluster_error import ClusterError
 from .executor_spec import Roster, SpecError, check_spec
 from .launcher import LaunchError
 from .mpi_world import MpiWorld, WorldError
-from .orchestrator_driver import ClusterError, OrchestratorDriver
+from .orchestrator_driver import OrchestratorDriver
 from .orchestrator_job import Failure
 from .orchestrator_load import LoadDriver, StalledError
 from .orchestrator_main import exit_code_of, warm_up

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from disagg.policies.vocabulary import ContextPhaseParams, FinishReason, RequestType
+from disagg.runtime.cluster_error import ClusterError
 from disagg.runtime.executor_inbox import Submitted
 from disagg.runtime.executor_spec import ModelSource, check_spec
-from disagg.runtime.orchestrator_driver import ClusterError
 from disagg.runtime.orchestrator_main import warm_up
 from tests.runtime_programs.clusters import cluster, context, generation, mixed
 from tests.tiny_models import SHAPES
