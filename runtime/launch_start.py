@@ -68,6 +68,8 @@ class Start:
 
     def is_over(self, session: int, now: float) -> bool:
         """Whether there is nothing to watch any more. Raises StartError."""
+        if not self._has_handles and now - self._last_look < _LOOK_S:
+            return False  # to look through all processes costs too much to do it all the time
         dead = self._dead(session)
         # looked at after the processes: who left in order, or joined and then died, has left its mark by now
         if (self._scratch / JOINED).exists() or (self._scratch / "exit").exists():

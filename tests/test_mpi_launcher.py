@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from disagg.runtime import launcher
-from disagg.runtime.launch_start import session_members
+from disagg.runtime.launch_start import StartError, session_members
 from disagg.runtime.launcher import (
     LaunchError,
     MpiEnvironment,
@@ -153,6 +153,18 @@ def test_the_exit_code_of_rank_0_is_returned(how: str, code: int) -> None:
 def test_a_killed_rank_0_is_a_failure_although_mpiexec_calls_it_success(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("ending.py", "kill-rank-0", ranks=2, linger_s=3.0) == 1
     assert "rank 0 ended without an exit status" in capfd.readouterr().err
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("is_told_at_once", [True, False])
+def test_a_rank_that_dies_while_the_others_join_is_named(
+    monkeypatch: pytest.MonkeyPatch, is_told_at_once: bool
+) -> None:
+    if not is_told_at_once:
+        monkeypatch.delattr(os, "pidfd_open")
+    with pytest.raises(StartError, match=r"^rank 1 died while the MPI world was starting$") as death:
+        run("ending.py", "die-first", "1", ranks=3, stderr=subprocess.DEVNULL)
+    assert death.value.ranks == (1,)
 
 
 @pytest.mark.mpi

@@ -13,6 +13,9 @@ from disagg.runtime.mpi_world import MpiWorld
 
 def main() -> None:
     how = sys.argv[1]
+    if how == "die-first" and os.environ["OMPI_COMM_WORLD_RANK"] == sys.argv[2]:
+        time.sleep(0.5)  # while the others are in MPI_Init
+        os.kill(os.getpid(), signal.SIGKILL)
     world = MpiWorld()
     if how == "code":
         if world.rank == 0:
