@@ -83,7 +83,7 @@ class Fleet:
     def is_healthy(self, executor: int) -> bool:
         if self._unread:
             self._read()
-        return bool(self._rows[executor].healthy)
+        return bool(self._rows[executor][_HEALTHY])
 
     def row(self, executor: int) -> ExecutorRow:
         if self._unread:
@@ -176,6 +176,6 @@ class Fleet:
 
     def _set_healthy(self, executor: int, healthy: bool) -> None:
         row = self._rows[executor]
-        if bool(row.healthy) != healthy:
+        if bool(row[_HEALTHY]) != healthy:
             row.write(_HEALTHY, (int(healthy),))
-            row.pool.num_unhealthy += -1 if healthy else 1
+            row.pool.change_health(1 if healthy else -1)

@@ -53,7 +53,6 @@ COLUMNS: Final[dict[str, str]] = {
 PLACES: Final[dict[str, int]] = {name: place for place, name in enumerate(COLUMNS)}  # of a column in a row
 _RECEIVED_AT: Final = PLACES["received_at"]
 _received_at: Final[Any] = itemgetter(_RECEIVED_AT)
-_num_reports: Final[Any] = itemgetter(PLACES["num_reports"])
 
 
 class Column(Sequence[Any]):
@@ -94,6 +93,24 @@ class ExecutorPool:
     Each is of shape (len(pool),): an int64 array where `vectorised`, else a list; `device_weight` is of floats.
     """
 
+    __slots__ = (
+        *COLUMNS,
+        "_arrays",
+        "_last_place",
+        "_matched",
+        "_places",
+        "_prefixes",
+        "_row_of",
+        "clock",
+        "num_healthy",
+        "num_unhealthy",
+        "predictor",
+        "role",
+        "rows",
+        "tokens_per_hash",
+        "vectorised",
+    )
+
     executor_id: Any
     healthy: Any
     active_requests: Any
@@ -126,7 +143,7 @@ class ExecutorPool:
         n = len(executor_ids)
         self.role = role
         self.vectorised = n >= VECTORISE_FROM if vectorised is None else vectorised
-        self.num_unhealthy = 0
+        self.num_healthy, self.num_unhealthy = n, 0
         self.clock = [0]  # what it shows is `now`; all pools of a view have one
         self.tokens_per_hash = 1  # prompt tokens that one of `Request.block_hashes` stands for
         self.predictor: Predictor = ReportedTimes()
@@ -135,7 +152,7 @@ class ExecutorPool:
         self._last_place = 0
         self._matched: tuple[tuple[int, ...], int, Any] = ((), -1, None)  # the last answer, and to what
         self._arrays: list[Any] = []  # by place, where vectorised
-        self._rows: tuple[ExecutorRow, ...]
+        self.rows: tuple[ExecutorRow, ...]
         if self.vectorised:
             for name in COLUMNS:
                 kind, fill = (np.float64, 1.0) if name == "device_weight" else (np.int64, 0)
@@ -144,14 +161,14 @@ class ExecutorPool:
                 shown = cells.view()
                 shown.flags.writeable = False
                 setattr(self, name, shown)
-            self._rows = tuple(_RowOfArrays(self, i) for i in range(n))
+            self.rows = tuple(_RowOfArrays(self, i) for i in range(n))
         else:
-            self._rows = tuple(_RowOfCells(self, i) for i in range(n))
+            self.rows = tuple(_RowOfCells(self, i) for i in range(n))
             for name, place in PLACES.items():
-                setattr(self, name, Column(self._rows, place))
-        for executor, row in zip(executor_ids, self._rows, strict=True):
+                setattr(self, name, Column(self.rows, place))
+        for executor, row in zip(executor_ids, self.rows, strict=True):
             row.write(0, (executor, 1))
-        self._row_of: dict[int | None, ExecutorRow] = dict(zip(executor_ids, self._rows, strict=True))
+        self._row_of: dict[int | None, ExecutorRow] = dict(zip(executor_ids, self.rows, strict=True))
 
     @classmethod
     def of_rows(cls, role: Role, rows: Sequence[ExecutorRow], like: ExecutorPool) -> ExecutorPool:
@@ -159,7 +176,7 @@ class ExecutorPool:
         pool = cls(role, [int(row.executor_id) for row in rows])
         for mine, row in zip(pool, rows, strict=True):
             mine.write(0, row.values())
-        pool.num_unhealthy = sum(not row.healthy for row in pool)
+        pool.change_health(-sum(not row.healthy for row in pool))
         pool.predictor = like.predictor
         pool.clock = like.clock
         if like._prefixes is not None:
@@ -171,23 +188,24 @@ class ExecutorPool:
         return self.clock[0]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[ExecutorRow]:
-        return iter(self._rows)
+        return iter(self.rows)
 
     def __getitem__(self, index: int) -> ExecutorRow:
-        return self._rows[index]
+        return self.rows[index]
 
-    @property
-    def num_healthy(self) -> int:
-        return len(self._rows) - self.num_unhealthy
+    def change_health(self, by: int) -> None:
+        """For the owner of the view: so many more of its executors are healthy than before."""
+        self.num_healthy += by
+        self.num_unhealthy -= by
 
     @property
     def healthy_rows(self) -> Sequence[ExecutorRow]:
         if not self.num_unhealthy:
-            return self._rows
-        return [row for row in self._rows if row.healthy]
+            return self.rows
+        return [row for row in self.rows if row.healthy]
 
     def row_of(self, executor_id: int | None) -> ExecutorRow | None:
         """The row of this executor; None if it is not of this pool."""
@@ -206,15 +224,11 @@ class ExecutorPool:
         part = self.healthy_part(column)
         return (part.min(), part.max()) if self.vectorised else (min(part), max(part))
 
-    def report_versions(self) -> tuple[int, ...]:
-        """`num_reports` of all."""
-        return tuple(map(_num_reports, self._rows))
-
     def oldest_report(self) -> int:
         """When the oldest of the last reports was received; of a pool that has executors."""
         if self.vectorised:
             return int(self._arrays[_RECEIVED_AT].min())
-        return int(min(map(_received_at, self._rows)))
+        return int(min(map(_received_at, self.rows)))
 
     def age(self, index: int) -> int:
         """Picoseconds since the last report of the executor in this row was received."""
@@ -257,7 +271,7 @@ class ExecutorPool:
         return [request.num_prompt_tokens - tokens for tokens in cached]
 
     def _matches_of(self, levels: list[tuple[int, int]]) -> Any:
-        n = len(self._rows)
+        n = len(self.rows)
         if not self.vectorised:
             counts = [0] * n
             for depth, holders in levels:
@@ -410,6 +424,18 @@ class FleetView:
     `parked` executors serve nothing at present. `home` is each executor's role at the start; `draining` counts, for those
     that have any, the requests that an executor has and its present role does not serve.
     """
+
+    __slots__ = (
+        "clock",
+        "context",
+        "context_executor",
+        "draining",
+        "generation",
+        "home",
+        "mixed",
+        "parked",
+        "pools",
+    )
 
     def __init__(
         self, context: ExecutorPool, generation: ExecutorPool, mixed: ExecutorPool, parked: ExecutorPool | None = None

@@ -208,7 +208,7 @@ def test_without_executors_of_a_stage_the_mixed_ones_serve_it(name: str) -> None
 def as_arrays(pool: ExecutorPool) -> ExecutorPool:
     """The same pool as one that keeps arrays, however few its executors are."""
     arrays = ExecutorPool(pool.role, [row.executor_id for row in pool], vectorised=True)
-    arrays.num_unhealthy = pool.num_unhealthy
+    arrays.change_health(-pool.num_unhealthy)
     for mine, row in zip(arrays, pool, strict=True):
         mine.write(0, row.values())
     return arrays
