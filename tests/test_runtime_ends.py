@@ -117,6 +117,11 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
+def has_mpi(pid: int) -> bool:
+    """Whether the process has loaded MPI, which it does to join the others."""
+    return "libmpi.so" in Path(f"/proc/{pid}/maps").read_text()
+
+
 def status_folder(pid: int) -> Path:
     """Where a rank's launcher looks for marks of its ranks."""
     entries = dict(entry.partition(b"=")[::2] for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
@@ -159,7 +164,7 @@ def test_a_rank_killed_while_the_cluster_starts_ends_the_run_by_name(tmp_path: P
     ranks = run.await_ranks(3)
     if when == "the ranks join":
         os.kill(ranks[2], signal.SIGSTOP)
-        wait_for(lambda: "libmpi.so" in Path(f"/proc/{ranks[1]}/maps").read_text())
+        wait_for(lambda: has_mpi(ranks[1]))
     elif when == "it loads":
         wait_for((status_folder(ranks[0]) / JOINED).exists)
         os.kill(ranks[2], signal.SIGSTOP)
@@ -168,6 +173,23 @@ def test_a_rank_killed_while_the_cluster_starts_ends_the_run_by_name(tmp_path: P
     said = run.end(within_s=60 if when == "it warms up" else 20)
     assert run.process.returncode == 1
     assert "rank 1 of executor 1 died while the cluster was starting" in said
+    assert no_longer(list(ranks.values()))
+    assert not run.output.exists()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("when", "said"), [("joins", "died while the cluster was starting"), ("runs", "was killed")])
+def test_a_killed_orchestrator_ends_the_run_by_name(tmp_path: Path, when: str, said: str) -> None:
+    run = Run(tmp_path)
+    ranks = run.await_ranks(3)
+    if when == "joins":
+        os.kill(ranks[2], signal.SIGSTOP)
+        wait_for(lambda: has_mpi(ranks[0]))
+    else:
+        wait_for((job_folder(ranks[0]) / PROGRESS).exists)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert f"the orchestrator (rank 0) {said}" in run.end(within_s=40)
+    assert run.process.returncode == 1
     assert no_longer(list(ranks.values()))
     assert not run.output.exists()
 
