@@ -57,7 +57,7 @@ class BlockManager:
         surplus = had[keep:]
         if surplus:
             self._assigned[owner] = had[:keep]
-            self._free.extend(reversed(surplus))
+            self._free.extend(surplus[::-1])
         return len(surplus)
 
     def blocks_of(self, owner: int) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class BlockManager:
             else:
                 blocks = self._quarantined.pop(owner, ())
                 self.num_quarantined -= len(blocks)
-        self._free.extend(reversed(blocks))
+        self._free.extend(blocks[::-1])
         return len(blocks)
 
     def check(self) -> None:

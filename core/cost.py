@@ -6,9 +6,10 @@ In an epoch of pure decode each step reads `num_decodes` more KV tokens than the
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .devices import Device
 from .model_shapes import ModelShape
@@ -18,7 +19,7 @@ UNITS_PER_S: Final = 10**12 << UNIT_BITS
 ENDLESS: Final = 1 << 60  # more steps than there are
 
 
-class StepFeatures(NamedTuple):
+class StepFeatures(Struct, frozen=True, gc=False):
     """What one step computes. `chunks`: (tokens before it, tokens computed, whether it yields a token) of each chunk."""
 
     num_decodes: int
@@ -27,7 +28,7 @@ class StepFeatures(NamedTuple):
 
     def after(self, num_steps: int) -> StepFeatures:
         """The features of the decode batch `num_steps` later."""
-        return self._replace(num_kv_tokens=self.num_kv_tokens + num_steps * self.num_decodes)
+        return replace(self, num_kv_tokens=self.num_kv_tokens + num_steps * self.num_decodes)
 
 
 class CostModel(Protocol):

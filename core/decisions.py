@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..policies.views import ExecutorPool
+from ..policies.views import PLACES, ExecutorPool
 from ..policies.vocabulary import Hold, Reject, Route, RouteMixed
 from .tables import DecisionRow
 
 NO_REQUEST: Final = -1
+_NUM_REPORTS: Final = PLACES["num_reports"]
+_RECEIVED_AT: Final = PLACES["received_at"]
 _ANSWERS: Final[dict[type, str]] = {Route: "route", RouteMixed: "mixed", Hold: "hold", Reject: "reject"}
 
 
@@ -19,24 +21,32 @@ def decision_row(request_id: int, stage: str, answer: Any, pool: ExecutorPool | 
     """
     executor: int | None = None
     generation: int | None = None
-    if isinstance(answer, Route):
+    kind = _ANSWERS.get(type(answer), "?")
+    if kind == "route":
         executor = answer.context if stage == "context" else answer.generation
         generation = answer.generation if stage == "context" else None
-    elif isinstance(answer, RouteMixed):
+    elif kind == "mixed":
         executor = answer.executor
     versions: tuple[int, ...] = ()
     age = None
-    if pool is not None and len(pool):
+    if pool is not None and pool.vectorised:
         age = now - pool.oldest_report()
-        if not pool.vectorised:
-            versions = pool.report_versions()
+    elif pool is not None and pool.rows:
+        rows = pool.rows
+        versions = tuple([row[_NUM_REPORTS] for row in rows])
+        oldest: int = rows[0][_RECEIVED_AT]
+        for row in rows:
+            received: int = row[_RECEIVED_AT]
+            if received < oldest:
+                oldest = received
+        age = now - oldest
     return DecisionRow(
         request_id,
         stage,
-        _ANSWERS.get(type(answer), "?"),
+        kind,
         None if executor is None else int(executor),
         None if generation is None else int(generation),
-        answer.reason if isinstance(answer, Reject) else None,
+        answer.reason if kind == "reject" else None,
         now,
         versions,
         age,

@@ -13,21 +13,25 @@ from typing import Any
 from .commands import Chunk, Record
 from .tables import StepRow
 
+BlockCounts = tuple[int, int, int, int, int, int]  # free, reserved, used, held, quarantined, cached
+
 
 class Epoch:
     """`num_done` counts its steps that are done or certain; `first_step` is in the executor's running count of steps."""
 
     __slots__ = (
+        "block_counts",
         "chunks",
         "decodes",
         "end_at",
         "first_step",
         "is_closed",
         "num_cached",
+        "num_decodes",
         "num_done",
+        "num_kv_tokens",
         "num_tails",
         "number",
-        "row_head",
         "start_at",
     )
 
@@ -41,7 +45,10 @@ class Epoch:
         self.is_closed = False
         self.chunks = chunks
         self.decodes = decodes
-        self.row_head: tuple[int, ...] = ()  # decodes, their KV tokens, and the block counts at its beginning
+        # for its row, at its beginning
+        self.num_decodes = 0
+        self.num_kv_tokens = 0  # of those decodes
+        self.block_counts: BlockCounts = (0, 0, 0, 0, 0, 0)
         self.num_cached = sum(chunk.start for chunk in chunks)
 
 
@@ -98,22 +105,27 @@ class Epochs:
         if not epoch.num_done:
             return
         self.step_time = (epoch.end_at - epoch.start_at) // epoch.num_done
-        num_decodes, num_kv, *counts = epoch.row_head
-        self._emit(
-            Record(
-                StepRow(
-                    self._executor,
-                    epoch.number,
-                    epoch.first_step,
-                    epoch.num_done,
-                    num_decodes,
-                    num_kv,
-                    len(epoch.chunks),
-                    sum(chunk.length for chunk in epoch.chunks),
-                    epoch.num_cached,
-                    epoch.start_at,
-                    epoch.end_at,
-                    *counts,
-                )
-            )
+        num_tokens = 0
+        for chunk in epoch.chunks:
+            num_tokens += chunk.length
+        free, reserved, used, held, quarantined, cached = epoch.block_counts
+        row = StepRow(
+            self._executor,
+            epoch.number,
+            epoch.first_step,
+            epoch.num_done,
+            epoch.num_decodes,
+            epoch.num_kv_tokens,
+            len(epoch.chunks),
+            num_tokens,
+            epoch.num_cached,
+            epoch.start_at,
+            epoch.end_at,
+            free,
+            reserved,
+            used,
+            held,
+            quarantined,
+            cached,
         )
+        self._emit(Record(row))

@@ -67,8 +67,8 @@ class ExecutorReports:
         agenda, scheduler = self._agenda, self._scheduler
         agenda.has_news = agenda.has_news or scheduler.has_changed
         if agenda.responses:
-            *first, last = agenda.responses
-            for response in first:
+            last = agenda.responses.pop()
+            for response in agenda.responses:
                 agenda.out.append(Send(ORCHESTRATOR, response))
             agenda.out.append(Send(ORCHESTRATOR, replace(last, report=self.report())))
             self._reported(now)

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Final
 
 from ..policies.prediction import Predictor
-from ..policies.views import ExecutorPool, ExecutorRow, FleetView
+from ..policies.views import PLACES, ExecutorPool, ExecutorRow, FleetView, write_list
 from ..policies.vocabulary import Role
 from .config import ExecutorConfig
 from .events import Report
 from .prefix_index import PrefixIndex
+
+_HEALTHY: Final = PLACES["healthy"]
+_ACTIVE: Final = PLACES["active_requests"]  # then what is on the wire
+_SENT: Final = slice(_ACTIVE, _ACTIVE + 3)
+_ANSWERED: Final = slice(_ACTIVE, _ACTIVE + 1)
+_NUM_REPORTS: Final = PLACES["num_reports"]
+_REPORTED: Final = slice(PLACES["wire_requests"], _NUM_REPORTS + 1)
+_PREFIX_BLOCKS: Final = PLACES["prefix_blocks"]
+
+
+def _write(row: ExecutorRow, places: slice, cells: tuple[int, ...]) -> None:
+    if isinstance(row, list):
+        write_list(row, places, cells)
+    else:
+        row.write(places.start, cells)
 
 
 class Fleet:
@@ -40,30 +56,34 @@ class Fleet:
                 self._rows[config.id] = row
                 self.roles[config.id] = pool.role
                 self._sent[config.id] = [0, 0]
-                cells, i = pool._cells, row.index
-                cells["kv_blocks_total"][i] = cells["kv_blocks_free"][i] = config.num_blocks
-                cells["tokens_per_block"][i] = config.tokens_per_block
-                cells["max_batch_size"][i] = config.scheduler.max_batch_size
-                cells["max_num_tokens"][i] = config.scheduler.max_num_tokens
-                cells["tensor_parallel_size"][i] = config.tensor_parallel_size
-                cells["pipeline_parallel_size"][i] = config.pipeline_parallel_size
-                cells["device_weight"][i] = config.device_weight
-                cells["domain"][i] = domains[config.domain]
-                cells["received_at"][i] = start
+                known: dict[str, Any] = {
+                    "kv_blocks_total": config.num_blocks,
+                    "kv_blocks_free": config.num_blocks,
+                    "tokens_per_block": config.tokens_per_block,
+                    "max_batch_size": config.scheduler.max_batch_size,
+                    "max_num_tokens": config.scheduler.max_num_tokens,
+                    "tensor_parallel_size": config.tensor_parallel_size,
+                    "pipeline_parallel_size": config.pipeline_parallel_size,
+                    "device_weight": config.device_weight,
+                    "domain": domains[config.domain],
+                    "received_at": start,
+                }
+                for name, cell in known.items():
+                    row.write(PLACES[name], (cell,))
 
     def at(self, now: int) -> FleetView:
         """The view, as of `now`."""
         if self._unread:
             self._read()
         view = self.view
-        view.now = view.context.now = view.generation.now = view.mixed.now = view.parked.now = now
+        view.clock[0] = now
         view.context_executor = None
         return view
 
     def is_healthy(self, executor: int) -> bool:
         if self._unread:
             self._read()
-        return bool(self._rows[executor].healthy)
+        return bool(self._rows[executor][_HEALTHY])
 
     def row(self, executor: int) -> ExecutorRow:
         if self._unread:
@@ -76,20 +96,17 @@ class Fleet:
         sent[0] += 1
         sent[1] += num_tokens
         row = self._rows[executor]
-        cells, i = row._cells, row.index
-        cells["active_requests"][i] += 1
-        cells["wire_requests"][i] += 1
-        cells["wire_tokens"][i] += num_tokens
+        _write(row, _SENT, (row[_ACTIVE] + 1, row[_ACTIVE + 1] + 1, row[_ACTIVE + 2] + num_tokens))
         if block_hashes and self.configs[executor].enable_block_reuse:
             # what it holds is known only once it is computed: who was just sent much would seem to have room for more
-            cells["prefix_blocks"][i] = min(cells["prefix_blocks"][i] + len(block_hashes), cells["kv_blocks_total"][i])
+            row.write(_PREFIX_BLOCKS, (min(row.prefix_blocks + len(block_hashes), row.kv_blocks_total),))
         elif block_hashes and self.prefixes.is_asked:
             self.prefixes.used(executor, block_hashes)
-            cells["prefix_blocks"][i] = self.prefixes.num_blocks(executor)
+            row.write(_PREFIX_BLOCKS, (self.prefixes.num_blocks(executor),))
 
     def answered(self, executor: int) -> None:
         row = self._rows[executor]
-        row._cells["active_requests"][row.index] -= 1
+        _write(row, _ANSWERED, (row[_ACTIVE] - 1,))
 
     def reported(self, report: Report, now: int) -> None:
         """A report was received. It is written into the view when that is asked for: a third are followed by another first."""
@@ -108,22 +125,27 @@ class Fleet:
         """The last of `number` reports. What it has not seen is still on the wire."""
         executor = report.executor
         row = self._rows[executor]
-        cells, i = row._cells, row.index
         sent = self._sent[executor]
-        cells["wire_requests"][i] = sent[0] - report.seen_requests
-        cells["wire_tokens"][i] = sent[1] - report.seen_tokens
-        cells["queued_requests"][i] = report.queued_requests
-        cells["running_requests"][i] = report.running_requests
-        cells["queued_prefill_tokens"][i] = report.queued_prefill_tokens
-        cells["inflight_prefill_tokens"][i] = report.inflight_prefill_tokens
-        cells["decode_kv_tokens"][i] = report.decode_kv_tokens
-        cells["kv_blocks_free"][i] = report.blocks_free + report.blocks_cached
-        cells["kv_blocks_used"][i] = report.blocks_used
-        cells["kv_blocks_reserved"][i] = report.blocks_reserved
-        cells["kv_blocks_held"][i] = report.blocks_held
-        cells["step_time_ps"][i] = report.step_time
-        cells["received_at"][i] = now
-        cells["num_reports"][i] += number
+        _write(
+            row,
+            _REPORTED,
+            (  # in the order of COLUMNS
+                sent[0] - report.seen_requests,
+                sent[1] - report.seen_tokens,
+                report.queued_requests,
+                report.running_requests,
+                report.queued_prefill_tokens,
+                report.inflight_prefill_tokens,
+                report.decode_kv_tokens,
+                report.blocks_free + report.blocks_cached,
+                report.blocks_used,
+                report.blocks_reserved,
+                report.blocks_held,
+                report.step_time,
+                now,
+                row[_NUM_REPORTS] + number,
+            ),
+        )
         self._set_healthy(executor, report.healthy and executor not in self._gone)
 
     def lost(self, executor: int) -> None:
@@ -132,7 +154,7 @@ class Fleet:
         self._gone.add(executor)
         self.prefixes.lost(executor)
         row = self._rows[executor]
-        row._cells["prefix_blocks"][row.index] = 0
+        row.write(_PREFIX_BLOCKS, (0,))
         self._set_healthy(executor, False)
 
     def is_gone(self, executor: int) -> bool:
@@ -154,6 +176,6 @@ class Fleet:
 
     def _set_healthy(self, executor: int, healthy: bool) -> None:
         row = self._rows[executor]
-        if bool(row.healthy) != healthy:
-            row._cells["healthy"][row.index] = int(healthy)
-            row.pool.num_unhealthy += -1 if healthy else 1
+        if bool(row[_HEALTHY]) != healthy:
+            row.write(_HEALTHY, (int(healthy),))
+            row.pool.change_health(1 if healthy else -1)

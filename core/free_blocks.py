@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 
 class FreeBlocks:
@@ -38,5 +38,5 @@ class FreeBlocks:
     def append(self, block: int) -> None:
         self._returned.append(block)
 
-    def extend(self, blocks: Iterable[int]) -> None:
+    def extend(self, blocks: Sequence[int]) -> None:
         self._returned.extend(blocks)

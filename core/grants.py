@@ -23,7 +23,12 @@ class Launch(NamedTuple):
 
         What a plan with chunks yields - first tokens, KV to hand over - is real only at its end.
         """
-        return self.plan_ahead and not has_chunks and num_out < self.depth
+        return may_commit(self.plan_ahead, self.depth, has_chunks, num_out)
+
+
+def may_commit(plan_ahead: bool, depth: int, has_chunks: bool, num_out: int) -> bool:
+    """`Launch.may_commit`, for a driver that keeps the numbers."""
+    return plan_ahead and not has_chunks and num_out < depth
 
 
 def granted_through(done: int, first_step: int, last_step: int, steps_per_grant: int, depth: int) -> int:

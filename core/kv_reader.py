@@ -23,7 +23,7 @@ from .scheduler import Scheduler
 from .timers import Timers
 from .visit import Visit, is_canned, params_of
 
-_BEFORE_DECODE: Final = (State.GENERATION_QUEUED, State.KV_IN_FLIGHT, State.KV_EARLY, State.KV_READY)
+_BEFORE_DECODE: Final[tuple[State, ...]] = (State.GENERATION_QUEUED, State.KV_IN_FLIGHT, State.KV_EARLY, State.KV_READY)
 
 
 class KvReader:

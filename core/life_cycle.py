@@ -49,7 +49,7 @@ class Cause(Enum):
 
 
 _S, _C = State, Cause
-LIVE: Final = (
+LIVE: Final[tuple[State, ...]] = (
     _S.QUEUED,
     _S.CONTEXT_RUNNING,
     _S.CONTEXT_DONE,
@@ -59,7 +59,7 @@ LIVE: Final = (
     _S.KV_READY,
     _S.GENERATION_RUNNING,
 )
-FINAL: Final = (_S.DONE, _S.CANCELLED, _S.FAILED)
+FINAL: Final[tuple[State, ...]] = (_S.DONE, _S.CANCELLED, _S.FAILED)
 
 TRANSITIONS: Final[dict[tuple[State, Cause], State]] = {
     (_S.QUEUED, _C.START): _S.CONTEXT_RUNNING,
@@ -87,10 +87,14 @@ TRANSITIONS: Final[dict[tuple[State, Cause], State]] = {
     **{(state, _C.FAIL): _S.FAILED for state in LIVE},
 }
 
+_AFTER: Final[dict[State, dict[Cause, State]]] = {state: {} for state in State}  # the same, to look up
+for (_state, _cause), _after in TRANSITIONS.items():
+    _AFTER[_state][_cause] = _after
+
 
 def advance(state: State, cause: Cause) -> State:
     """The state after `cause`; LifeCycleError, which names what was allowed, if it cannot happen in `state`."""
-    after = TRANSITIONS.get((state, cause))
+    after = _AFTER[state].get(cause)
     if after is None:
         allowed = ", ".join(c.name for (s, c) in TRANSITIONS if s is state) or "nothing"
         raise LifeCycleError(f"{cause.name} in state {state.value!r}; allowed there: {allowed}")

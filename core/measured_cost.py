@@ -106,7 +106,7 @@ class MeasuredCost:
     launch_floor: int = 0
 
     def step_time(self, features: StepFeatures) -> int:
-        n, kv, chunks = features
+        n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if not chunks:
             return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
         return self.time_of_sums(n, kv, len(chunks), *chunk_sums(chunks))
@@ -138,7 +138,7 @@ class MeasuredCost:
         return chunk_graph(num_decodes, num_chunks, num_tokens, self.graph_sizes[-1])
 
     def line(self, features: StepFeatures) -> tuple[int, int, int]:
-        n, kv, chunks = features
+        n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if chunks:
             return self.step_time(features), 0, 1
         slope, until = self.decode_kv.slope_at(kv)
@@ -146,7 +146,7 @@ class MeasuredCost:
 
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
         """The sum of step_time over steps that read `num_decodes` more KV tokens each."""
-        n, kv, chunks = features
+        n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if chunks:  # rare, and mostly of one step
             return sum(self.step_time(StepFeatures(n, kv + i * n, chunks)) for i in range(num_steps))
         rest = self.step_time(features) - self.decode_kv.at(kv)
@@ -154,7 +154,7 @@ class MeasuredCost:
 
     def covers(self, features: StepFeatures) -> bool:
         """Whether every feature of the step is within what was measured."""
-        n, kv, chunks = features
+        n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         most = self.measured
         if not chunks:
             return n <= most.decodes and kv <= most.kv_tokens

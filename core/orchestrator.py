@@ -58,9 +58,9 @@ from .unbound_kv import UnboundKv
 AT_ARRIVAL: Final = "at_arrival"
 AT_CONTEXT_START: Final = "at_context_start"
 AT_CONTEXT_DONE: Final = "at_context_done"
-_SERVED: Final = (FinishReason.STOP, FinishReason.LENGTH)
-_COMPUTING: Final = (Role.CONTEXT, Role.MIXED)
-_GENERATING: Final = (Role.GENERATION, Role.MIXED)
+_SERVED: Final[tuple[FinishReason, ...]] = (FinishReason.STOP, FinishReason.LENGTH)
+_COMPUTING: Final[tuple[Role, ...]] = (Role.CONTEXT, Role.MIXED)
+_GENERATING: Final[tuple[Role, ...]] = (Role.GENERATION, Role.MIXED)
 
 
 class OrchestratorCore:
@@ -68,6 +68,7 @@ class OrchestratorCore:
 
     def __init__(self, config: OrchestratorConfig) -> None:
         self.config = config
+        self._binds_at_arrival = config.generation_binding == AT_ARRIVAL
         predictor = None
         if config.prediction is not None:
             predictor = TablePredictor(config.prediction, [e.id for e in config.executors])
@@ -369,7 +370,7 @@ class OrchestratorCore:
         fleet = self.fleet.at(now)
         if not task.admitted:
             admission = self._admission.admit(task.shown, fleet)
-            if not isinstance(admission, Admit):
+            if type(admission) is not Admit and not isinstance(admission, Admit):
                 self._decided(task, "admission", admission, None, now)
                 if isinstance(admission, Hold):
                     self._hold(task, Stage.CONTEXT, admission.until, now)
@@ -380,16 +381,26 @@ class OrchestratorCore:
         if self.config.skip_context_phase:
             self._skip_context(task, now)
             return
-        pool = fleet.context if fleet.context.num_healthy else fleet.mixed
+        pool = fleet.context
+        if pool.num_healthy <= 0:
+            pool = fleet.mixed
         if not pool.num_healthy:
             self._end(task, Cause.FAIL, FinishReason.ERROR, "no healthy executor is left to run its context phase", now)
             return
         answer = self.routers.route_context(task, fleet)
         self._decided(task, "context", answer, pool, now)
+        if (
+            type(answer) is Route
+            and answer.context is not None
+            and answer.generation is None
+            and not self._binds_at_arrival
+        ):
+            self._send_context(task, Stage.CONTEXT, self.routers.checked(answer.context, _COMPUTING, answer), now)
+            return  # as below; a class pattern costs a call of the metaclass
         match answer:
             case Route(context=context, generation=generation) if context is not None:
                 executor = self.routers.checked(context, _COMPUTING, answer)
-                binds = self.config.generation_binding == AT_ARRIVAL and task.request.max_tokens > 1
+                binds = self._binds_at_arrival and task.request.max_tokens > 1
                 if generation is not None:
                     task.generation_executor = self.routers.checked(generation, _GENERATING, answer)
                 elif binds:
@@ -423,7 +434,9 @@ class OrchestratorCore:
     def _bind_early(self, task: Task, context: int, now: int) -> None:
         """`context`: the executor of its context phase, which is still to be done."""
         fleet = self.fleet.at(now)
-        pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
+        pool = fleet.generation
+        if pool.num_healthy <= 0:
+            pool = fleet.mixed
         if not pool.num_healthy:
             return
         answer = self.routers.bind_generation(task, context, fleet)
@@ -456,7 +469,9 @@ class OrchestratorCore:
 
     def _route_generation(self, task: Task, now: int) -> None:
         fleet = self.fleet.at(now)
-        pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
+        pool = fleet.generation
+        if pool.num_healthy <= 0:
+            pool = fleet.mixed
         if not pool.num_healthy:
             self._dispatches.release(task)
             self._end(
@@ -465,6 +480,9 @@ class OrchestratorCore:
             return
         answer = self.routers.route_generation(task, fleet)
         self._decided(task, "generation", answer, pool, now)
+        if type(answer) is Route and answer.generation is not None:
+            self._send_generation(task, self.routers.checked(answer.generation, _GENERATING, answer), now)
+            return  # as below
         match answer:
             case Route(generation=generation) if generation is not None:
                 executor = self.routers.checked(generation, _GENERATING, answer)

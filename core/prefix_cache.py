@@ -219,7 +219,7 @@ class PrefixCache(BlockManager):
         blocks = tables.pop(owner)
         own = blocks[num_registered:]
         self._count(state, -len(own))
-        self._free.extend(reversed(own))
+        self._free.extend(own[::-1])
         if state == _ASSIGNED:
             self.num_written_references -= num_registered - self._num_arriving.pop(owner, 0)
         self._shift(blocks[num_registered - 1 :: -1], -state)

@@ -17,7 +17,7 @@ from .capacity import Capacity
 from .commands import Chunk, Joined, RunSteps, StopAfterStep
 from .config import ExecutorConfig
 from .decode_batch import DecodeBatch
-from .epochs import Epoch, Epochs
+from .epochs import BlockCounts, Epoch, Epochs
 from .events import StepsCommitted, StepsDone, Stopped
 from .life_cycle import Cause, State
 from .prefix_cache import PrefixCache
@@ -255,9 +255,11 @@ class Scheduler:
 
     def _pop_ended(self) -> list[Visit]:
         """Out of the batch with those that the world ended and those that have reached `max_tokens`."""
-        stopped = self._stopped
-        ended = [*stopped.values(), *(visit for visit in self.batch.pop_finished() if visit.id not in stopped)]
-        ended.sort(key=lambda v: v.serial)
+        stopped, ended = self._stopped, self.batch.pop_finished()
+        if stopped:
+            ended = [*stopped.values(), *[visit for visit in ended if visit.id not in stopped]]
+        if len(ended) > 1:
+            ended.sort(key=lambda v: v.serial)
         for visit in ended:
             self._leave_batch(visit)
         return ended
@@ -377,7 +379,8 @@ class Scheduler:
             decodes,
         )
         if not continues:
-            epoch.row_head = (running, kv if running else 0, *self.block_counts())
+            epoch.num_decodes, epoch.num_kv_tokens = running, kv if running else 0
+            epoch.block_counts = self.block_counts()
         self.batch.told()
         self._emit(self.running)
 
@@ -401,21 +404,25 @@ class Scheduler:
         self.shown_steps = self.num_steps
         self.capacity.num_ahead = 0
 
-    def block_counts(self) -> tuple[int, int, int, int, int, int]:
+    def block_counts(self) -> BlockCounts:
         """free, reserved, used, held, quarantined, cached; as of the last change of batch."""
         size = self.config.tokens_per_block
         written = self._shown_written if self._epochs.open is not None else self.batch.num_blocks_written
-        for visit in self.prefilling.values():
-            written += -(-visit.num_kv_tokens // size)
+        if self.prefilling:
+            for visit in self.prefilling.values():
+                written += -(-visit.num_kv_tokens // size)
+        if self.ready:
+            for visit in self.ready.values():
+                written += -(-visit.num_kv_tokens // size)
+        if self.early:
+            for visit in self.early.values():
+                written += -(-visit.num_kv_tokens // size)
         for visit in self.joining:
             written += -(-visit.num_kv_tokens // size)
-        for visit in self.ready.values():
-            written += -(-visit.num_kv_tokens // size)
-        for visit in self.early.values():
-            written += -(-visit.num_kv_tokens // size)
-        for tail in self.tails:
-            for visit in tail.leaving.values():
-                written += -(-visit.num_kv_tokens // size)
+        if self.tails:
+            for tail in self.tails:
+                for visit in tail.leaving.values():
+                    written += -(-visit.num_kv_tokens // size)
         blocks = self.blocks
         free, cached = blocks.num_free + self.capacity.num_ahead, 0
         if self.cache is not None:

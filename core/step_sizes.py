@@ -26,7 +26,7 @@ def graph_sizes(max_batch: int) -> tuple[int, ...]:
 
 CHUNK_SLOTS: Final = 32  # prompts that a graph of a step with chunks has room for; a power of two
 # Above, a device is busy anyway. 448 is not among them: on an H200 cuBLAS takes 15.7 ms for it, and 12.8 for 512.
-CHUNK_GRAPH_ROWS: Final = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024)
+CHUNK_GRAPH_ROWS: Final[tuple[int, ...]] = (64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024)
 
 
 def chunk_graph_decodes(max_batch: int) -> tuple[int, ...]:

@@ -83,8 +83,12 @@ class Tail:
 
     def over(self) -> Over:
         """The plan has ended. A stop found meanwhile goes before whatever else was known of a sequence."""
-        ended, given_up = [], []
-        for visit in sorted(self.leaving.values(), key=lambda v: v.serial):
+        ended: list[Ended] = []
+        given_up: list[Visit] = []
+        leaving = list(self.leaving.values())
+        if len(leaving) > 1:
+            leaving.sort(key=lambda v: v.serial)
+        for visit in leaving:
             if visit.id in self.given_up and visit.stop is None:
                 given_up.append(visit)
             else:

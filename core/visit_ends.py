@@ -6,8 +6,6 @@ them, and after the last transfer that reads or writes them; until then they are
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..policies.vocabulary import ContextPhaseParams, FinishReason
 from .agenda import CANCELLED, Agenda
 from .commands import ORCHESTRATOR, Record, RunSteps, Send
@@ -212,18 +210,34 @@ class VisitEnds:
         response = Response(request_id, self.config.id, FinishReason.ERROR, 0, error, recomputable=recomputable)
         self._agenda.responses.append(response)
 
-    def _respond(self, visit: Visit, reason: FinishReason | None, num_tokens: int, **fields: Any) -> None:
+    def _respond(
+        self,
+        visit: Visit,
+        reason: FinishReason | None,
+        num_tokens: int,
+        *,
+        error: str | None = None,
+        recomputable: bool = False,
+        context_phase_params: ContextPhaseParams | None = None,
+        last_token: int | None = None,
+        kv_overlap: int | None = None,
+    ) -> None:
         """The one answer to a visit, with the instants that its row wants."""
         response = Response(
             visit.id,
             self.config.id,
             reason,
             num_tokens,
-            context_start=visit.started_at,
-            transfer_start=visit.transfer_start_at,
-            kv_usable=visit.kv_usable_at,
-            num_cached_tokens=visit.num_cached_tokens,
-            **fields,
+            error,
+            recomputable,
+            context_phase_params,
+            visit.started_at,
+            visit.transfer_start_at,
+            visit.kv_usable_at,
+            last_token,
+            None,
+            kv_overlap,
+            visit.num_cached_tokens,
         )
         self._agenda.responses.append(response)
 

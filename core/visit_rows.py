@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from ..policies.vocabulary import RequestType
 from .tables import StayRow, TransferRow
 from .visit import Visit
+
+_STAGES: Final[dict[RequestType, str]] = {
+    RequestType.CONTEXT_AND_GENERATION: "mixed",
+    RequestType.CONTEXT_ONLY: "context",
+    RequestType.GENERATION_ONLY: "generation",
+}
 
 
 def stay_row(executor: int, visit: Visit, now: int, last_step: int) -> StayRow:
@@ -14,7 +22,7 @@ def stay_row(executor: int, visit: Visit, now: int, last_step: int) -> StayRow:
     return StayRow(
         executor,
         visit.id,
-        ("mixed", "context", "generation")[request_type],
+        _STAGES[request_type],
         visit.num_generated - brought,
         visit.first_step,
         last_step if visit.first_step is not None else None,

@@ -7,7 +7,7 @@ as they stand, into extension modules in a folder of their own:
     PYTHONPATH=build/compiled disagg run FILE        # the same results, faster
 
 What is compiled is what runs for every simulated event: the cores' state machines and the simulator. Policies, and the
-structs that travel, stay Python, so that a user's policies and the event logs are the same; `compiled_caches.h` makes that
+structs that travel, stay Python, so that a user's policies and the event logs are the same. `compiled_caches.h` makes that
 cheap: compiled code remembers, at each place, how it read an attribute or made a struct of the type that it met there last.
 """
 
@@ -35,7 +35,7 @@ MODULES: Final = {
         " timers unbound_kv visit visit_ends visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link sequences timing",
-    "experiments": "load_source simulated_load",
+    "experiments": "load_source planned simulated_load",
 }
 
 _SETUP: Final = """

@@ -3,7 +3,7 @@
  *
  * Included into the C that mypyc makes, behind its library (see experiments/compiled.py). Every shortcut is keyed by the
  * type and its version tag, which Python changes with any change of the type or its bases; whatever is not exactly the
- * plain case goes the way it would have gone. Calls of heapq's functions are done in place too.
+ * plain case goes the way it would have gone. heapq's and bisect's functions are done in place.
  */
 #if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
 #include <structmember.h>
@@ -137,30 +137,30 @@ done:
 
 /* As heapq has it in C, with the comparisons of tuples and of integers done here. Any other comparison is Python's. */
 
-static int integer_is_less(PyObject *a, PyObject *b) {
+static inline int integer_order(PyObject *a, PyObject *b) { /* below 0, 0 or above 0 */
 #if PY_VERSION_HEX < 0x030C0000
     Py_ssize_t size = Py_SIZE(a);
     if (size != Py_SIZE(b)) {
-        return size < Py_SIZE(b);
+        return size < Py_SIZE(b) ? -1 : 1;
     }
     for (Py_ssize_t i = Py_ABS(size); --i >= 0;) {
         digit x = ((PyLongObject *)a)->ob_digit[i], y = ((PyLongObject *)b)->ob_digit[i];
         if (x != y) {
-            return (x < y) == (size > 0);
+            return (x < y) == (size > 0) ? -1 : 1;
         }
     }
     return 0;
 #else
     int overflow_a, overflow_b;
     long long x = PyLong_AsLongLongAndOverflow(a, &overflow_a), y = PyLong_AsLongLongAndOverflow(b, &overflow_b);
-    return overflow_a || overflow_b ? PyObject_RichCompareBool(a, b, Py_LT) : x < y;
+    if (overflow_a || overflow_b) {
+        return PyObject_RichCompareBool(a, b, Py_LT) ? -1 : PyObject_RichCompareBool(b, a, Py_LT);
+    }
+    return x < y ? -1 : x > y;
 #endif
 }
 
 static int entry_is_less(PyObject *a, PyObject *b) { /* -1: an exception */
-    if (!PyTuple_CheckExact(a) || !PyTuple_CheckExact(b)) {
-        return PyObject_RichCompareBool(a, b, Py_LT);
-    }
     Py_ssize_t size = Py_MIN(PyTuple_GET_SIZE(a), PyTuple_GET_SIZE(b));
     for (Py_ssize_t i = 0; i < size; i++) {
         PyObject *x = PyTuple_GET_ITEM(a, i), *y = PyTuple_GET_ITEM(b, i);
@@ -168,11 +168,9 @@ static int entry_is_less(PyObject *a, PyObject *b) { /* -1: an exception */
             continue;
         }
         if (PyLong_CheckExact(x) && PyLong_CheckExact(y)) {
-            if (integer_is_less(x, y)) {
-                return 1;
-            }
-            if (integer_is_less(y, x)) {
-                return 0;
+            int order = integer_order(x, y);
+            if (order != 0) {
+                return order < 0;
             }
             continue;
         }
@@ -184,11 +182,11 @@ static int entry_is_less(PyObject *a, PyObject *b) { /* -1: an exception */
     return PyTuple_GET_SIZE(a) < PyTuple_GET_SIZE(b);
 }
 
-/* Both compare items of which they own references, in case a comparison changes the heap. */
-static int heap_is_less(PyListObject *heap, Py_ssize_t size, PyObject *a, PyObject *b) {
+/* What no integer decides is asked of Python, which may change the heap: hence references of our own. */
+static int heap_asks(PyListObject *heap, Py_ssize_t size, PyObject *a, PyObject *b) {
     Py_INCREF(a);
     Py_INCREF(b);
-    int is_less = entry_is_less(a, b);
+    int is_less = PyTuple_CheckExact(a) && PyTuple_CheckExact(b) ? entry_is_less(a, b) : PyObject_RichCompareBool(a, b, Py_LT);
     Py_DECREF(a);
     Py_DECREF(b);
     if (is_less >= 0 && Py_SIZE(heap) != size) {
@@ -196,6 +194,19 @@ static int heap_is_less(PyListObject *heap, Py_ssize_t size, PyObject *a, PyObje
         return -1;
     }
     return is_less;
+}
+
+static inline int heap_is_less(PyListObject *heap, Py_ssize_t size, PyObject *a, PyObject *b) {
+    if (PyTuple_CheckExact(a) && PyTuple_CheckExact(b) && PyTuple_GET_SIZE(a) > 0 && PyTuple_GET_SIZE(b) > 0) {
+        PyObject *x = PyTuple_GET_ITEM(a, 0), *y = PyTuple_GET_ITEM(b, 0);
+        if (PyLong_CheckExact(x) && PyLong_CheckExact(y)) {
+            int order = integer_order(x, y);
+            if (order != 0) {
+                return order < 0;
+            }
+        }
+    }
+    return heap_asks(heap, size, a, b);
 }
 
 static int heap_sift_down(PyListObject *heap, Py_ssize_t start, Py_ssize_t at) {
@@ -259,35 +270,70 @@ static PyObject *heap_pop(PyObject *heap) { /* of a heap that is not empty */
     return least;
 }
 
-static PyObject *heappush_, *heappop_; /* as Python knows them; NULL before they are first asked for */
+/* ---- bisect's functions on a tuple or list of integers ------------------------------------------------------------ */
 
-static void find_heapq(void) {
-    static int is_sought = 0;
-    if (is_sought) {
-        return;
+/* The place of `item`, behind those equal to it if `is_right`; -1: not only integers, or an exception. */
+static Py_ssize_t place_among_integers(PyObject *items, PyObject *item, int is_right) {
+    if (!(PyTuple_CheckExact(items) || PyList_CheckExact(items)) || !PyLong_CheckExact(item)) {
+        return -1;
     }
-    is_sought = 1;
-    PyObject *module = PyImport_ImportModule("_heapq");
-    if (module != NULL) {
-        heappush_ = PyObject_GetAttrString(module, "heappush");
-        heappop_ = PyObject_GetAttrString(module, "heappop");
-        Py_DECREF(module);
+    PyObject **all = PySequence_Fast_ITEMS(items); /* integers are compared without calling anything that may change it */
+    Py_ssize_t low = 0, high = PySequence_Fast_GET_SIZE(items);
+    while (low < high) {
+        Py_ssize_t middle = (low + high) >> 1;
+        if (!PyLong_CheckExact(all[middle])) {
+            return -1;
+        }
+        if (is_right ? integer_order(item, all[middle]) < 0 : integer_order(all[middle], item) >= 0) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
     }
-    PyErr_Clear();
+    return low;
 }
 
 /* ---- calls ---------------------------------------------------------------------------------------------------------- */
 
+static PyObject *heappush_, *heappop_, *bisect_left_, *bisect_right_; /* as Python knows them */
+
+static PyObject *function_of(const char *module_name, const char *name) {
+    PyObject *function = NULL, *module = PyImport_ImportModule(module_name);
+    if (module != NULL) {
+        function = PyObject_GetAttrString(module, name);
+        Py_DECREF(module);
+    }
+    PyErr_Clear();
+    return function;
+}
+
+static void find_functions(void) {
+    static int is_sought = 0;
+    if (!is_sought) {
+        is_sought = 1;
+        heappush_ = function_of("_heapq", "heappush");
+        heappop_ = function_of("_heapq", "heappop");
+        bisect_left_ = function_of("_bisect", "bisect_left");
+        bisect_right_ = function_of("_bisect", "bisect_right");
+    }
+}
+
 static PyObject *call_missed(PyObject *callable, PyObject *const *arguments, size_t flags, PyObject *names,
                              struct_cache *cache) {
-    if (PyCFunction_CheckExact(callable)) {
-        find_heapq();
-        if (callable == heappush_ && PyVectorcall_NARGS(flags) == 2 && names == NULL && PyList_CheckExact(arguments[0])) {
+    if (PyCFunction_CheckExact(callable) && names == NULL) {
+        Py_ssize_t number = PyVectorcall_NARGS(flags);
+        find_functions();
+        if (callable == heappush_ && number == 2 && PyList_CheckExact(arguments[0])) {
             return heap_push(arguments[0], arguments[1]);
         }
-        if (callable == heappop_ && PyVectorcall_NARGS(flags) == 1 && names == NULL && PyList_CheckExact(arguments[0])
-            && PyList_GET_SIZE(arguments[0]) > 0) {
+        if (callable == heappop_ && number == 1 && PyList_CheckExact(arguments[0]) && PyList_GET_SIZE(arguments[0]) > 0) {
             return heap_pop(arguments[0]);
+        }
+        if ((callable == bisect_left_ || callable == bisect_right_) && number == 2) {
+            Py_ssize_t place = place_among_integers(arguments[0], arguments[1], callable == bisect_right_);
+            if (place >= 0) {
+                return PyLong_FromSsize_t(place);
+            }
         }
     }
     PyObject *made = PyObject_Vectorcall(callable, arguments, flags, names);

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final
 
+from msgspec.structs import replace
+
 from ..core.config import ExecutorConfig
 from ..core.cost import UNITS_PER_S, CostModel, StepFeatures
 from ..core.measured_cost import MeasuredCost
@@ -140,7 +142,7 @@ def mixed_rate(executor: ExecutorConfig, cost: CostModel, lengths: Lengths, tpot
         if batch > most or batch + tokens > executor.scheduler.max_num_tokens:
             break
         decodes = _decodes(batch, lengths)
-        seconds = _seconds(cost, decodes._replace(chunks=_chunks(tokens, max(1, round(lengths.prompt)))))
+        seconds = _seconds(cost, replace(decodes, chunks=_chunks(tokens, max(1, round(lengths.prompt)))))
         if tpot is None or seconds <= tpot:
             best = max(best, per_step / seconds)
     return best
@@ -152,7 +154,7 @@ def full_step(executor: ExecutorConfig, cost: CostModel, lengths: Lengths) -> tu
     """
     tokens = min(executor.scheduler.max_num_tokens - 1, round(lengths.prompt) * executor.scheduler.max_batch_size)
     chunks = _chunks(tokens, max(1, round(lengths.prompt)))
-    step = _decodes(1, lengths)._replace(chunks=chunks)
+    step = replace(_decodes(1, lengths), chunks=chunks)
     return tokens, _seconds(cost, step), isinstance(cost, MeasuredCost) and not cost.covers(step)
 
 

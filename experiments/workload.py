@@ -106,8 +106,14 @@ class Workload:
         if not isinstance(keys, ConcurrencyPhase | TracePhase):
             offsets = arrival_offsets(keys, stream(self._seed, "arrivals", keys.name))
         origin: int | None = None
-        tokens_per_block = self.tokens_per_block
+        tokens_per_block, is_told, max_tokens = self.tokens_per_block, self._is_told, self.max_tokens
         longest = self._config.workload.max_prompt_tokens
+        name, excluded, traffic_class, priority = (
+            keys.name,
+            keys.exclude_from_results,
+            keys.traffic_class,
+            keys.priority,
+        )
         for number, row in enumerate(islice(rows, num_requests)):
             if longest is not None and row.num_prompt_tokens > longest:
                 row = replace(row, num_prompt_tokens=longest)
@@ -119,21 +125,21 @@ class Workload:
                 offset = scaled(row.at - origin, keys.speedup)
             hashes = self._hashes(row, tokens_per_block) if self._with_block_hashes else ()
             request_id = first_id + number
-            yield PlannedRequest(
-                id=request_id,
-                phase=keys.name,
-                offset=offset,
-                num_prompt_tokens=row.num_prompt_tokens,
-                num_output_tokens=min(row.num_output_tokens, self.max_tokens),
-                max_tokens=self.max_tokens,
-                output_cut=row.num_output_tokens > self.max_tokens,
-                excluded=keys.exclude_from_results,
-                session=row.session,
-                traffic_class=keys.traffic_class or row.traffic_class,
-                priority=keys.priority if row.priority is None else row.priority,
-                block_hashes=hashes,
-                input_token_ids=None if self._vocab_size is None else self._token_ids(request_id, row),
-                is_told=self._is_told,
+            yield PlannedRequest(  # by place: a million are made
+                request_id,
+                name,
+                offset,
+                row.num_prompt_tokens,
+                min(row.num_output_tokens, max_tokens),
+                max_tokens,
+                row.num_output_tokens > max_tokens,
+                excluded,
+                row.session,
+                traffic_class or row.traffic_class,
+                priority if row.priority is None else row.priority,
+                hashes,
+                None if self._vocab_size is None else self._token_ids(request_id, row),
+                is_told,
             )
 
     def _hashes(self, row: TraceRow, tokens_per_block: int) -> tuple[int, ...]:

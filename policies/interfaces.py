@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from random import Random
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
@@ -27,6 +27,8 @@ from .vocabulary import (
     Routing,
     Stage,
 )
+
+_INFINITE: Final = float("inf")
 
 
 class PolicyError(ValueError):
@@ -82,8 +84,8 @@ class SelectingPolicy(RoutingPolicy):
     def route_context(self, request: Request, fleet: FleetView) -> Routing:
         pool = fleet.context if fleet.context.num_healthy else fleet.mixed
         row = self.select(request, pool)
-        if isinstance(row, Hold):
-            return row
+        if not isinstance(row, ExecutorRow):
+            return row  # Hold
         if pool.role is Role.MIXED:
             return RouteMixed(row.executor_id)
         return Route(context=row.executor_id)
@@ -91,7 +93,7 @@ class SelectingPolicy(RoutingPolicy):
     def route_generation(self, request: Request, fleet: FleetView) -> Routing:
         pool = fleet.generation if fleet.generation.num_healthy else fleet.mixed
         row = self.select(request, pool)
-        return row if isinstance(row, Hold) else Route(generation=row.executor_id)
+        return Route(generation=row.executor_id) if isinstance(row, ExecutorRow) else row
 
 
 class ScoringPolicy(SelectingPolicy):
@@ -120,12 +122,13 @@ class ScoringPolicy(SelectingPolicy):
         chosen = -1
         for row in pool.healthy_rows:
             score = self.score(request, row)
-            try:
-                is_number = bool(score <= np.inf)  # false for NaN
-            except (TypeError, ValueError):
-                is_number = False
-            if not is_number:
-                raise self._not_a_number(row.executor_id)
+            if type(score) is not int:
+                try:
+                    is_number = bool(score <= _INFINITE)  # false for NaN
+                except (TypeError, ValueError):
+                    is_number = False
+                if not is_number:
+                    raise self._not_a_number(row.executor_id)
             # among equals the first at or after `turn`, else the first of all
             if chosen < 0 or score < best or (score == best and chosen < turn <= row.index):
                 best, chosen = score, row.index

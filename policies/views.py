@@ -3,7 +3,7 @@
 Everything is as the orchestrator knows it: built from delivered reports and from its own dispatches, never from an
 executor's memory, and therefore of some age. A view is valid during the call only.
 
-A pool of few executors keeps plain lists and a large one numpy arrays (an argmin over two numpy elements costs 2 µs);
+A pool of few executors keeps a list a row and a large one numpy arrays (an argmin over two numpy elements costs 2 µs);
 an expression such as `x.queued_requests + x.running_requests` is true of both `ExecutorPool` (arrays, when
 `pool.vectorised`) and `ExecutorRow` (numbers), which is what `ScoringPolicy` relies on.
 """
@@ -11,6 +11,7 @@ an expression such as `x.queued_requests + x.running_requests` is true of both `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -24,52 +25,57 @@ COLUMNS: Final[dict[str, str]] = {
     "executor_id": "its rank in messages",
     "healthy": "1 while it may be sent requests",
     "active_requests": "requests dispatched to it and not yet answered, by the orchestrator's own count (never stale)",
+    "wire_requests": "requests sent that no report has counted yet",
+    "wire_tokens": "their tokens: prompt tokens for a context phase, KV tokens for a generation phase",
     "queued_requests": "waiting there for their first step or for their KV, as reported",
     "running_requests": "in prefill or in the decode batch, as reported",
     "queued_prefill_tokens": "prompt tokens of requests not begun, less those cached when they were queued, as reported",
     "inflight_prefill_tokens": "prompt tokens not yet computed of requests begun, as reported",
     "decode_kv_tokens": "KV tokens of the decode batch and of generation phases waiting to enter it, as reported",
-    "wire_requests": "requests sent that no report has counted yet",
-    "wire_tokens": "their tokens: prompt tokens for a context phase, KV tokens for a generation phase",
-    "kv_blocks_total": "size of its KV pool in blocks",
     "kv_blocks_free": "empty, or cached and nobody's, as reported",
     "kv_blocks_used": "written, as reported",
     "kv_blocks_reserved": "assigned and not yet written, as reported",
     "kv_blocks_held": "held for a transfer, as reported",
+    "step_time_ps": "picoseconds a step of its last finished batch, 0 before any",
+    "received_at": "instant at which its last report was received, the start of the run before any",
+    "num_reports": "reports received from it",
+    "kv_blocks_total": "size of its KV pool in blocks",
     "tokens_per_block": "KV tokens in a block",
     "max_batch_size": "requests in one step",
     "max_num_tokens": "tokens in one step",
     "tensor_parallel_size": "devices that share each layer",
     "pipeline_parallel_size": "stages of layers, one after the other",
-    "step_time_ps": "picoseconds a step of its last finished batch, 0 before any",
-    "received_at": "instant at which its last report was received, the start of the run before any",
-    "num_reports": "reports received from it",
     "prefix_blocks": "prompt blocks it is believed to hold, once a policy has asked for prefix matches; of one that reports its"
     " blocks, those it was sent, up to its pool",
     "domain": "number of its topology domain: equal for executors whose domain is equal in the file",
     "device_weight": "how fast its device is beside the others, as configured",
 }
+PLACES: Final[dict[str, int]] = {name: place for place, name in enumerate(COLUMNS)}  # of a column in a row
+_RECEIVED_AT: Final = PLACES["received_at"]
+_received_at: Final[Any] = itemgetter(_RECEIVED_AT)
 
 
 class Column(Sequence[Any]):
-    """A list that its owner changes and a policy only reads."""
+    """One cell of each row of a small pool."""
 
-    __slots__ = ("_cells",)
+    __slots__ = ("_place", "_rows")
 
-    def __init__(self, cells: list[Any]) -> None:
-        self._cells = cells
+    def __init__(self, rows: Sequence[Any], place: int) -> None:
+        self._rows = rows
+        self._place = place
 
     def __len__(self) -> int:
-        return len(self._cells)
+        return len(self._rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._cells[index]
+        return [*self][index] if isinstance(index, slice) else self._rows[index][self._place]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._cells)
+        place = self._place
+        return iter([row[place] for row in self._rows])
 
     def __repr__(self) -> str:
-        return repr(self._cells)
+        return repr([*self])
 
 
 class PrefixSource(Protocol):
@@ -86,6 +92,24 @@ class ExecutorPool:
 
     Each is of shape (len(pool),): an int64 array where `vectorised`, else a list; `device_weight` is of floats.
     """
+
+    __slots__ = (
+        *COLUMNS,
+        "_arrays",
+        "_last_place",
+        "_matched",
+        "_places",
+        "_prefixes",
+        "_row_of",
+        "clock",
+        "num_healthy",
+        "num_unhealthy",
+        "predictor",
+        "role",
+        "rows",
+        "tokens_per_hash",
+        "vectorised",
+    )
 
     executor_id: Any
     healthy: Any
@@ -114,68 +138,74 @@ class ExecutorPool:
     domain: Any
     device_weight: Any
 
-    def __init__(self, role: Role, executor_ids: Sequence[int]) -> None:
+    def __init__(self, role: Role, executor_ids: Sequence[int], vectorised: bool | None = None) -> None:
+        """`vectorised`: arrays or not, however many executors there are."""
+        n = len(executor_ids)
         self.role = role
-        self.vectorised = len(executor_ids) >= VECTORISE_FROM
-        self.num_unhealthy = 0
-        self.now = 0
+        self.vectorised = n >= VECTORISE_FROM if vectorised is None else vectorised
+        self.num_healthy, self.num_unhealthy = n, 0
+        self.clock = [0]  # what it shows is `now`; all pools of a view have one
         self.tokens_per_hash = 1  # prompt tokens that one of `Request.block_hashes` stands for
         self.predictor: Predictor = ReportedTimes()
         self._prefixes: PrefixSource | None = None
         self._places: Any = []
         self._last_place = 0
         self._matched: tuple[tuple[int, ...], int, Any] = ((), -1, None)  # the last answer, and to what
-        self._cells: dict[str, Any] = {}
-        n = len(executor_ids)
-        for name in COLUMNS:
-            kind, fill = (np.float64, 1.0) if name == "device_weight" else (np.int64, 0)
-            cells: Any = np.full(n, fill, dtype=kind) if self.vectorised else [fill] * n
-            self._cells[name] = cells
-            shown: Any
-            if self.vectorised:
+        self._arrays: list[Any] = []  # by place, where vectorised
+        self.rows: tuple[ExecutorRow, ...]
+        if self.vectorised:
+            for name in COLUMNS:
+                kind, fill = (np.float64, 1.0) if name == "device_weight" else (np.int64, 0)
+                cells = np.full(n, fill, dtype=kind)
+                self._arrays.append(cells)
                 shown = cells.view()
                 shown.flags.writeable = False
-            else:
-                shown = Column(cells)
-            setattr(self, name, shown)
-        for i, executor in enumerate(executor_ids):
-            self._cells["executor_id"][i] = executor
-            self._cells["healthy"][i] = 1
-        self._rows = tuple(ExecutorRow(self, i) for i in range(n))
-        self._row_of: dict[int | None, ExecutorRow] = dict(zip(executor_ids, self._rows, strict=True))
+                setattr(self, name, shown)
+            self.rows = tuple(_RowOfArrays(self, i) for i in range(n))
+        else:
+            self.rows = tuple(_RowOfCells(self, i) for i in range(n))
+            for name, place in PLACES.items():
+                setattr(self, name, Column(self.rows, place))
+        for executor, row in zip(executor_ids, self.rows, strict=True):
+            row.write(0, (executor, 1))
+        self._row_of: dict[int | None, ExecutorRow] = dict(zip(executor_ids, self.rows, strict=True))
 
     @classmethod
     def of_rows(cls, role: Role, rows: Sequence[ExecutorRow], like: ExecutorPool) -> ExecutorPool:
         """For the owner of the view: a pool of these rows, taken over as they are, that asks whom `like` asks."""
         pool = cls(role, [int(row.executor_id) for row in rows])
-        for name, cells in pool._cells.items():
-            number: Any = float if name == "device_weight" else int
-            for i, row in enumerate(rows):
-                cells[i] = number(row._cells[name][row.index])
-        pool.num_unhealthy = sum(not row.healthy for row in pool)
+        for mine, row in zip(pool, rows, strict=True):
+            mine.write(0, row.values())
+        pool.change_health(-sum(not row.healthy for row in pool))
         pool.predictor = like.predictor
+        pool.clock = like.clock
         if like._prefixes is not None:
             pool.know_prefixes(like._prefixes, like.tokens_per_hash)
         return pool
 
+    @property
+    def now(self) -> int:
+        return self.clock[0]
+
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[ExecutorRow]:
-        return iter(self._rows)
+        return iter(self.rows)
 
     def __getitem__(self, index: int) -> ExecutorRow:
-        return self._rows[index]
+        return self.rows[index]
 
-    @property
-    def num_healthy(self) -> int:
-        return len(self._rows) - self.num_unhealthy
+    def change_health(self, by: int) -> None:
+        """For the owner of the view: so many more of its executors are healthy than before."""
+        self.num_healthy += by
+        self.num_unhealthy -= by
 
     @property
     def healthy_rows(self) -> Sequence[ExecutorRow]:
         if not self.num_unhealthy:
-            return self._rows
-        return [row for row in self._rows if row.healthy]
+            return self.rows
+        return [row for row in self.rows if row.healthy]
 
     def row_of(self, executor_id: int | None) -> ExecutorRow | None:
         """The row of this executor; None if it is not of this pool."""
@@ -194,14 +224,11 @@ class ExecutorPool:
         part = self.healthy_part(column)
         return (part.min(), part.max()) if self.vectorised else (min(part), max(part))
 
-    def report_versions(self) -> tuple[int, ...]:
-        """`num_reports` of all."""
-        return tuple(self._cells["num_reports"])
-
     def oldest_report(self) -> int:
         """When the oldest of the last reports was received; of a pool that has executors."""
-        cells = self._cells["received_at"]
-        return int(cells.min()) if self.vectorised else min(cells)
+        if self.vectorised:
+            return int(self._arrays[_RECEIVED_AT].min())
+        return int(min(map(_received_at, self.rows)))
 
     def age(self, index: int) -> int:
         """Picoseconds since the last report of the executor in this row was received."""
@@ -244,7 +271,7 @@ class ExecutorPool:
         return [request.num_prompt_tokens - tokens for tokens in cached]
 
     def _matches_of(self, levels: list[tuple[int, int]]) -> Any:
-        n = len(self._rows)
+        n = len(self.rows)
         if not self.vectorised:
             counts = [0] * n
             for depth, holders in levels:
@@ -261,23 +288,18 @@ class ExecutorPool:
         return matched
 
 
-def _cell(name: str) -> property:
-    def get(row: ExecutorRow) -> int:
-        return row._cells[name][row.index]  # type: ignore[no-any-return]
-
-    return property(get, doc=COLUMNS.get(name))
+def _cell(name: str) -> Any:
+    return property(itemgetter(PLACES[name]), doc=COLUMNS[name])
 
 
 class ExecutorRow:
     """One executor of a pool: each column of the pool as a number. `index` is its row in the pool."""
 
-    __slots__ = ("_cells", "index", "pool", "role")
+    __slots__ = ()
 
-    def __init__(self, pool: ExecutorPool, index: int) -> None:
-        self.pool = pool
-        self.index = index
-        self.role = pool.role
-        self._cells = pool._cells
+    index: int
+    pool: ExecutorPool
+    role: Role
 
     executor_id = _cell("executor_id")
     healthy = _cell("healthy")
@@ -335,6 +357,64 @@ class ExecutorRow:
         """Prompt tokens that it would have to compute, at least one."""
         return request.num_prompt_tokens - self.cached_tokens(request)
 
+    # for the owner of the view
+
+    def __getitem__(self, place: int) -> Any:
+        raise NotImplementedError
+
+    def write(self, first: int, cells: Sequence[Any]) -> None:
+        """Write these cells, from the place `first` on (`PLACES`)."""
+        raise NotImplementedError
+
+    def values(self) -> list[Any]:
+        """All cells, as Python's own numbers."""
+        return [self[place].item() if hasattr(self[place], "item") else self[place] for place in PLACES.values()]
+
+
+write_list: Final[Any] = list.__setitem__  # what `write` comes to for a row that is a list, for an owner in a hurry
+
+
+class _RowOfCells(list[Any], ExecutorRow):  # type: ignore[misc]
+    """A row of a small pool is the list of its cells: to read one, or to write a report's, is one call of C."""
+
+    __slots__ = ("index", "pool", "role")
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, pool: ExecutorPool, index: int) -> None:
+        super().__init__([0] * len(PLACES))
+        super().__setitem__(PLACES["device_weight"], 1.0)
+        self.pool = pool
+        self.index = index  # type: ignore[method-assign, assignment]
+        self.role = pool.role
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        raise TypeError("a policy only reads what it is shown")
+
+    def write(self, first: int, cells: Sequence[Any]) -> None:
+        write_list(self, slice(first, first + len(cells)), cells)
+
+
+class _RowOfArrays(ExecutorRow):
+    """A row of a large pool is a place in its arrays."""
+
+    __slots__ = ("_arrays", "index", "pool", "role")
+
+    def __init__(self, pool: ExecutorPool, index: int) -> None:
+        self._arrays = pool._arrays
+        self.pool = pool
+        self.index = index
+        self.role = pool.role
+
+    def __getitem__(self, place: int) -> Any:
+        return self._arrays[place][self.index]
+
+    def write(self, first: int, cells: Sequence[Any]) -> None:
+        index = self.index
+        for array, cell in zip(self._arrays[first : first + len(cells)], cells, strict=True):
+            array[index] = cell
+
 
 class FleetView:
     """Every executor, by the role it serves now. `now` is the orchestrator's clock in picoseconds.
@@ -345,20 +425,38 @@ class FleetView:
     that have any, the requests that an executor has and its present role does not serve.
     """
 
+    __slots__ = (
+        "clock",
+        "context",
+        "context_executor",
+        "draining",
+        "generation",
+        "home",
+        "mixed",
+        "parked",
+        "pools",
+    )
+
     def __init__(
         self, context: ExecutorPool, generation: ExecutorPool, mixed: ExecutorPool, parked: ExecutorPool | None = None
     ) -> None:
-        self.now = 0
         self.context = context
         self.generation = generation
         self.mixed = mixed
         self.parked = ExecutorPool(Role.PARKED, ()) if parked is None else parked
         self.pools = (self.context, self.generation, self.mixed, self.parked)
+        self.clock = [0]
+        for pool in self.pools:
+            pool.clock = self.clock
         self.context_executor: int | None = None
         self.home: Mapping[int, Role] = {
             int(executor): pool.role for pool in self.pools for executor in pool.executor_id
         }
         self.draining: Mapping[int, int] = {}
+
+    @property
+    def now(self) -> int:
+        return self.clock[0]
 
     def pool(self, role: Role) -> ExecutorPool:
         return next(pool for pool in self.pools if pool.role is role)

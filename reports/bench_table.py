@@ -284,10 +284,10 @@ def _second_token(run: Run, rows: pd.DataFrame) -> pd.Series[Any]:
         if not len(epochs.first) or executor not in visited:
             continue
         group = visited[executor]
-        is_mixed = (group["stage"] == "mixed").to_numpy(np.int64)  # its first step made the first token
-        first = group["first_step"].to_numpy(np.int64) + is_mixed
-        after = epochs.time_of(group["last_step"].to_numpy(np.int64)) - epochs.time_of(first)
-        times |= dict(zip(group["request_id"].astype(int), group["end_s"].to_numpy(np.float64) - after))
+        is_mixed = (group["stage"] == "mixed").astype(np.int64)  # its first step made the first token
+        first = group["first_step"].astype(np.int64) + is_mixed
+        after = epochs.time_of(group["last_step"].astype(np.int64)) - epochs.time_of(first)
+        times |= dict(zip(group["request_id"].astype(int), group["end_s"].astype(np.float64) - after))
     return pd.Series(times, dtype="float64")
 
 

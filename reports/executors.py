@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .runs import Run
 
 Floats = NDArray[np.float64]
+Columns = dict[str, NDArray[Any]]
 
 _BLOCKS: Final = ("blocks_free", "blocks_reserved", "blocks_used", "blocks_held", "blocks_quarantined")
 _STEPS: Final = ("executor", "epoch", "num_steps", "num_decodes", "start_s", "end_s", *_BLOCKS, "blocks_cached")
@@ -41,13 +42,18 @@ class Timeline(Struct, frozen=True):
     occupied_share: Floats
 
 
-def by_executor(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:
-    """Each executor's rows in the order that they have, one executor after the other."""
+def by_executor(rows: pd.DataFrame) -> Iterator[tuple[int, Columns]]:
+    """Each executor's rows in the order that they have, one executor after the other; each column as an array."""
     executors = rows["executor"].to_numpy(np.int64)
     order = np.argsort(executors, kind="stable")
-    ids, begins = np.unique(executors[order], return_index=True)
-    for executor, begin, end in zip(ids.tolist(), begins, [*begins[1:], len(order)]):
-        yield executor, rows.iloc[order[begin:end]]
+    yield from _parts(executors[order], {str(name): rows[name].to_numpy()[order] for name in rows.columns})
+
+
+def _parts(executors: NDArray[Any], columns: Columns) -> Iterator[tuple[int, Columns]]:
+    """`columns`, whose rows lie one executor after the other, in parts: a thousand executors have few rows each."""
+    ids, begins = np.unique(executors, return_index=True)
+    for executor, begin, end in zip(ids.tolist(), begins, [*begins[1:], len(executors)]):
+        yield int(executor), {name: column[begin:end] for name, column in columns.items()}
 
 
 def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
@@ -66,14 +72,14 @@ def _running(start: Floats, end: Floats, values: Floats, at: Floats) -> Floats:
     return _integral(np.maximum.accumulate(times), levels, at)
 
 
-def _columns(rows: pd.DataFrame) -> dict[str, Floats]:
-    """Each column as an array; `blocks_free` counts the cached ones too."""
-    rows = rows.sort_values(["start_s", "epoch"], kind="stable")
+def _epochs(rows: pd.DataFrame) -> Iterator[tuple[int, Columns]]:
+    """Each executor's epochs in order of time; `blocks_free` counts the cached ones too."""
     columns = {str(name): rows[name].to_numpy(np.float64) for name in rows.columns}
+    order = np.lexsort((columns["epoch"], columns["start_s"], columns["executor"]))
+    columns = {name: column[order] for name, column in columns.items()}
     cached = columns.setdefault("blocks_cached", np.zeros(len(rows)))  # of a run recorded before there were any: none
-    if "blocks_free" in columns:
-        columns["blocks_free"] = columns["blocks_free"] + cached
-    return columns
+    columns["blocks_free"] = columns["blocks_free"] + cached
+    yield from _parts(columns["executor"], columns)
 
 
 def _total_blocks(columns: dict[str, Floats]) -> Floats:
@@ -86,8 +92,8 @@ def timelines(run: Run, executors: Sequence[int], start_s: float, end_s: float, 
     edges = np.linspace(start_s, max(end_s, start_s + 1e-9), bins + 1)
     nothing = np.zeros(bins)
     found = {
-        executor: _timeline(executor, run.roles.get(executor, "idle"), _columns(rows), edges)
-        for executor, rows in by_executor(run.columns("steps", (*_STEPS, "num_chunk_tokens")))
+        executor: _timeline(executor, run.roles.get(executor, "idle"), columns, edges)
+        for executor, columns in _epochs(run.columns("steps", (*_STEPS, "num_chunk_tokens")))
         if executor in executors
     }
     return [
@@ -124,8 +130,9 @@ def executor_summaries(run: Run, start_s: float, end_s: float) -> dict[str, Any]
     length = end_s - start_s
     window = np.array([start_s, end_s])
     found: dict[int, dict[str, Any]] = {}
-    for executor, rows in by_executor(run.columns("steps", _STEPS)):
-        c = _columns(rows[rows["start_s"] <= end_s])
+    for executor, columns in _epochs(run.columns("steps", _STEPS)):
+        num_begun = int(columns["start_s"].searchsorted(end_s, side="right"))
+        c = {name: column[:num_begun] for name, column in columns.items()}
         if len(c["start_s"]) and length > 0:
             total = _total_blocks(c)
             mean_of = {

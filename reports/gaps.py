@@ -12,7 +12,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from .executors import by_executor
+from .executors import Columns, by_executor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,12 +44,13 @@ class Gaps(Struct, frozen=True):
 class Epochs:
     """Step times of one executor. Arrays (epochs,), by `first_step`, the running count from 1."""
 
-    def __init__(self, steps: pd.DataFrame) -> None:
-        rows = steps[steps["num_steps"] > 0].sort_values("first_step")
-        self.first: NDArray[np.int64] = rows["first_step"].to_numpy(np.int64)
-        self.count: NDArray[np.int64] = rows["num_steps"].to_numpy(np.int64)
-        self.start: Floats = rows["start_s"].to_numpy(np.float64)
-        self.end: Floats = rows["end_s"].to_numpy(np.float64)
+    def __init__(self, steps: Columns) -> None:
+        ran = np.flatnonzero(steps["num_steps"] > 0)
+        ran = ran[np.argsort(steps["first_step"][ran], kind="stable")]
+        self.first: NDArray[np.int64] = steps["first_step"][ran].astype(np.int64)
+        self.count: NDArray[np.int64] = steps["num_steps"][ran].astype(np.int64)
+        self.start: Floats = steps["start_s"][ran].astype(np.float64)
+        self.end: Floats = steps["end_s"][ran].astype(np.float64)
 
     def time_of(self, step: NDArray[np.int64]) -> Floats:
         """End of each step in seconds, linear within its epoch; NaN for a step no epoch has."""
@@ -123,11 +124,11 @@ def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
         if not len(epochs.first) or executor not in visited:
             continue
         group = visited.pop(executor)
-        first, last = group["first_step"].to_numpy(np.int64), group["last_step"].to_numpy(np.int64)
+        first, last = group["first_step"].astype(np.int64), group["last_step"].astype(np.int64)
         inside = epochs.time_of(last) - epochs.time_of(first)
         known = np.isfinite(inside)
-        remains = (group["e2e_latency_s"] - group["ttft_s"]).to_numpy(np.float64) - inside
-        mixed = (group["stage"] == "mixed").to_numpy()
+        remains = (group["e2e_latency_s"] - group["ttft_s"]).astype(np.float64) - inside
+        mixed = group["stage"] == "mixed"
         pooled, counts = epochs.pooled(first[known], last[known])
         # a mixed visit holds the first token too: its gaps are all inside, and only a message's jitter remains
         hand_off = np.maximum(remains[known & ~mixed], 0.0)

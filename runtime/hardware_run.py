@@ -14,7 +14,7 @@ from .executor_spec import HardwareSpec, ModelSource, Placement, Roster, SpecErr
 from .hosts import Placing, is_local
 from .job_broadcast import FROM_RANK0
 from .launch_start import StartError
-from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, check_world_size, inside_mpi, launch
+from .launcher import EXIT_INTERRUPTED, EXIT_KILLED, EXIT_TIMEOUT, check_world_size, inside_mpi, launch
 from .orchestrator_job import (
     JOB,
     PLACEMENT,
@@ -125,7 +125,7 @@ def run_cluster(
         try:
             outcome = decode_outcome((folder / RESULT).read_bytes())
         except OSError:
-            raise HardwareRunError(_no_result(placing, code), code or 1) from None
+            raise HardwareRunError(_no_result(placing, code), 1 if code == EXIT_KILLED else code or 1) from None
         except msgspec.MsgspecError as error:
             raise HardwareRunError(f"the run's result cannot be read: {error}", code or 1) from error
     if isinstance(outcome, Failure):
@@ -134,7 +134,8 @@ def run_cluster(
 
 
 def _no_result(placing: Placing | None, code: int) -> str:
-    text = f"the run left no result; its exit code was {code}"
+    why = "the orchestrator (rank 0) was killed" if code == EXIT_KILLED else f"its exit code was {code}"
+    text = f"the run left no result; {why}"
     if placing is None:
         return text
     hosts = ", ".join(host.name for host in placing.hosts)
@@ -147,9 +148,8 @@ def start_failure(error: StartError, roster: Roster) -> str:
     """What kept a cluster from starting, by the executors whose ranks died."""
     if not error.ranks:
         return str(error)
-    of = ("the orchestrator" if rank == 0 else f"executor {roster.core_of(rank)}" for rank in error.ranks)
-    who = " and ".join(f"rank {rank} of {whose}" for rank, whose in zip(error.ranks, of))
-    return f"{who} died while the cluster was starting"
+    who = (f"rank {r} of executor {roster.core_of(r)}" if r else "the orchestrator (rank 0)" for r in error.ranks)
+    return f"{' and '.join(who)} died while the cluster was starting"
 
 
 class _Watcher:

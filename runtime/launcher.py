@@ -31,6 +31,7 @@ from .mpi_scratch import ScratchFolder
 EXIT_RESOURCES: Final = 3
 EXIT_TIMEOUT: Final = 124
 EXIT_INTERRUPTED: Final = 130
+EXIT_KILLED: Final = 137  # as a shell has it
 STATUS_DIR: Final = "DISAGG_STATUS_DIR"  # where rank 0 leaves its process id and exit status for the launcher
 FAULT_TOLERANT: Final = "DISAGG_FAULT_TOLERANT"  # "1" in the ranks of a world that was started with ULFM
 _POLL_S: Final = 0.05
@@ -143,7 +144,7 @@ def launch(
     srun in a Slurm allocation). Only processes of this machine are watched one by one. `env` adds to the environment of
     every rank; `mca` are further Open MPI parameters.
     Returns 124 after `timeout_s`, 130 when interrupted (SIGINT goes to rank 0 first, which has `interrupt_grace_s` to
-    end in order; a second signal cuts that short), and 1 if rank 0 died without an exit status. Ranks that are still
+    end in order; a second signal cuts that short), and 137 if rank 0 was killed. Ranks that are still
     there `linger_s` after rank 0 ended are killed. No process is left behind, whatever happens to this one.
     Until all ranks have made their MpiWorld a death would hang the others in it: it ends the world with StartError (on
     one Linux host), and so does `start_limit_s`, which only ranks that make one should be given.
@@ -311,7 +312,7 @@ def _supervise(
     if has_status and (returned == 0 or _rank0_is_gone(scratch)):
         # Under ULFM mpiexec returns 0 when a signal killed a rank, even rank 0, unless a survivor's exit is not 0.
         print("disagg: rank 0 ended without an exit status: it was killed", file=sys.stderr)
-        return 1
+        return EXIT_KILLED
     return returned if returned >= 0 else 128 - returned
 
 

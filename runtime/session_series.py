@@ -20,7 +20,7 @@ from ..core.config import ExecutorConfig, OrchestratorConfig
 from .executor_spec import HardwareSpec, SpecError, check_spec
 from .hardware_run import HardwareRunError, start_failure
 from .launch_start import StartError
-from .launcher import EXIT_INTERRUPTED, EXIT_TIMEOUT, launch
+from .launcher import EXIT_INTERRUPTED, EXIT_KILLED, EXIT_TIMEOUT, launch
 from .orchestrator_job import Failure
 from .orchestrator_load import LoadPhase, SendRow
 from .rank_record import RankInfo
@@ -158,6 +158,8 @@ def run_series(
                 raise HardwareRunError(start_failure(error, roster)) from None
         if code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
+        if code == EXIT_KILLED:
+            raise HardwareRunError("the orchestrator (rank 0) was killed")
         if code == EXIT_TIMEOUT:
             raise HardwareRunError(f"the series did not end within {timeout_s:g} s", EXIT_TIMEOUT)
         failure = Path(name) / FAILURE

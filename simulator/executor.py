@@ -33,7 +33,7 @@ from ..core.events import (
     Wake,
     stops_in_order,
 )
-from ..core.grants import Launch, granted_through, grants_out
+from ..core.grants import Launch, granted_through, grants_out, may_commit
 from ..policies.vocabulary import FinishReason, RequestType
 from .calls import MESSAGE, POLL, STEP_END
 from .layerwise import RunningStep
@@ -60,7 +60,7 @@ class _Tail:
     ) -> None:
         self.run = run
         self.num_steps = num_steps
-        self.grant_ends = deque(grant_ends)
+        self.grant_ends = grant_ends
         self.stopped = stopped
         self.block_hashes = block_hashes
 
@@ -76,7 +76,10 @@ class SimulatedExecutor:
         self._cluster = cluster
         self._calendar = cluster.env.calendar
         self._timing = cluster.timing
-        self._launch = launch
+        self._model = cluster.model  # the same, if it is one: a compiled caller calls it directly
+        self._steps_per_grant = launch.steps_per_grant
+        self._depth = launch.depth
+        self._plan_ahead = launch.plan_ahead
         self._polling = False
         self._tails: deque[_Tail] = deque()
         self._grant_serial = 0  # of the call at the report of the next grant of `_tails`, 0 for none
@@ -171,7 +174,10 @@ class SimulatedExecutor:
         self._wake_at = at
         if at is None:
             return
-        at, place = self._timing.wake(self.id, at, now)
+        if self._model is not None:
+            at, place = self._model.wake(self.id, at, now)
+        else:
+            at, place = self._timing.wake(self.id, at, now)
         if self._wake_serial:
             if self._wake_due == at or (self._wake_due < at and self._timing.may_be_late):
                 return  # the call that is outstanding asks for another if it comes too early
@@ -302,14 +308,21 @@ class SimulatedExecutor:
         start = self._tails[-1].grant_ends[-1] if self._tails else self._calendar.now
         if run.first_step == 1:
             self._done = 0
-        self._timing.begin(self.id, run, start)
+        if self._model is not None:
+            self._model.begin(self.id, run, start)
+        else:
+            self._timing.begin(self.id, run, start)
         self._end_step = self._planned_end(run)
         self._schedule_end()
         self.running_step = None
         if run.chunks:
-            end = max(self._timing.end_of_step(self.id, self._end_step), self._calendar.now)
+            end = max(self._end_of_step(self._end_step), self._calendar.now)
             self.running_step = RunningStep(start, end, run.chunks)
             self._cluster.layerwise.compute(self.id, self.running_step)
+
+    def _end_of_step(self, step: int) -> int:
+        model = self._model
+        return self._timing.end_of_step(self.id, step) if model is None else model.end_of_step(self.id, step)
 
     def _planned_end(self, run: RunSteps) -> int:
         """The span's last step, or where a sequence ends before it, with what has been launched by then."""
@@ -322,7 +335,7 @@ class SimulatedExecutor:
 
     def _launched_by(self, done: int, run: RunSteps) -> int:
         """The last step already granted when step `done` is reported: with one grant of one step, `done` itself."""
-        steps_per_grant, depth, _ = self._launch
+        steps_per_grant, depth = self._steps_per_grant, self._depth
         if steps_per_grant == depth == 1:
             return done
         return granted_through(done - 1, run.first_step, run.last_step, steps_per_grant, depth)
@@ -333,8 +346,8 @@ class SimulatedExecutor:
         self._take_back_end()
         if run is None:
             return
-        surplus = self._num_grants_out() - self._launch.depth
-        if self._launch.may_commit(bool(run.chunks), 0):
+        surplus = self._num_grants_out() - self._depth
+        if may_commit(self._plan_ahead, self._depth, bool(run.chunks), 0):
             self._may_commit = surplus < 0
         if not self._may_commit and not self._tails:  # else in this instant, or as the grants before it are reported
             self._call_at_end(run, surplus, self._calendar.now)
@@ -346,11 +359,11 @@ class SimulatedExecutor:
         """
         step = self._end_step
         call: Callable[[int], None] = self._end
-        if self._launch.may_commit(bool(run.chunks), 0):
-            reported = run.first_step + (surplus + 1) * self._launch.steps_per_grant - 1
+        if may_commit(self._plan_ahead, self._depth, bool(run.chunks), 0):
+            reported = run.first_step + (surplus + 1) * self._steps_per_grant - 1
             if reported < step:
                 call, step = self._commit_at, reported
-        at = max(self._timing.end_of_step(self.id, step), self._calendar.now)
+        at = max(self._end_of_step(step), self._calendar.now)
         if at < after:
             return False
         self._end_serial = self._calendar.call_at(at, STEP_END + self.id, call, step)
@@ -366,7 +379,7 @@ class SimulatedExecutor:
         run = self._run
         own = 0
         if run is not None:
-            own = grants_out(run.first_step - 1, run.first_step, self._end_step, self._launch.steps_per_grant)
+            own = grants_out(run.first_step - 1, run.first_step, self._end_step, self._steps_per_grant)
         for tail in self._tails:
             own += len(tail.grant_ends)
         return own
@@ -377,10 +390,13 @@ class SimulatedExecutor:
             return
         if self._tails:  # none of its steps has been reported
             num_out = sum(len(tail.grant_ends) for tail in self._tails)
-            steps_per_grant, depth, _ = self._launch
+            steps_per_grant, depth = self._steps_per_grant, self._depth
             end = granted_through(run.first_step - 1, run.first_step, run.last_step, steps_per_grant, depth - num_out)
         else:
-            boundary = self._timing.step_by(self.id, self._done, now, self._end_step)
+            if self._model is not None:
+                boundary = self._model.step_by(self.id, self._done, now, self._end_step)
+            else:
+                boundary = self._timing.step_by(self.id, self._done, now, self._end_step)
             end = self._launched_by(boundary, run)
         if end < self._end_step:
             self._end_step = end
@@ -448,7 +464,7 @@ class SimulatedExecutor:
 
         What the core is to be told of it.
         """
-        run, size = self._run, self._launch.steps_per_grant
+        run, size = self._run, self._steps_per_grant
         if run is None:
             return None
         first, last = run.first_step, self._end_step
@@ -456,7 +472,7 @@ class SimulatedExecutor:
         steps = [min(last, end) for end in range(first - 1 + (finished + 1) * size, last + size, size)]
         now = self._calendar.now
         stopped, late, hashes = self._close(run, reported)
-        ends = [max(now, self._timing.end_of_step(self.id, step)) for step in steps]
+        ends = [max(now, self._end_of_step(step)) for step in steps]
         self._tails.append(_Tail(run, last, ends, late, hashes))
         if ends[0] == now:  # in this very instant, before the core plans
             self._call_at_grant()
@@ -470,8 +486,10 @@ class SimulatedExecutor:
         run, tail = self._run, self._tails[0]
         at = tail.grant_ends[0]
         if len(self._tails) == 1 and at > self._calendar.now and self._may_be_told_late(tail):
-            surplus = self._num_grants_out() - 1 - self._launch.depth
-            has_room = run is not None and surplus < 0 and self._launch.may_commit(bool(run.chunks), 0)
+            surplus = self._num_grants_out() - 1 - self._depth
+            has_room = (
+                run is not None and surplus < 0 and may_commit(self._plan_ahead, self._depth, bool(run.chunks), 0)
+            )
             if run is None or (not has_room and self._call_at_end(run, surplus, at + 1)):
                 self._late_end = at
                 self._cluster.report_due(at, self.id)
@@ -499,11 +517,13 @@ class SimulatedExecutor:
             self._take(self._end_of(tail))
             self._tails.popleft()
         else:
-            tail.grant_ends.popleft()
+            del tail.grant_ends[0]
         if self._tails:
             self._call_at_grant()
         run = self._run
-        has_room = run is not None and self._launch.may_commit(bool(run.chunks), self._num_grants_out())
+        has_room = run is not None and may_commit(
+            self._plan_ahead, self._depth, bool(run.chunks), self._num_grants_out()
+        )
         if has_room:
             self._take(self._commit(self._done))
         elif not self._tails:

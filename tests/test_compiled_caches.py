@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import importlib
 import os
@@ -15,6 +16,7 @@ from disagg.experiments import compiled
 from tests.test_compiled import COPY
 
 _MODULE = """
+import bisect
 import heapq
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ Listed: Final[Any] = values.Listed
 Watched: Final[Any] = values.Watched
 push: Final[Any] = heapq.heappush
 pop: Final[Any] = heapq.heappop
+bisect_left: Final[Any] = bisect.bisect_left
+bisect_right: Final[Any] = bisect.bisect_right
 
 
 def name_of(thing: Any) -> Any:
@@ -54,6 +58,10 @@ def push_all(heap: list[Any], items: list[Any]) -> None:
 
 def pop_one(heap: list[Any]) -> Any:
     return pop(heap)
+
+
+def place(items: Any, item: Any, is_right: bool) -> Any:
+    return bisect_right(items, item) if is_right else bisect_left(items, item)
 """
 _VALUES = """
 import msgspec
@@ -189,3 +197,18 @@ def test_what_cannot_be_compared_says_so(small: Any) -> None:
     heap: list[Any] = []
     with pytest.raises(RuntimeError, match="changed size"):
         small.push_all(heap, [(1, Emptying()), (1, Emptying())])
+
+
+def test_a_place_among_integers_is_bisects(small: Any) -> None:
+    chance = Random(2)
+    for kind in (tuple, list):
+        for _ in range(200):
+            items = kind(
+                sorted(chance.randrange(-5, 5) << chance.choice((0, 31, 70)) for _ in range(chance.randrange(9)))
+            )
+            item = chance.choice([*items, 0, 1 << 31, -1 << 71])
+            assert small.place(items, item, False) == bisect.bisect_left(items, item)
+            assert small.place(items, item, True) == bisect.bisect_right(items, item)
+    assert [small.place((0.5, True, 2), 1, is_right) for is_right in (False, True)] == [1, 2]
+    with pytest.raises(TypeError, match="not supported"):
+        small.place((1, "a", 3), 2, True)

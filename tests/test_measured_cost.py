@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.cost import StepFeatures, end_of_step
@@ -75,9 +76,9 @@ def test_a_step_never_gets_cheaper_by_longer_or_later_or_more_chunks(
 ) -> None:
     (before, length, _), *others = features.chunks
     grown = ((before + later, length + longer, True), *others)
-    assert cost.step_time(features._replace(chunks=grown)) >= cost.step_time(features)
+    assert cost.step_time(structs.replace(features, chunks=grown)) >= cost.step_time(features)
     again = (*features.chunks, (later, longer + 1, False))
-    assert cost.step_time(features._replace(chunks=again)) >= cost.step_time(features)
+    assert cost.step_time(structs.replace(features, chunks=again)) >= cost.step_time(features)
 
 
 def test_a_step_with_short_prompts_costs_the_rows_of_its_graph_and_one_without_a_graph_the_hosts_time() -> None:

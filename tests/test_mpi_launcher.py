@@ -15,6 +15,7 @@ import pytest
 from disagg.runtime import launcher
 from disagg.runtime.launch_start import StartError, session_members
 from disagg.runtime.launcher import (
+    EXIT_KILLED,
     LaunchError,
     MpiEnvironment,
     check_world_size,
@@ -151,7 +152,7 @@ def test_the_exit_code_of_rank_0_is_returned(how: str, code: int) -> None:
 
 @pytest.mark.mpi
 def test_a_killed_rank_0_is_a_failure_although_mpiexec_calls_it_success(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("ending.py", "kill-rank-0", ranks=2, linger_s=3.0) == 1
+    assert run("ending.py", "kill-rank-0", ranks=2, linger_s=3.0) == EXIT_KILLED
     assert "rank 0 ended without an exit status" in capfd.readouterr().err
 
 

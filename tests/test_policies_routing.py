@@ -16,7 +16,7 @@ from disagg.core.events import Report
 from disagg.core.fleet import Fleet
 from disagg.policies.interfaces import PolicyError, ScoringPolicy
 from disagg.policies.registry import create
-from disagg.policies.views import VECTORISE_FROM, ExecutorPool
+from disagg.policies.views import COLUMNS, VECTORISE_FROM, ExecutorPool
 from disagg.policies.vocabulary import Request, Role, Route, RouteMixed
 
 REQUEST = Request(1, 100, 32)
@@ -205,18 +205,13 @@ def test_without_executors_of_a_stage_the_mixed_ones_serve_it(name: str) -> None
 # ---- one expression, two paths --------------------------------------------------------------------------------------
 
 
-class _AsArrays(ExecutorPool):
-    """A pool that keeps arrays however few its executors are."""
-
-    def __init__(self, pool: ExecutorPool) -> None:
-        super().__init__(pool.role, [row.executor_id for row in pool])
-        self.vectorised = True
-        self.num_unhealthy = pool.num_unhealthy
-        for name, cells in pool._cells.items():
-            self._cells[name] = np.array(cells)
-            setattr(self, name, self._cells[name])
-        for row in self:
-            row._cells = self._cells
+def as_arrays(pool: ExecutorPool) -> ExecutorPool:
+    """The same pool as one that keeps arrays, however few its executors are."""
+    arrays = ExecutorPool(pool.role, [row.executor_id for row in pool], vectorised=True)
+    arrays.change_health(-pool.num_unhealthy)
+    for mine, row in zip(arrays, pool, strict=True):
+        mine.write(0, row.values())
+    return arrays
 
 
 @settings(max_examples=150, deadline=None)
@@ -245,7 +240,7 @@ def test_lists_and_arrays_give_the_same_choice(seed: int, n: int, role: Role) ->
             )
         view = fleet.at(0)
         pool = {Role.CONTEXT: view.context, Role.GENERATION: view.generation, Role.MIXED: view.mixed}[role]
-        arrays = _AsArrays(pool)
+        arrays = as_arrays(pool)
         one, other = router(name), router(name)
         for _ in range(n + 2):
             chosen = one.select(REQUEST, pool)
@@ -328,7 +323,7 @@ def test_a_row_and_the_columns_show_the_same(n: int) -> None:
     fleet.dispatched(11, 5)
     pool = fleet.at(40).context
     row = pool[1]
-    for name in pool._cells:
+    for name in COLUMNS:
         assert list(getattr(pool, name))[1] == getattr(row, name)
         assert len(getattr(pool, name)) == n
     assert (row.executor_id, row.kv_blocks_total, row.max_batch_size, row.max_num_tokens) == (11, 51, 3, 500)
@@ -341,7 +336,7 @@ def test_a_row_and_the_columns_show_the_same(n: int) -> None:
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 def test_a_policy_cannot_write_into_its_view(n: int) -> None:
     pool = a_fleet(Role.CONTEXT, n).at(0).context
-    for name in pool._cells:
+    for name in COLUMNS:
         with pytest.raises((TypeError, ValueError)):
             getattr(pool, name)[0] = 1
         with pytest.raises(AttributeError):

@@ -14,7 +14,7 @@ from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, S
 from disagg.core.cost import ConstantCost
 from disagg.core.event_log import read_log, replay
 from disagg.core.events import KvWithdrawn
-from disagg.core.executor import ExecutorCore
+from disagg.core.kv_reader import KvReader
 from disagg.core.tables import RequestRow, TransferRow
 from disagg.policies.interfaces import RoutingPolicy
 from disagg.policies.registry import register
@@ -137,7 +137,9 @@ def test_a_reader_that_asks_in_mid_step_is_sent_at_once_what_is_written_by_then(
     assert rows[2].kv_transfer_overlap_ps == 800
     # at context start: begun at 10 with a step of 40 ps, so that 3 of 8 groups are written when the question comes
     world = World("at_context_start", FAST)
-    world.cluster.timing = world.cluster.executors[1]._timing = ModelTiming(dict.fromkeys((1, 2), ConstantCost(80)), 10)
+    timing = ModelTiming(dict.fromkeys((1, 2), ConstantCost(80)), 10)
+    world.cluster.timing = world.cluster.model = timing
+    world.cluster.executors[1]._timing = world.cluster.executors[1]._model = timing
     row = world.run((0, 8, 5)).request
     assert row.kv_transfer_overlap_ps == 90 - 40
     # groups written at 20, 30, 40 share the link from 40 on; 400 ps of service in all, and never idle
@@ -205,7 +207,7 @@ def test_two_requests_that_hold_what_the_other_waits_for_both_end() -> None:
 
 
 def test_without_taking_reservations_back_they_would_wait_for_a_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ExecutorCore, "_withdraw", lambda core: None)
+    monkeypatch.setattr(KvReader, "withdraw", lambda reader: None)
     world = World("at_arrival", SLOW, num_blocks=(2, 3), router="test_hold_the_first").run((0, 8, 5), (0, 8, 5))
     rows = {row.request_id: row for row in world.rows if isinstance(row, RequestRow)}
     assert rows[1].end_ps > 10**14
