@@ -25,6 +25,7 @@ from .transport_segments import Segment
 from .transport_tables import TableRing
 
 NUM_BUFFERS: Final = 3  # of each direction: one is packed, one on its way, one given back
+NUM_AHEAD: Final = 2  # segments of one transfer that go out before anybody asks: one more buffer is for them
 # A segment costs 200 to 400 µs of MPI's calls at both ends, whatever its size; NVLink has 64 MiB across in 190. A smaller
 # first one, to fill the pipeline sooner, was tried: 256 tokens in two took 1,261 µs, in one 838.
 DEVICE_SEGMENT_BYTES: Final = 64 << 20
@@ -44,18 +45,19 @@ class StagingBuffer:
 
 
 class _Pool:
-    """At most `NUM_BUFFERS`, lent in the order in which they are asked for. On a device all are made at once."""
+    """At most `size` buffers, lent in the order in which they are asked for; `is_full`: all are made at once."""
 
-    def __init__(self, make: Callable[[], StagingBuffer], num_ready: int) -> None:
+    def __init__(self, make: Callable[[], StagingBuffer], size: int, is_full: bool) -> None:
         self._make = make
-        self._free = [make() for _ in range(num_ready)]
-        self._num_made = num_ready
+        self._size = size
+        self._num_made = size if is_full else 0
+        self._free = [make() for _ in range(self._num_made)]
         self._waiting: deque[Callable[[StagingBuffer], None]] = deque()
 
     def take(self, then: Callable[[StagingBuffer], None]) -> None:
         if self._free:
             then(self._free.pop())
-        elif self._num_made < NUM_BUFFERS:
+        elif self._num_made < self._size:
             buffer = self._make()  # RuntimeError where there is no memory
             self._num_made += 1
             then(buffer)
@@ -76,7 +78,7 @@ class DeviceStager(OnLane):
     much before it believes them.
     """
 
-    num_ahead: Final = NUM_BUFFERS - 1  # one is left for what is asked for
+    num_ahead: Final = NUM_AHEAD  # two buffers are left, as many as another transfer needs to keep going
 
     def __init__(
         self,
@@ -100,9 +102,9 @@ class DeviceStager(OnLane):
         def make() -> StagingBuffer:
             return StagingBuffer(segment_bytes, self._pages.device, via_host)
 
-        num_ready = 0 if self._pages.device.type == "cpu" else NUM_BUFFERS
-        self._outgoing = _Pool(make, num_ready)
-        self._incoming = _Pool(make, num_ready)
+        is_device = self._pages.device.type != "cpu"  # where making one in the middle of serving would hold it up
+        self._outgoing = _Pool(make, NUM_BUFFERS + 1, is_device)
+        self._incoming = _Pool(make, NUM_BUFFERS, is_device)
         self._owner: dict[StagingBuffer, _Pool] = {}
 
     def message(self, buffer: StagingBuffer) -> Any:

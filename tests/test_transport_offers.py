@@ -181,18 +181,21 @@ def test_through_staging_the_first_segments_are_in_mpi_before_anybody_asks_and_t
 
 def test_a_segment_is_announced_before_it_is_packed_but_not_before_it_has_a_buffer() -> None:
     pair = Pair(is_staged=True)
-    pair.receive(0)
-    pair.progress[1].calls.popleft()()
-    pair.progress[0].handler(1, pair.wire.frames[1].popleft())
+    for ident in (0, 1):
+        pair.receive(ident)
+        pair.progress[1].calls.popleft()()
+        pair.progress[0].handler(1, pair.wire.frames[1].popleft())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pair.lanes[0], "poll", lambda: False)  # the device does nothing
-        pair.send(0)
-        pair.progress[0].calls.popleft()()
+        for ident in (0, 1):
+            pair.send(ident)
+            pair.progress[0].calls.popleft()()
     assert pair.wire.sent == {}
-    assert pair.wire.told[0] == {"KvSegment": 3}  # of 4: there are three buffers
+    assert pair.wire.told[0] == {"KvSegment": 4}  # of 8: there are four buffers
     pair.settle()
-    assert pair.errors(0) == pair.errors(1) == {0: None}
+    assert pair.errors(0) == pair.errors(1) == {0: None, 1: None}
     assert pair.arrived(0)
+    assert pair.arrived(1)
     assert pair.left_overs(0) == pair.left_overs(1) == {}
 
 
@@ -233,6 +236,20 @@ def test_what_was_sent_ahead_for_nobody_is_taken_by_its_receiver_when_it_is_give
     assert pair.errors(1) == {0: "given up", **dict.fromkeys(range(1, 6))}
     assert all(pair.arrived(ident) for ident in range(1, 6))
     assert pair.left_overs(0) == pair.left_overs(1) == {}
+
+
+def test_what_went_ahead_leaves_another_transfer_as_many_segments_under_way_as_a_pipeline_needs() -> None:
+    pair = Pair(is_staged=True)
+    pair.send(0)
+    pair.settle()  # two of its segments wait for a receiver that does not come
+    pair.receive(1)
+    pair.progress[1].calls.popleft()()
+    pair.progress[0].handler(1, pair.wire.frames[1].popleft())
+    pair.lanes[0].poll = lambda: False  # type: ignore[method-assign]  # nothing is packed yet
+    pair.wire.told[0].clear()
+    pair.send(1)
+    pair.progress[0].calls.popleft()()
+    assert pair.wire.told[0] == {"KvSegment": 2}, "one is on its way while the next is packed"
 
 
 def test_a_receiver_that_closes_takes_what_came_ahead_before_and_comes_after() -> None:
