@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
 
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
+from disagg.core.event_log import read_log
 from disagg.core.prefix_names import token_hashes
 from disagg.policies.vocabulary import PS_PER_MS, Request, Role
 from disagg.runtime.executor_spec import HardwareSpec, ModelSource, Placement
@@ -84,6 +85,11 @@ def cluster(
     )
     values: dict[str, Any] = {"transport": "mpi", "verify_kv": True, "record_margins": True}
     return HardwareSpec(orchestrator, model, tuple(placements), **(values | spec))
+
+
+def num_instants(logs: Mapping[int, bytes]) -> int:
+    """Of all cores. How many there are, the machine decides: what comes at once is one."""
+    return sum(1 for log in logs.values() for _ in read_log(log)[1])
 
 
 def submissions(
