@@ -14,7 +14,8 @@ class LaunchGaps(Struct, frozen=True):
 
     By what the executor did before (nothing, decodes, chunks) and what it does now; `joined` and `left` are for each
     sequence that enters and leaves the decode batch, `sequence_after_chunk` for each in it where a step with chunks came
-    before: the host sees to all of them then. A plan that goes on with its epoch has `continued`.
+    before: the host sees to all of them then. A plan that goes on with its epoch has `continued`. `kernels` is for a step
+    with chunks that no graph runs: before its first kernel the host has more to do, which is hidden behind decodes only.
     """
 
     decode_after_idle: int = 0
@@ -27,13 +28,17 @@ class LaunchGaps(Struct, frozen=True):
     joined: int = 0
     left: int = 0
     sequence_after_chunk: int = 0
+    kernels: int = 0
 
-    def of(self, before: str, has_chunks: bool, num_joined: int, num_left: int, num_decodes: int) -> int:
-        """`before`: idle, decode or chunk."""
+    def of(
+        self, before: str, has_chunks: bool, num_joined: int, num_left: int, num_decodes: int, by_kernels: bool = False
+    ) -> int:
+        """`before`: idle, decode or chunk. `by_kernels`: the step has chunks and runs kernel by kernel, others as graphs."""
         if has_chunks:
             if before == "decode":
                 return self.chunk_after_decode
-            return self.chunk_after_chunk if before == "chunk" else self.chunk_after_idle
+            gap = self.kernels if by_kernels else 0
+            return gap + (self.chunk_after_chunk if before == "chunk" else self.chunk_after_idle)
         gap = self.joined * num_joined + self.left * num_left
         if before == "decode":
             return gap + self.decode_after_decode

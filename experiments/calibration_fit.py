@@ -367,6 +367,7 @@ def _fit_chunks(
         ramps(kv, kv_knots),
         columns["num_decodes"][:, None].astype(float),
         *((before == kind)[:, None].astype(float) for kind in kinds),
+        *(column[:, None].astype(float) for column in _late_kernels(graphs, waits, before)),
     )
     features = np.concatenate(parts, axis=1)
     ns = columns["duration_ps"] / 1000.0
@@ -389,12 +390,30 @@ def _fit_chunks(
         graphs=graphs is not None and bool(graphs.any()),
         launch_floor_ns=round(floor, 3),
     )
-    shifts = {f"chunk_after_{kind}": round(float(value) * 1000) for kind, value in zip(kinds, x[at + 6 :], strict=True)}
+    found = [round(float(value) * 1000) for value in x[at + 6 :]]
+    shifts = {f"chunk_after_{kind}": value for kind, value in zip(kinds, found, strict=False)}
     known = list(shifts.values())
     for kind in ("idle", "decode", "chunk"):  # what was hardly ever seen is like what was
         if known:
             shifts.setdefault(f"chunk_after_{kind}", round(sum(known) / len(known)))
+    if len(found) > len(kinds):
+        shifts["kernels"] = found[-1]
     return fit, [fitted.residual, *residuals], shifts
+
+
+def _late_kernels(
+    graphs: NDArray[np.int64] | None, waits: NDArray[np.bool_], before: NDArray[Any]
+) -> tuple[NDArray[np.bool_], ...]:
+    """Which steps run kernel by kernel, though others are graphs, and were not launched behind decodes.
+
+    Nothing where there are none, or none of the same kind behind decodes: the rows tell of both then.
+    """
+    if graphs is None or not graphs.any():
+        return ()
+    by_kernels = graphs == 0
+    late = by_kernels & (before != "decode")
+    told = [late & ~waits, by_kernels & ~late & ~waits]
+    return (late,) if min(each.sum() for each in told) >= _LEAST_SAMPLES else ()
 
 
 def _launch_floor(ns: Floats, fitted: Floats, shifts: Floats, waits: NDArray[np.bool_]) -> tuple[float, list[Residual]]:

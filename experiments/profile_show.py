@@ -145,7 +145,10 @@ def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -
         gap = 0
         if row["kind"] == FIRST:
             joined, left, decodes = (int(row[name]) for name in ("num_joined", "num_left", "num_decodes"))
-            gap = entry.gaps.of(row["before"], bool(row["num_chunks"]), joined, left, decodes)
+            by_kernels = bool(chunks[0]) and (
+                bool(row["sends_early"]) or cost.runs_by_kernels(num_decodes, chunks[0], chunks[1])
+            )
+            gap = entry.gaps.of(row["before"], bool(row["num_chunks"]), joined, left, decodes, by_kernels)
         elif row["kind"] != FOLLOWING:
             gap = entry.gaps.continued
         found.append(units / UNITS_PER_NS + gap / 1000)

@@ -69,7 +69,11 @@ class _Clock:
         before = "idle" if self.ended < now else self._before
         self.ended = now
         self._before = "chunk" if run.chunks else "decode"
-        return gaps.of(before, bool(run.chunks), len(run.joined), len(run.left), run.num_decodes)
+        by_kernels = False
+        if run.chunks and gaps.kernels and self.measured is not None:
+            num_tokens = sum([chunk.length for chunk in run.chunks])
+            by_kernels = self.measured.runs_by_kernels(run.num_decodes, len(run.chunks), num_tokens)
+        return gaps.of(before, bool(run.chunks), len(run.joined), len(run.left), run.num_decodes, by_kernels)
 
 
 class ModelTiming:

@@ -142,6 +142,28 @@ def test_what_the_host_takes_is_found_in_short_steps_that_told_of_their_layers(f
     assert fit_engine(samples, "cpu", 32) == fit_engine([s for s in samples if not s.sends_early], "cpu", 32)
 
 
+@pytest.mark.parametrize("kernels_ms", [0.0, 3.0])
+def test_what_kernels_wait_for_where_no_decodes_hide_it_is_told_apart_from_rows_and_graphs(kernels_ms: float) -> None:
+    """3 ms + 20 us a row; behind a step with chunks 2 ms more, and `kernels_ms` more still where no graph runs the step."""
+    random = Random(6)
+    samples = []
+    for length in (64, 200, 500, 900, 1200, 1500, 1900, 2040):
+        for decodes in (0, 8):
+            for before, shift in (("decode", 0.0), ("chunk", 2.0)):
+                graph = chunk_graph(decodes, 1, length, 32)
+                ms = 3 + 0.02 * (padded_rows(length + decodes) if graph is None else graph[1]) + shift
+                if graph is None and before == "chunk":
+                    ms += kernels_ms
+                for _ in range(4):
+                    sample = chunk_sample([length], 0, decodes, before, random)
+                    samples.append(replace(sample, duration_ps=round(ms * random.gauss(1, 0.003) * 1e9)))
+    gaps = fit_engine(samples, "cuda", 32, chunk_graphs=True).gaps
+    assert gaps.kernels == pytest.approx(kernels_ms * 1e9, abs=0.15e9)
+    assert gaps.chunk_after_chunk - gaps.chunk_after_decode == pytest.approx(2e9, abs=0.1e9)
+    behind_chunks = fit_engine([s for s in samples if s.before == "chunk"], "cuda", 32, chunk_graphs=True)
+    assert behind_chunks.gaps.kernels == 0  # nothing to tell it from the rows by: it is in them
+
+
 def test_beyond_the_last_knot_a_curve_goes_on_as_in_its_outer_half() -> None:
     """Knots on a staircase of 128 rows, 20 us each on the whole: its last step may be flat or steep."""
     knots = [0, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048]

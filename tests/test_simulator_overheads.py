@@ -9,7 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from disagg.core.commands import Chunk, Joined, RunSteps
-from disagg.core.cost import ConstantCost
+from disagg.core.cost import UNIT_BITS, ConstantCost
+from disagg.core.measured_cost import Curve, MeasuredCost
+from disagg.core.measured_range import Measured
 from disagg.core.overheads import LaunchGaps, LinkCost, MessageLatency
 from disagg.simulator.calls import Environment
 from disagg.simulator.link import Link
@@ -57,6 +59,29 @@ def test_the_first_step_of_an_epoch_waits_for_its_launch_by_what_was_before_it()
     ended = timing.end_of_step(1, 1)
     timing.begin(1, chunk(6), ended + 1)  # after a rest
     assert timing.end_of_step(1, 1) == ended + 1 + 14 * MS
+
+
+def test_a_step_that_no_graph_runs_waits_longer_unless_decodes_hide_its_launch() -> None:
+    zero = Curve.line(0, 0)
+    ten_ms = Curve.line(10 * MS << UNIT_BITS, 0)
+    cost = MeasuredCost(
+        (8,), 128, ten_ms, zero, 0, ten_ms, 0, 0, 0, 0, zero, 0, Measured(8, 10**6, 10**4, 9, 10**8), chunk_graphs=True
+    )
+    assert [cost.runs_by_kernels(0, 1, tokens) for tokens in (10, 1024, 1025)] == [False, False, True]
+    timing = ModelTiming({1: cost}, 1, gaps={1: replace(GAPS, kernels=MS // 2)})
+    timing.begin(1, chunk(1), 0)
+    ended = timing.end_of_step(1, 1)
+    for epoch, tokens, halves in ((2, 2000, 33), (3, 1024, 32), (4, 1025, 33)):
+        timing.begin(1, changed(chunk(epoch), chunks=(Chunk(1, 0, tokens, True, ()),)), ended)
+        before, ended = ended, timing.end_of_step(1, 1)
+        assert ended - before == halves * MS // 2
+    timing.begin(1, decodes(5), ended)
+    ended = timing.end_of_step(1, 1)
+    timing.begin(1, changed(chunk(6), chunks=(Chunk(1, 0, 2000, True, ()),)), ended)
+    assert timing.end_of_step(1, 1) == ended + 15 * MS, "behind decodes there is nothing to wait for"
+    ended = timing.end_of_step(1, 1)
+    timing.begin(1, changed(chunk(7), chunks=(Chunk(1, 0, 2000, True, ()),)), ended + 1)
+    assert timing.end_of_step(1, 1) == ended + 1 + 14 * MS + MS // 2
 
 
 def test_the_step_at_an_instant_before_the_first_one_began_is_the_first() -> None:
