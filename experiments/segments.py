@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,22 +30,28 @@ def segment_hashes(segments: Sequence[Segment], num_prompt_tokens: int, tokens_p
     num_blocks = min(num_prompt_tokens, sum(part.num_tokens for part in segments)) // tokens_per_block
     if num_blocks == 0:
         return ()
-    chain, at = 0, 0
-    chains: list[int] = []  # names of all parts up to each
-    bounds: list[int] = []  # tokens up to the end of each
+    chain, at = 0, 0  # the name of all parts so far, and their tokens
+    begun = 0  # blocks whose last token lies in a part before
+    values = np.arange(tokens_per_block, (num_blocks + 1) * tokens_per_block, tokens_per_block, dtype=np.uint64)
     for part in segments:
         chain = segment_id(chain, part.id, at)
         at += part.num_tokens
-        chains.append(chain)
-        bounds.append(at)
-    ends = np.arange(1, num_blocks + 1, dtype=np.int64) * tokens_per_block
-    parts = np.searchsorted(np.asarray(bounds), ends, side="left")  # that hold the last token of each block
-    return mixed_hashes(np.asarray(chains, dtype=np.uint64)[parts] + ends.astype(np.uint64))
+        over = at // tokens_per_block
+        values[begun:over] += np.uint64(chain)
+        begun = over
+    return mixed_hashes(values)
+
+
+_SHIFTS: Final = (np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(1))
+_FACTORS: Final = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def mixed_hashes(values: npt.NDArray[np.uint64]) -> tuple[int, ...]:
     """Well mixed hashes of 63 bits: splitmix64's finaliser, a bijection."""
-    mixed = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return tuple((mixed >> np.uint64(1)).tolist())
+    mixed = values ^ (values >> _SHIFTS[0])
+    mixed *= _FACTORS[0]
+    mixed ^= mixed >> _SHIFTS[1]
+    mixed *= _FACTORS[1]
+    mixed ^= mixed >> _SHIFTS[2]
+    mixed >>= _SHIFTS[3]
+    return tuple(mixed.tolist())

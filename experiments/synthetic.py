@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from .lengths import token_counts
 from .segments import Segment, segment_id
 from .streams import stream
 from .traces import TraceRow
+
+_DRAWS = 1024  # at a time
 
 
 def synthetic_rows(
@@ -43,7 +46,8 @@ def synthetic_rows(
             slots[slot] = None
             continue  # the next one begins in its place
         yield row
-        slots[slot] = session.after(row, min(row.num_output_tokens, max_tokens))
+        goes_on = session.turns_left > 1
+        slots[slot] = session.after(row, min(row.num_output_tokens, max_tokens)) if goes_on else None
         number += 1
 
 
@@ -93,14 +97,15 @@ class _Drawn:
             prompts = token_counts(keys.isl or dataset.isl, stream(seed, "isl", *suffix))
             outputs = token_counts(keys.osl or dataset.osl, stream(seed, "osl", *suffix))
             self.kinds.append(_Kind(keys, prompts, outputs))
-        self._shares = np.cumsum([keys.share for keys in classes]) / sum(keys.share for keys in classes)
-        self._of_kind = stream(seed, "traffic classes", phase)
+        shares = np.cumsum([keys.share for keys in classes]) / sum(keys.share for keys in classes)
+        self._shares: list[float] = shares.tolist()
+        self._of_kind = _uniforms(stream(seed, "traffic classes", phase))
         self._prefixes = _prefixes(dataset, seed)
-        self._of_prefix = stream(seed, "prefix groups", phase)
+        self._of_prefix = _uniforms(stream(seed, "prefix groups", phase))
         shared = dataset.shared_prefixes
         self._prefix_share = shared.share if shared else 0.0
         weights = np.arange(1, len(self._prefixes) + 1) ** -(shared.skew if shared else 0.0)
-        self._popularity = np.cumsum(weights) / weights.sum()
+        self._popularity: list[float] = (np.cumsum(weights) / weights.sum()).tolist()
         sessions = dataset.sessions
         self._num_turns = None if sessions is None else token_counts(sessions.turns, stream(seed, "turns", phase))
         self.turns = None
@@ -109,15 +114,21 @@ class _Drawn:
 
     def session(self, number: int) -> _Session:
         """A new session; without sessions in the dataset, one turn without a name."""
-        kind = int(np.searchsorted(self._shares, self._of_kind.random(), side="right"))
+        kind = bisect_right(self._shares, next(self._of_kind))
         history: tuple[Segment, ...] = ()
         if self._prefixes:
-            has_prefix, which = self._of_prefix.random(2)
+            has_prefix, which = next(self._of_prefix), next(self._of_prefix)
             if has_prefix < self._prefix_share:
-                history = (self._prefixes[int(np.searchsorted(self._popularity, which, side="right"))],)
+                history = (self._prefixes[bisect_right(self._popularity, which)],)
         if self._num_turns is None:
             return _Session(None, kind, 0, 1, history)
         return _Session(f"{self.phase}-{number}", kind, 0, next(self._num_turns), history)
+
+
+def _uniforms(rng: np.random.Generator) -> Iterator[float]:
+    """Draws from [0, 1), without end; the sequence does not depend on how many are drawn at a time."""
+    while True:
+        yield from rng.random(_DRAWS).tolist()
 
 
 def _prefixes(dataset: SyntheticDataset, seed: int) -> list[Segment]:
