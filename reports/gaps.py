@@ -118,7 +118,11 @@ def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
     seconds: list[Floats] = []
     weights: list[Floats] = []
     used = 0
-    visited = dict(by_executor(rows))
+    parts = rows[["executor", "first_step", "last_step"]].assign(
+        outside_s=rows["e2e_latency_s"] - rows["ttft_s"], is_mixed=rows["stage"] == "mixed"
+    )
+    del rows
+    visited = dict(by_executor(parts))
     for executor, steps in by_executor(run.columns("steps", STEP_TIMES)):
         epochs = Epochs(steps)
         if not len(epochs.first) or executor not in visited:
@@ -127,8 +131,8 @@ def token_gaps(run: Run, completed: pd.DataFrame) -> Gaps:
         first, last = group["first_step"].astype(np.int64), group["last_step"].astype(np.int64)
         inside = epochs.time_of(last) - epochs.time_of(first)
         known = np.isfinite(inside)
-        remains = (group["e2e_latency_s"] - group["ttft_s"]).astype(np.float64) - inside
-        mixed = group["stage"] == "mixed"
+        remains = group["outside_s"].astype(np.float64) - inside
+        mixed = group["is_mixed"].astype(bool)
         pooled, counts = epochs.pooled(first[known], last[known])
         # a mixed visit holds the first token too: its gaps are all inside, and only a message's jitter remains
         hand_off = np.maximum(remains[known & ~mixed], 0.0)
