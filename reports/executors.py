@@ -44,16 +44,18 @@ class Timeline(Struct, frozen=True):
 
 def by_executor(rows: pd.DataFrame) -> Iterator[tuple[int, Columns]]:
     """Each executor's rows in the order that they have, one executor after the other; each column as an array."""
-    executors = rows["executor"].to_numpy(np.int64)
-    order = np.argsort(executors, kind="stable")
-    yield from _parts(executors[order], {str(name): rows[name].to_numpy()[order] for name in rows.columns})
+    yield from _parts(rows, np.argsort(rows["executor"].to_numpy(np.int64), kind="stable"))
 
 
-def _parts(executors: NDArray[Any], columns: Columns) -> Iterator[tuple[int, Columns]]:
-    """`columns`, whose rows lie one executor after the other, in parts: a thousand executors have few rows each."""
-    ids, begins = np.unique(executors, return_index=True)
-    for executor, begin, end in zip(ids.tolist(), begins, [*begins[1:], len(executors)]):
-        yield int(executor), {name: column[begin:end] for name, column in columns.items()}
+def _parts(rows: pd.DataFrame, order: NDArray[np.int64]) -> Iterator[tuple[int, Columns]]:
+    """Each executor's rows in this `order`, in which one executor comes after the other.
+
+    Arrays, not data frames, since a thousand executors have few rows each; one executor's at a time, since four have many.
+    """
+    columns = {str(name): rows[name].to_numpy() for name in rows.columns}
+    ids, begins = np.unique(columns["executor"][order], return_index=True)
+    for executor, begin, end in zip(ids.tolist(), begins, [*begins[1:], len(order)]):
+        yield int(executor), {name: column[order[begin:end]] for name, column in columns.items()}
 
 
 def _integral(times: Floats, values: Floats, at: Floats) -> Floats:
@@ -74,12 +76,12 @@ def _running(start: Floats, end: Floats, values: Floats, at: Floats) -> Floats:
 
 def _epochs(rows: pd.DataFrame) -> Iterator[tuple[int, Columns]]:
     """Each executor's epochs in order of time; `blocks_free` counts the cached ones too."""
-    columns = {str(name): rows[name].to_numpy(np.float64) for name in rows.columns}
-    order = np.lexsort((columns["epoch"], columns["start_s"], columns["executor"]))
-    columns = {name: column[order] for name, column in columns.items()}
-    cached = columns.setdefault("blocks_cached", np.zeros(len(rows)))  # of a run recorded before there were any: none
-    columns["blocks_free"] = columns["blocks_free"] + cached
-    yield from _parts(columns["executor"], columns)
+    keys = [rows[name].to_numpy() for name in ("epoch", "start_s", "executor")]
+    for executor, part in _parts(rows, np.lexsort(keys)):
+        columns = {name: column.astype(np.float64) for name, column in part.items()}
+        cached = columns.setdefault("blocks_cached", np.zeros(len(columns["executor"])))  # in an old run: none
+        columns["blocks_free"] = columns["blocks_free"] + cached
+        yield executor, columns
 
 
 def _total_blocks(columns: dict[str, Floats]) -> Floats:
