@@ -133,8 +133,8 @@ class MeasuredCost:
         return time if graph is not None or time > self.launch_floor else self.launch_floor
 
     def runs_by_kernels(self, num_decodes: int, num_chunks: int, num_tokens: int) -> bool:
-        """Whether a step with these chunks runs kernel by kernel where others run as graphs."""
-        return self.chunk_graphs and self._chunk_graph(num_decodes, num_chunks, num_tokens) is None
+        """Whether a step with these chunks runs kernel by kernel: no graph is as large, or none runs such steps at all."""
+        return self._chunk_graph(num_decodes, num_chunks, num_tokens) is None
 
     def _chunk_graph(self, num_decodes: int, num_chunks: int, num_tokens: int) -> tuple[int, int] | None:
         if not self.chunk_graphs:

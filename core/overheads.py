@@ -33,7 +33,7 @@ class LaunchGaps(Struct, frozen=True):
     def of(
         self, before: str, has_chunks: bool, num_joined: int, num_left: int, num_decodes: int, by_kernels: bool = False
     ) -> int:
-        """`before`: idle, decode or chunk. `by_kernels`: the step has chunks and runs kernel by kernel, others as graphs."""
+        """`before`: idle, decode or chunk. `by_kernels`: the step has chunks, and no graph runs it."""
         if has_chunks:
             if before == "decode":
                 return self.chunk_after_decode

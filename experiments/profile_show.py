@@ -141,13 +141,12 @@ def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -
     for i in range(len(columns["duration_ps"])):
         row = {name: column[i] for name, column in columns.items()}
         num_decodes, num_kv, *chunks = (int(row[name]) for name in _SUMS)
-        units = (launched if row["sends_early"] else cost).time_of_sums(num_decodes, num_kv, *chunks)
+        own = launched if row["sends_early"] else cost
+        units = own.time_of_sums(num_decodes, num_kv, *chunks)
         gap = 0
         if row["kind"] == FIRST:
             joined, left, decodes = (int(row[name]) for name in ("num_joined", "num_left", "num_decodes"))
-            by_kernels = bool(chunks[0]) and (
-                bool(row["sends_early"]) or cost.runs_by_kernels(num_decodes, chunks[0], chunks[1])
-            )
+            by_kernels = bool(chunks[0]) and own.runs_by_kernels(num_decodes, chunks[0], chunks[1])
             gap = entry.gaps.of(row["before"], bool(row["num_chunks"]), joined, left, decodes, by_kernels)
         elif row["kind"] != FOLLOWING:
             gap = entry.gaps.continued

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_a_step_that_no_graph_runs_waits_longer_unless_decodes_hide_its_launch()
     ended = timing.end_of_step(1, 1)
     timing.begin(1, changed(chunk(7), chunks=(Chunk(1, 0, 2000, True, ()),)), ended + 1)
     assert timing.end_of_step(1, 1) == ended + 1 + 14 * MS + MS // 2
+    # where steps tell of their layers no graph runs any of them, however short
+    timing = ModelTiming(
+        {1: dataclasses.replace(cost, chunk_graphs=False)}, 1, gaps={1: replace(GAPS, kernels=MS // 2)}
+    )
+    timing.begin(1, chunk(1), 0)
+    ended = timing.end_of_step(1, 1)
+    timing.begin(1, changed(chunk(2), chunks=(Chunk(1, 0, 10, True, ()),)), ended)
+    assert timing.end_of_step(1, 1) == ended + 33 * MS // 2
 
 
 def test_the_step_at_an_instant_before_the_first_one_began_is_the_first() -> None:
