@@ -21,7 +21,7 @@ def decision_row(request_id: int, stage: str, answer: Any, pool: ExecutorPool | 
     """
     executor: int | None = None
     generation: int | None = None
-    kind = _ANSWERS.get(type(answer), "?")
+    kind = _ANSWERS.get(type(answer)) or _kind_of(answer)
     if kind == "route":
         executor = answer.context if stage == "context" else answer.generation
         generation = answer.generation if stage == "context" else None
@@ -56,3 +56,8 @@ def decision_row(request_id: int, stage: str, answer: Any, pool: ExecutorPool | 
 def role_row(executor: int, answer: str, reason: str | None, now: int) -> DecisionRow:
     """A change of an executor's role: `answer` is the new role, `refused`, or `drained` once nothing foreign is left."""
     return DecisionRow(NO_REQUEST, "role", answer, executor, None, reason, now, (), None)
+
+
+def _kind_of(answer: Any) -> str:
+    """Of one whose class a policy has derived from an answer's; a question mark for what is none."""
+    return next((kind for answers, kind in _ANSWERS.items() if isinstance(answer, answers)), "?")

@@ -374,6 +374,10 @@ class ExecutorRow:
 write_list: Final[Any] = list.__setitem__  # what `write` comes to for a row that is a list, for an owner in a hurry
 
 
+def _only_read(*_: Any, **__: Any) -> Any:
+    raise TypeError("a policy only reads what it is shown")
+
+
 class _RowOfCells(list[Any], ExecutorRow):  # type: ignore[misc]
     """A row of a small pool is the list of its cells: to read one, or to write a report's, is one call of C."""
 
@@ -389,8 +393,9 @@ class _RowOfCells(list[Any], ExecutorRow):  # type: ignore[misc]
         self.index = index  # type: ignore[method-assign, assignment]
         self.role = pool.role
 
-    def __setitem__(self, place: Any, value: Any) -> None:
-        raise TypeError("a policy only reads what it is shown")
+    # what a list has to change itself with
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _only_read
+    append = extend = insert = remove = pop = clear = sort = reverse = _only_read
 
     def write(self, first: int, cells: Sequence[Any]) -> None:
         write_list(self, slice(first, first + len(cells)), cells)

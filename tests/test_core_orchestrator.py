@@ -8,6 +8,7 @@ import pytest
 
 from disagg.core.commands import Deliver, Drained, Record, Send
 from disagg.core.config import PolicySpec, RetryConfig
+from disagg.core.decisions import decision_row
 from disagg.core.events import Arrive, Cancel, Enqueue, LeaseRenewed, PeerDown, Report, Response, Shutdown
 from disagg.core.tables import DecisionRow, RequestRow
 from disagg.policies.interfaces import AdmissionPolicy, PolicyError, RoutingPolicy
@@ -143,6 +144,15 @@ def test_early_binding_names_the_generation_executor_at_arrival() -> None:
     desk.give(PeerDown(3))
     desk.give(context_done(desk.enqueued[1].id if desk.sent(Enqueue) else 1, 1))
     assert desk.enqueued[0] == 4
+
+
+def test_an_answer_of_a_class_derived_by_a_policy_is_recorded_as_what_it_is() -> None:
+    class Reasoned(Route, frozen=True, gc=False, tag=True):
+        why: str = "it was its turn"
+
+    row = decision_row(1, "context", Reasoned(context=2, generation=3), None, 5)
+    assert (row.answer, row.executor, row.generation_executor) == ("route", 2, 3)
+    assert decision_row(1, "context", "executor 2", None, 5).answer == "?"
 
 
 def test_a_skipped_context_phase_is_generation_alone() -> None:

@@ -341,4 +341,23 @@ def test_a_policy_cannot_write_into_its_view(n: int) -> None:
             getattr(pool, name)[0] = 1
         with pytest.raises(AttributeError):
             setattr(pool[0], name, 1)
+    row: Any = pool[0]
+    before = row.values()
+    for change in (
+        lambda: row.append(1),
+        lambda: row.extend([1]),
+        lambda: row.insert(0, 1),
+        lambda: row.pop(),
+        lambda: row.remove(1),
+        lambda: row.clear(),
+        lambda: row.sort(),
+        lambda: row.reverse(),
+        lambda: row.__delitem__(0),
+        lambda: row.__iadd__([1]),
+        lambda: row.__imul__(2),
+        lambda: row.__setitem__(slice(0, 2), ()),
+    ):
+        with pytest.raises((TypeError, AttributeError)):
+            change()
+    assert row.values() == before
     assert pool.active_requests[0] == 0
