@@ -47,7 +47,9 @@ from setuptools import setup
 
 modules = mypycify(["--config-file=mypy.ini", *{files!r}], opt_level="{opt_level}")
 cached = 0
-for source in {{Path(name) for module in modules for name in module.sources}}:
+for source in {{Path(name).resolve() for module in modules for name in module.sources}}:
+    if not source.is_relative_to(Path.cwd()):
+        continue  # a part of mypyc itself
     text = source.read_text()
     if {behind!r} in text:
         source.write_text(text.replace({behind!r}, {behind!r} + {caches!r}, 1))

@@ -1,11 +1,13 @@
 /* What mypyc leaves out: at each place of the compiled code that reads an attribute of a plain object or makes a struct of
- * msgspec's, remember how that was done for the type seen there last. Python's own interpreter does the same.
+ * msgspec's, remember how that was done for the type of object seen there last, or for the first struct made there. Python's own
+ * interpreter does the same. What is remembered is guarded by the interpreter's lock and belongs to one interpreter, as all
+ * that mypyc keeps does.
  *
  * Included into the C that mypyc makes, behind its library (see experiments/compiled.py). Every shortcut is keyed by the
  * type and its version tag, which Python changes with any change of the type or its bases; whatever is not exactly the
  * plain case goes the way it would have gone. heapq's and bisect's functions are done in place.
  */
-#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED)
+#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED) && defined(__GNUC__)
 #include <structmember.h>
 
 /* ---- attributes that lie in the object: __slots__, and the fields of structs ------------------------------------- */
