@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import fields, replace
 
 from ..core.chunk_sums import chunk_pairs
 from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, RunSteps, Send, ServeKv
 from ..core.event_log import Frame, read_log
 from ..core.events import Arrive, KvReceived, KvRequested, KvTaken
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from ..runtime.session_series import SessionResult
@@ -292,7 +293,8 @@ def write_samples(samples: Samples, folder: Path) -> None:
 
 
 def read_samples(folder: Path) -> Samples | None:
-    """None where there are none."""
+    """None where there are none. Raises ConfigError for a file that is damaged, or lacks a column."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     samples = Samples()
@@ -300,9 +302,16 @@ def read_samples(folder: Path) -> Samples | None:
         path = folder / f"{name}.parquet"
         if not path.is_file():
             return None
-        table = pq.read_table(path)
-        # A field that came later, with a default, is not in older files.
-        names = [field for field in kind.__struct_fields__ if field in table.column_names]
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
+        missing = [field.name for field in fields(kind) if field.name not in table.column_names]
+        lacking = [field.name for field in fields(kind) if field.required and field.name in missing]
+        if lacking:
+            raise ConfigError(f"{path}: has no column {', '.join(lacking)}")
+        # a field that came later, with a default, is not in older files
+        names = [field for field in kind.__struct_fields__ if field not in missing]
         columns = [table.column(field).to_pylist() for field in names]
         rows = [kind(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
         setattr(samples, name, rows)

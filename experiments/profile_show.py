@@ -89,7 +89,7 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
     if entry.chunks is not None and chunks:
         times = ", ".join(f"{f.chunks[0][1]}: {_ms(cost.step_time(f))}" for f in chunks)
         print(f"  step in ms by tokens of one prompt: {times}")
-    if cost.launch_floor:
+    if entry.chunks is not None and cost.launch_floor:
         print(f"  a step with chunks that is no graph: {_ms(cost.launch_floor)} ms at least, to launch its kernels")
     gaps = {name: getattr(entry.gaps, name) for name in entry.gaps.__struct_fields__}
     told = ", ".join(f"{name.replace('_', ' ')} {value / _PS_PER_MS:.2f}" for name, value in gaps.items() if value)

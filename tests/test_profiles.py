@@ -265,3 +265,17 @@ def test_a_profile_without_samples_cannot_be_fitted_anew(tmp_path: Path) -> None
     save_profile(a_profile(), tmp_path / "bare.json")
     with pytest.raises(ConfigError, match=r"bare\.samples: holds no samples of steps"):
         refit_profile(tmp_path / "bare.json", tmp_path / "again.json")
+
+
+def test_samples_that_lack_a_column_or_are_no_table_are_named(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    save_profile(a_profile(), tmp_path / "damaged.json")
+    write_samples(Samples(), tmp_path / "damaged.samples")
+    steps = tmp_path / "damaged.samples" / "steps.parquet"
+    pq.write_table(pq.read_table(steps).drop_columns(["num_left", "sends_early"]), steps)
+    with pytest.raises(ConfigError, match=r"damaged\.samples/steps\.parquet: has no column num_left$"):
+        refit_profile(tmp_path / "damaged.json", tmp_path / "again.json")
+    steps.write_bytes(b"steps")
+    with pytest.raises(ConfigError, match=r"damaged\.samples/steps\.parquet: cannot be read: "):
+        refit_profile(tmp_path / "damaged.json", tmp_path / "again.json")
