@@ -14,9 +14,8 @@ from typing import Any, Final
 
 _SLOT: Final = 8  # bytes of a number here, whatever the kernel reads of it: all that there are for are little-endian
 _WARP: Final = 32
-_HIDDEN: Final = (
-    4  # pointers that Triton appends to the parameters, null where a kernel needs none of what they are for
-)
+# Pointers that Triton appends to the parameters, at most so many: null where a kernel needs none of what they are for.
+_HIDDEN: Final = 4
 
 
 class DirectLaunch:

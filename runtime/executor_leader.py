@@ -150,11 +150,11 @@ class LeaderSession:
     def wake(self, items: list[Any]) -> None:
         """Take in everything that has arrived, as one instant. Raises ExecutorBrokenError."""
         try:
-            self._live(items, self._clock.now())
+            self._take_in(items, self._clock.now())
         finally:  # what had been decided when something broke is said all the same: nobody else knows it
             self._speak()
 
-    def _live(self, items: list[Any], now: int) -> None:
+    def _take_in(self, items: list[Any], now: int) -> None:
         for item in items:
             self._sort(item)
         if self._wake_at is not None and now >= self._wake_at:

@@ -45,6 +45,8 @@ def _row_addresses(base, table, block_bytes, token_bytes, token, size, mask, PAG
 # By device, warps and constants: launched without Triton's own way to the driver, which costs more than some of the copies.
 _compiled: dict[tuple[Any, ...], DirectLaunch | None] = {}  # None: Triton must
 _by_driver = True  # until a launch has been seen to go wrong
+# What a Triton or a driver of another time may answer: without it launches are slower, not wrong.
+_UNFIT: Final = (AttributeError, TypeError, ValueError, RuntimeError)
 _SIZES: Final = (*(8, 8, 8, 8, 8, 8, 4, 4) * 2, 4, 4, 4)  # of _NUMBERS, in bytes
 
 
@@ -114,12 +116,7 @@ def copy_rows(
 def _direct(compiled: Any) -> DirectLaunch | None:
     try:
         return DirectLaunch(compiled, _SIZES) if _by_driver else None
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # a Triton or driver of another time: slower, not wrong
+    except _UNFIT:
         return None
 
 
@@ -148,11 +145,10 @@ def _copy_there_and_back(pages: KvPages) -> None:
     buffer = torch.empty(2 * pool.row_bytes, dtype=torch.uint8, device=pages.device)
     paged = pool.place(layers, heads, 0, table.data_ptr())
     packed = packed_place(buffer.data_ptr(), 1, 1, pool.row_bytes)
-    own = pool.place(layers, heads, 0, table.data_ptr())
     for source, destination in ((paged, packed), (packed, paged), (paged, paged)):
         copy_rows(KvCopy(source, destination, 1, 1, 1, pool.row_bytes))
         copy_rows(KvCopy(source, destination, 1, 1, 1, pool.row_bytes), tile=FEW_TILE, num_warps=FEW_WARPS)
-    _check_launches(KvCopy(own, packed, 1, 1, 1, pool.row_bytes), buffer)
+    _check_launches(KvCopy(paged, packed, 1, 1, 1, pool.row_bytes), buffer)
 
 
 def _check_launches(copy: KvCopy, buffer: torch.Tensor) -> None:
