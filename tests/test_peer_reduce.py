@@ -227,7 +227,7 @@ def test_many_rows_are_left_to_the_collectives() -> None:
 
 
 def test_the_doctor_tells_how_ranks_on_these_gpus_would_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(peer_start.SWITCH, raising=False)
+    monkeypatch.setenv(peer_start.SWITCH, "1")
     apart = {(1, 2): "cuda:1 and cuda:2 are not joined by NVLink"}
     monkeypatch.setattr(peer_start, "pair_problem", lambda own, peer: apart.get((own, peer)))
     assert peer_start.host_sums([0, 1]) == "few rows through peer memory, more by NCCL"
