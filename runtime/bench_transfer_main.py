@@ -144,7 +144,7 @@ class _Bench:
         """What became of single transfers; known to both ranks. Of the first, which is not timed, every byte is checked."""
         found = []
         if self.world.rank == 1:
-            self.pages.pool[self.blocks(num_tokens)] = 0
+            self.pages.pool[:, :, self.blocks(num_tokens)] = 0
         for index in range(1 + self.job.repeats):
             self.next_id += 1
             outcomes = self._carry([(self.next_id, True, num_tokens, 0)], asked_first=asked_first)[1]
