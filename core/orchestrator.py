@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..policies.interfaces import AdmissionPolicy, MigrationPolicy, PolicyError, QueueOrder, RolePolicy
+from ..policies.interfaces import AdmissionPolicy, MigrationPolicy, PolicyError, QueueOrder, RolePolicy, key_in
 from ..policies.views import ExecutorPool
 from ..policies.vocabulary import (
     Admit,
@@ -22,6 +22,7 @@ from ..policies.vocabulary import (
     Route,
     RouteMixed,
     Stage,
+    plain_integer,
 )
 from .commands import ORCHESTRATOR, Deliver, Drained, OrchestratorCommand, Record, Send
 from .config import OrchestratorConfig
@@ -184,7 +185,7 @@ class OrchestratorCore:
 
     def _arrive(self, request: Request, now: int) -> None:
         self._serial += 1
-        task = Task(request, self._serial, self._order.key(request, now), now)
+        task = Task(request, self._serial, key_in(self._order, request, now), now)
         if self._closing or request.id in self.tasks:
             why = "the orchestrator is shutting down" if self._closing else f"request id {request.id} is in use"
             self._out.append(Deliver(request.id, FinishReason.ERROR, 0, error=why))
@@ -371,9 +372,13 @@ class OrchestratorCore:
         if not task.admitted:
             admission = self._admission.admit(task.shown, fleet)
             if type(admission) is not Admit and not isinstance(admission, Admit):
+                if not isinstance(admission, (Hold, Reject)):
+                    who = type(self._admission).__name__
+                    raise PolicyError(f"{who} answered {admission!r}; allowed: Admit(), Hold or Reject")
                 self._decided(task, "admission", admission, None, now)
                 if isinstance(admission, Hold):
-                    self._hold(task, Stage.CONTEXT, admission.until, now)
+                    until = None if admission.until is None else plain_integer(admission.until, admission)
+                    self._hold(task, Stage.CONTEXT, until, now)
                 else:
                     self._end(task, Cause.FAIL, FinishReason.REJECTED, admission.reason, now)
                 return

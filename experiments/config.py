@@ -79,6 +79,11 @@ class ExecutorKeys(Keys):
     plan_ahead: bool | None = Field(
         None, description="make the next plan while granted steps of this one still run; default: on a GPU"
     )
+    profile: str | None = Field(
+        None,
+        min_length=1,
+        description="of these executors, where their devices are of another kind than cluster.profile's",
+    )
     device_weight: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="relative speed, shown to policies")
     domain: str = Field("", max_length=200, description="topology domain, shown to policies")
 

@@ -151,6 +151,7 @@ def _cluster(config: Experiment) -> list[Problem]:
         check_weights(config)
     except ModelError as error:
         problems.append(Problem(("model", "weights"), str(error)))
+    devices: dict[str | None, Device | None] = {None: device}  # by the profile that executors give
     seen: set[tuple[str | int, ...]] = set()
     for _, keys, path in executor_groups(config.cluster):
         if path in seen:
@@ -180,11 +181,18 @@ def _cluster(config: Experiment) -> list[Problem]:
                         f" {sorted(sizes)}; allowed with true: one tokens_per_block for all executors",
                     )
                 )
-        if device is None:
+        if keys.profile not in devices:
+            try:
+                devices[keys.profile] = device_of(config, keys)
+            except ConfigError as error:
+                problems.append(Problem((*path, "profile"), str(error)))
+                devices[keys.profile] = None
+        its_device = devices[keys.profile]
+        if its_device is None:
             continue
         try:
-            num_blocks = num_blocks_of(keys, shape, device)
-            problems += _kv_beside_weights(keys, shape, device, num_blocks, path)
+            num_blocks = num_blocks_of(keys, shape, its_device)
+            problems += _kv_beside_weights(keys, shape, its_device, num_blocks, path)
         except ModelError as error:
             key = "layers_per_stage" if "layers_per_stage" in str(error).split(" ")[0] else _parallel_key(str(error))
             problems.append(Problem((*path, key), str(error)))

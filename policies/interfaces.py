@@ -27,12 +27,11 @@ from .vocabulary import (
     Routing,
     Stage,
 )
+from .vocabulary import (
+    PolicyError as PolicyError,
+)
 
 _INFINITE: Final = float("inf")
-
-
-class PolicyError(ValueError):
-    """A policy that does not exist, cannot be made, or answered something it may not."""
 
 
 def _undefined(policy: object, method: str) -> PolicyError:
@@ -180,6 +179,19 @@ class QueueOrder:
 
     def on_served(self, request: Request, key: Any, now: int) -> None:
         """`request`, whose key is `key`, has left the queue: for an executor, or there for its first step or its KV."""
+
+
+def key_in(order: QueueOrder, request: Request, now: int) -> Any:
+    """The key of `request`; PolicyError if it is none that keys can be put in order by (NaN, None)."""
+    key = order.key(request, now)
+    if type(key) is not int:
+        try:
+            is_ordered = bool(key <= key)  # false for NaN
+        except (TypeError, ValueError):
+            is_ordered = False
+        if not is_ordered:
+            raise PolicyError(f"{type(order).__name__} gave the key {key!r}, which has no place in an order")
+    return key
 
 
 class WaitingPrompt(Protocol):

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any, Final
 
 from .interfaces import ScoringPolicy
-from .parameters import number
+from .parameters import LARGEST, flag, number
 from .registry import register
 from .routing import tokens_ahead
 from .views import FleetView
@@ -25,7 +25,9 @@ class Topology(ScoringPolicy):
 
     def __init__(self, *, rng: Random, link_cost: float = 0.5, limit: bool = False) -> None:
         super().__init__(rng=rng)
-        self.link_cost = _FORBIDDEN if limit else number("topology", "link_cost", link_cost)
+        self.link_cost = (
+            _FORBIDDEN if flag("topology", "limit", limit) else number("topology", "link_cost", link_cost, 0, LARGEST)
+        )
         self._home: int | None = None
 
     def route_generation(self, request: Request, fleet: FleetView) -> Routing:

@@ -6,13 +6,18 @@ Knows nothing of devices, clocks or the network. Instants are integer picosecond
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
-from typing import Final
+from operator import index
+from typing import Any, Final
 
 from msgspec import Struct
 
 PS_PER_S: Final = 10**12
 PS_PER_MS: Final = 10**9
 PS_PER_US: Final = 10**6
+
+
+class PolicyError(ValueError):
+    """A policy that does not exist, cannot be made, or answered something it may not."""
 
 
 class RequestType(IntEnum):
@@ -153,17 +158,28 @@ Routing = Route | RouteMixed | Hold | Reject
 
 
 def in_plain_integers(answer: Routing) -> Routing:
-    """The answer in Python's own integers: a policy may have read them off columns of numpy's."""
+    """The answer in Python's own integers: a policy may have read them off columns of numpy's. PolicyError if one is none."""
     if type(answer) is Route:
         context, generation = answer.context, answer.generation
         if type(context) in _PLAIN and type(generation) in _PLAIN:
             return answer
-        return Route(None if context is None else int(context), None if generation is None else int(generation))
+        return Route(
+            None if context is None else plain_integer(context, answer),
+            None if generation is None else plain_integer(generation, answer),
+        )
     if type(answer) is RouteMixed and type(answer.executor) is not int:
-        return RouteMixed(int(answer.executor))
+        return RouteMixed(plain_integer(answer.executor, answer))
     if type(answer) is Hold and type(answer.until) not in _PLAIN:
-        return Hold(int(answer.until or 0))
+        return Hold(plain_integer(answer.until, answer))
     return answer
+
+
+def plain_integer(number: Any, answer: Any) -> int:
+    """`number`, which is a part of a policy's `answer`, as Python's own integer; PolicyError if it is no whole number."""
+    try:
+        return index(number)
+    except TypeError:
+        raise PolicyError(f"{answer!r}: {number!r} is no whole number") from None
 
 
 _PLAIN: Final = (int, type(None))

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from msgspec import Struct
 
-from .doctor_facts import has_nvlink
 from .executor_spec import Roster
 from .launcher import LaunchError
 from .transport import TransportError
 from .transport_facts import PML, TransportFacts, choose_backend, find_ucx, gather_facts, transport_problem
 from .transport_throttle import Throttle, rank_share
-
-# Whether a receiver may fetch a message by itself. UCX allows it where it finds NVLinks, which it does not in every container;
-# elsewhere the sender's thread must answer before anything moves.
-_GETS: Final = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
 
 
 class WorldNeeds(Struct, frozen=True):
@@ -56,10 +50,7 @@ def over_ucx() -> WorldNeeds:
         )
     # The wheel's libmpi finds its own UCX by RUNPATH, which comes after LD_LIBRARY_PATH.
     path = os.pathsep.join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))
-    env = {"LD_LIBRARY_PATH": path, "UCX_MODULE_DIR": str(Path(folder) / "ucx"), PML: "ucx"}
-    if _GETS not in os.environ and has_nvlink():
-        env[_GETS] = "on"
-    return WorldNeeds("ucx", False, env)
+    return WorldNeeds("ucx", False, {"LD_LIBRARY_PATH": path, "UCX_MODULE_DIR": str(Path(folder) / "ucx"), PML: "ucx"})
 
 
 def throttle_of(roster: Roster, rank: int) -> Throttle | None:

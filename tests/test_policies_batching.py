@@ -205,6 +205,21 @@ def test_the_core_refuses_a_batch_that_is_overfull_or_does_not_exist(
         give(core, 60, 60)
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "Scripted answered None; allowed: a BatchPlan"),
+        (BatchPlan(None), "Scripted answered BatchPlan"),
+        (BatchPlan((1, 2)), "Scripted planned 1; allowed: a ChunkPlan"),
+        (BatchPlan((ChunkPlan(1, 1.5),)), "1.5 is no whole number"),
+        (BatchPlan(ask_again_at="soon"), "'soon' is no whole number"),
+    ],
+)
+def test_the_core_refuses_what_is_no_batch(monkeypatch: pytest.MonkeyPatch, answer: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        give(core_with(monkeypatch, answer), 60, 60)
+
+
 def test_the_core_refuses_a_policy_that_stands_still_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     class Idle(BatchPolicy):
         def plan(self, batch: BatchView) -> BatchPlan:

@@ -346,10 +346,14 @@ def test_the_wrapped_policies_are_chosen_by_name_and_told_of_their_own_phases() 
         ("weighted_scorers", {"scorers": {"kw": 1}}, "there is no 'kw' among scorers; allowed: queue, active, kv"),
         ("weighted_scorers", {"scorers": ["kv"]}, "scorers must map names to numbers"),
         ("weighted_scorers", {"filters": {"max_kv": "x"}}, r"filters\.max_kv must be a number"),
+        ("weighted_scorers", {"filters": {"max_kv": 90}}, r"filters\.max_kv must be .* at most 1, got 90"),
+        ("weighted_scorers", {"scorers": {"kv": float("inf")}}, r"scorers\.kv must be .* at most 1e\+06, got inf"),
         ("weighted_scorers", {"picker": "best"}, "picker must be one of max, random, weighted"),
         ("remaining_steps", {"k": 0}, "k must be a whole number"),
         ("bucket", {"window": 0}, "window must be a whole number"),
         ("mixed_pool", {"prompt_share": 1.5}, "prompt_share must be a number"),
+        ("mixed_pool", {"max_kv": 0}, "max_kv must be a number of at least 0.01"),
+        ("topology", {"limit": "no"}, "limit must be true or false, got 'no'"),
     ],
 )
 def test_nonsense_parameters_are_refused_by_name(name: str, params: dict[str, Any], told: str) -> None:
