@@ -230,7 +230,7 @@ def _shared(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_
         longest = min(effort.most_tokens // 4, cluster.longest // 4, cluster.kv_tokens // 16)
         prefix = min(tokens, longest) // cluster.tokens_per_block * cluster.tokens_per_block
         behind = min(_BEHIND, prefix // 2)
-        batch = min(cluster.max_batch, _MOST_ALIKE, cluster.kv_tokens // 2 // (prefix + 2 * behind + 1))
+        batch = min(cluster.max_batch, _MOST_ALIKE, cluster.kv_tokens * 9 // 10 // cluster.rounded(prefix + behind + 1))
         kinds = batch // alike
         if not prefix or not kinds:
             continue
@@ -238,7 +238,8 @@ def _shared(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_
         next_s = 1.5 * cost.step_time(StepFeatures(batch, 0, ((prefix, behind, True),))) / UNITS_PER_S
         decode_s = cost.step_time(StepFeatures(batch, batch * prefix)) / UNITS_PER_S
         outputs = [batch * (1 + int(next_s / decode_s)) + end for end in reversed(_staggered(batch, effort.hold))]
-        if prefix + behind + outputs[-1] + 2 > cluster.longest:
+        most = prefix + behind + outputs[-1] + 2
+        if most > cluster.longest or batch * cluster.rounded(most) > cluster.kv_tokens:
             continue
         alone_s = 1.5 * cost.step_time(StepFeatures(0, 0, ((0, prefix + 1, True),))) / UNITS_PER_S
         random = Random(29 + number)
