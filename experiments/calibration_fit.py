@@ -7,7 +7,7 @@ count in proportion, so that short steps are as well told as long ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -35,6 +35,12 @@ _LEAST_SAMPLES: Final = 3
 _ROUNDS: Final = 5
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
 _LEAST_RATIO: Final = 1.05  # of a knot to the one before
+_LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
+_LEAST_LOADED: Final = (
+    20  # samples of small, of middling and of large steps, to tell what a load does from what rows do
+)
+_MOST_SHARE: Final = 0.25
+_LEAST_GAIN: Final = 0.1  # of the fit's error
 
 
 class Points(NamedTuple):
@@ -342,7 +348,7 @@ def _chunk_graphs(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
 def _fit_chunks(
     columns: dict[str, Any], multiple: int, graphs: NDArray[np.int64] | None
 ) -> tuple[ChunkFit, list[Residual], dict[str, int]]:
-    """Steps with chunks; what came before them shifts them by a constant each.
+    """Steps with chunks; what came before them shifts them by a constant each, and lengthens those behind others.
 
     Where short ones run as graphs (`graphs`: their rows), those that do not wait for the host: they are no measure of
     the device, but of how long a launch kernel by kernel takes.
@@ -369,14 +375,30 @@ def _fit_chunks(
         *((before == kind)[:, None].astype(float) for kind in kinds),
         *(column[:, None].astype(float) for column in _late_kernels(graphs, waits, before)),
     )
-    features = np.concatenate(parts, axis=1)
+    cool = np.concatenate(parts, axis=1)
     ns = columns["duration_ps"] / 1000.0
     keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
     told, of_told = ~waits, {name: columns[name][~waits] for name in keys}
-    points = points_of((rows[told], *of_told.values(), kv[told] // 1024, which[told]), features[told], ns[told])
-    fitted = fit_points(points, ns[told], features[told], "steps with chunks")
-    x, at = fitted.coefficients, len(row_knots)
+    groups = (rows[told], *of_told.values(), kv[told] // 1024, which[told])
+    at = len(row_knots)
+
+    loaded_ns = _loaded_ns(columns)
+
+    def under_load(share: float, after_ns: float) -> tuple[Fitted, Floats, float]:
+        features = cool.copy()
+        features[:, : at + 6] *= 1 + share * np.minimum(loaded_ns / after_ns, 1.0)[:, None]
+        points = points_of(groups, features[told], ns[told])
+        found = fit_points(points, ns[told], features[told], "steps with chunks")
+        off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
+        return found, features, float((points.weights * off).sum())
+
+    share, after_ns = 0.0, _LOAD_AFTER_NS[0]
+    under = rows[told & (loaded_ns > _LOAD_AFTER_NS[0])]
+    if np.histogram(under, np.array((0, 1, 3, 4)) * rows.max() / 4)[0].min() >= _LEAST_LOADED:
+        share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
+    fitted, features, _ = under_load(share, after_ns)
+    x = fitted.coefficients
     floor, residuals = _launch_floor(ns, features @ x, features[:, at + 6 :] @ x[at + 6 :], waits)
     pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
     fit = ChunkFit(
@@ -398,7 +420,36 @@ def _fit_chunks(
             shifts.setdefault(f"chunk_after_{kind}", round(sum(known) / len(known)))
     if len(found) > len(kinds):
         shifts["kernels"] = found[-1]
+    if share:
+        shifts |= {"millionths_under_load": round(share * 1e6), "load_after": round(after_ns * 1000)}
     return fit, [fitted.residual, *residuals], shifts
+
+
+def _loaded_ns(columns: dict[str, Any]) -> Floats:
+    """For how long steps with chunks had followed each other when each of these began."""
+    order = np.lexsort((columns["step"], columns["epoch"], columns["executor"], columns["session"]))
+    place = np.stack([columns[name][order] for name in ("session", "executor")], axis=1)
+    follows = (columns["before"][order] == "chunk") & np.concatenate(([False], (place[1:] == place[:-1]).all(axis=1)))
+    ends = np.cumsum(columns["duration_ps"][order] / 1000.0)
+    begins = np.concatenate(([0.0], ends[:-1]))
+    loaded = np.empty(len(order))
+    loaded[order] = begins - np.maximum.accumulate(np.where(follows, 0.0, begins))
+    return loaded
+
+
+def _best_load(error: Callable[[float, float], float]) -> tuple[float, float]:
+    """(how much longer, in proportion, steps under load are, after how many ns) where the error is least: first over a
+    coarse grid, then closer around the best share, to a thousandth. None longer where that gains less than a tenth.
+    """
+    tried = {(share, after): error(share, after) for share in (0.04, 0.08, 0.12) for after in _LOAD_AFTER_NS}
+    none = error(0.0, _LOAD_AFTER_NS[0])
+    for step in (0.02, 0.01, 0.005, 0.002, 0.001):
+        best, after = min(tried, key=lambda key: (tried[key], key))
+        for share in (best - step, best + step):
+            if 0 < share <= _MOST_SHARE and (share, after) not in tried:
+                tried[share, after] = error(share, after)
+    best, after = min(tried, key=lambda key: (tried[key], key))
+    return (round(best, 4), after) if tried[best, after] < (1 - _LEAST_GAIN) * none else (0.0, after)
 
 
 def _late_kernels(

@@ -54,11 +54,13 @@ class Effort:
     serving: tuple[tuple[int, int], ...]
     poisson: int
     most_tokens: int  # of one prompt
-    busy_s: float  # of prompts without a rest
+    busy: tuple[tuple[int | None, float], ...]  # (prompts at a time, seconds) without a rest; None: two full batches
 
 
-STANDARD: Final = Effort(12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768, 5.0)
-QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, 0.0)
+STANDARD: Final = Effort(
+    12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768, ((2, 2.0), (6, 3.0), (None, 5.0))
+)
+QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, ())
 
 
 @dataclass(frozen=True)
@@ -235,15 +237,17 @@ def _serving(config: Experiment, cluster: _Cluster, effort: Effort, cost: Roofli
             scale = 1 if concurrency == 1 else cluster.num_decoding
             asks = list(islice(lengths, count * scale))
             yield _Plan(f"serving, {concurrency * scale} at a time", asks, concurrency * scale)
-    if busy := list(_busy(lengths, cluster, effort, cost)):
-        yield _Plan("contexts without a rest", busy, 2 * cluster.context_batch * cluster.num_prefilling)
+    for at_a_time, seconds in effort.busy:
+        count = min(at_a_time or 2 * cluster.context_batch, 2 * cluster.context_batch)
+        if busy := list(_busy(lengths, cluster, seconds, cost)):
+            yield _Plan(f"contexts without a rest, {count} at a time", busy, count * cluster.num_prefilling)
     asks = list(islice(lengths, effort.poisson))
     yield _Plan("serving, open loop", list(_spaced(asks, cost, cluster)), None)
 
 
-def _busy(lengths: Iterable[_Ask], cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Ask]:
+def _busy(lengths: Iterable[_Ask], cluster: _Cluster, seconds: float, cost: RooflineCost) -> Iterator[_Ask]:
     """Prompts alone for so long that a device gets as warm, and its clock as low, as under a load that does not end."""
-    left = effort.busy_s * UNITS_PER_S * cluster.num_prefilling
+    left = seconds * UNITS_PER_S * cluster.num_prefilling
     for ask in islice(lengths, _MOST_BUSY):
         left -= cost.step_time(StepFeatures(0, 0, ((0, ask.prompt, True),)))
         if left < 0:

@@ -242,7 +242,8 @@ def _problems(value: Any, place: str) -> Iterator[str]:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Written whole or not at all."""
+    """Written whole or not at all, its folder too where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
     partial.replace(path)

@@ -91,9 +91,12 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
         print(f"  step in ms by tokens of one prompt: {times}")
     if entry.chunks is not None and cost.launch_floor:
         print(f"  a step with chunks that is no graph: {_ms(cost.launch_floor)} ms at least, to launch its kernels")
-    gaps = {name: getattr(entry.gaps, name) for name in entry.gaps.__struct_fields__}
+    gaps = {name: getattr(entry.gaps, name) for name in entry.gaps.__struct_fields__ if "load" not in name}
     told = ", ".join(f"{name.replace('_', ' ')} {value / _PS_PER_MS:.2f}" for name, value in gaps.items() if value)
     print(f"  launch gaps in ms: {told or 'none'}")
+    if entry.gaps.millionths_under_load:
+        share, after = entry.gaps.millionths_under_load / 1e6, entry.gaps.load_after / _PS_PER_MS
+        print(f"  steps with chunks take {share:+.1%} once they have followed each other for {after:.0f} ms")
     if entry.transfer_slowdown is not None:
         print(f"  decode steps during a transfer take {entry.transfer_slowdown - 1:+.1%} (not in the model)")
     _print_residuals(entry.residuals)

@@ -173,6 +173,30 @@ def test_beyond_the_last_knot_a_curve_goes_on_as_in_its_outer_half() -> None:
     assert curve_fit(3e6, [0, 512], np.array([1024.0])).ns_beyond == 2.0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.09])
+def test_how_much_longer_steps_take_under_load_is_told_apart_from_what_they_compute(share: float) -> None:
+    """4 ms + 22 us a row + 0.4 ms behind another; up to `share` longer, in full after 100 ms of load."""
+    random = Random(7)
+    samples, epoch = [], 0
+    for session in range(60):
+        loaded = 0.0
+        for place in range(1 if session % 3 else 30):
+            epoch += 1
+            length = random.choice((128, 300, 512, 800, 1400, 2048, 4096, 8192))
+            ms = (4 + 0.022 * padded_rows(length)) * (1 + share * min(1.0, loaded / 100)) + (0.4 if place else 0.0)
+            ms *= random.gauss(1, 0.01)
+            before = "chunk" if place else "idle"
+            sample = chunk_sample([length], 0, 0, before, random)
+            samples.append(replace(sample, session=session, epoch=epoch, duration_ps=round(ms * 1e9)))
+            loaded += ms
+    random.shuffle(samples)  # the order of the rows tells nothing
+    gaps = fit_engine(samples, "cuda", 64).gaps
+    assert gaps.millionths_under_load == pytest.approx(share * 1e6, abs=8000)
+    assert (gaps.load_after > 0) == (share > 0)
+    if share > 0.05:
+        assert gaps.load_after in (50_000_000_000, 100_000_000_000)
+
+
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:
     random = Random(2)
     samples = []
