@@ -192,8 +192,12 @@ def _plan_hash(config: Experiment, sessions: Sequence[Session]) -> str:
     """Equal for equal calibrations, wherever their files lie."""
     spec = hardware_spec(config)
     spec = msgspec.structs.replace(spec, orchestrator=msgspec.structs.replace(spec.orchestrator, policy_root=""))
-    loads = [(s.name, s.orchestrator.skip_context_phase, s.phases) for s in sessions]
+    loads = [(s.name, s.orchestrator.skip_context_phase, _shares(s), s.phases) for s in sessions]
     return sha256(msgspec.msgpack.encode((spec, loads))).hexdigest()
+
+
+def _shares(session: Session) -> bool:
+    return any(executor.enable_block_reuse for executor in session.orchestrator.executors)
 
 
 def _read_about(folder: Path) -> About:

@@ -18,6 +18,7 @@ from ..core.measured_range import Measured
 from ..core.overheads import LaunchGaps
 from ..core.step_sizes import CHUNK_GRAPH_ROWS, chunk_graph, graph_sizes
 from .calibration_samples import CONTINUED, FIRST, FOLLOWING, NOTHING, StepSample, as_arrays
+from .calibration_shared import curve_at, kv_read, saved_part, shares_kv
 from .profile_file import ChunkFit, CurveFit, DecodeFit, Residual, row_multiple
 
 Floats = NDArray[np.float64]
@@ -33,6 +34,8 @@ _LEAST_FAR: Final = 0.05  # of the value: nearer than this nothing is an outlier
 _STALLED: Final = 10.0  # times the median
 _LEAST_SAMPLES: Final = 3
 _ROUNDS: Final = 5
+_BEHIND: Final = 512  # cached tokens: fewer are lost among what a step takes
+_LEAST_BEHIND: Final = 40  # steps of either kind: fewer told pairs from cached tokens badly
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
 _LEAST_RATIO: Final = 1.05  # of a knot to the one before
 _LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
@@ -224,8 +227,8 @@ def fit_engine(
     sizes = graph_sizes(max_batch_size) if device_type == "cuda" else ()
     following = decodes["kind"] == FOLLOWING
     if following.sum() >= _LEAST_SAMPLES:
-        decode_fit, fitted_ns, residual = _fit_decodes(decodes, following, sizes)
-        residuals.append(residual)
+        decode_fit, fitted_ns, of_decodes = _fit_decodes(decodes, following, sizes)
+        residuals += of_decodes
         gaps, residual_gaps = _fit_gaps(decodes, fitted_ns)
         residuals += residual_gaps
         slowdown = _transfer_slowdown(decodes, fitted_ns, following)
@@ -254,10 +257,14 @@ def _padded(batch: NDArray[Any], sizes: Sequence[int]) -> NDArray[Any]:
 
 def _fit_decodes(
     columns: dict[str, Any], following: NDArray[np.bool_], sizes: Sequence[int]
-) -> tuple[DecodeFit, Floats, Residual]:
-    """The fit of steps inside a plan, and what it says of every decode step, in nanoseconds."""
+) -> tuple[DecodeFit, Floats, list[Residual]]:
+    """The fit of steps inside a plan, and what it says of every decode step, in nanoseconds.
+
+    Those that share KV tell nothing but what that saves.
+    """
     batch, kv = columns["num_decodes"], columns["num_kv_tokens"]
     rows = _padded(batch, sizes)
+    following, shared = _without_shared(columns, following)
     row_knots = knots_for(rows[following], sizes if sizes else _BATCH_KNOTS)
     kv_knots = knots_for(kv[following], _KV_KNOTS)
     features = np.concatenate(
@@ -270,12 +277,33 @@ def _fit_decodes(
     points = points_of((batch[chosen], near[chosen]), features[chosen], ns[chosen])
     fitted = fit_points(points, ns[chosen], features[chosen], "decode steps")
     x, num_rows = fitted.coefficients, len(row_knots) - 1
+    of_kv = curve_at(kv_knots, x[1 + num_rows : -1])
+    rest = features @ x - of_kv(kv)
+    part = saved_part(columns, shared, lambda read: rest + of_kv(read))
+    fitted_ns = rest + of_kv(kv_read(columns, part))
     fit = DecodeFit(
         curve_fit(x[0], row_knots, x[1 : 1 + num_rows]),
         curve_fit(0.0, kv_knots, x[1 + num_rows : -1]),
         round(float(x[-1]), 3),
+        part,
     )
-    return fit, features @ x, fitted.residual
+    return fit, fitted_ns, [fitted.residual, *_residuals_of_shared("decode steps that share KV", ns, fitted_ns, shared)]
+
+
+def _without_shared(columns: dict[str, Any], chosen: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Of the steps `chosen`, those that share no KV and those that do; where nearly all do, all of them and none."""
+    apart = chosen & ~shares_kv(columns)
+    if apart.sum() < max(_LEAST_SAMPLES, chosen.sum() // 4):
+        return chosen, np.zeros(len(chosen), dtype=bool)
+    return apart, chosen & ~apart
+
+
+def _residuals_of_shared(family: str, ns: Floats, fitted: Floats, shared: NDArray[np.bool_]) -> list[Residual]:
+    if shared.sum() < _LEAST_SAMPLES:
+        return []
+    kept = np.flatnonzero(shared)
+    kept = kept[keep_near(ns[kept] / fitted[kept])]
+    return [_residual_of_samples(family, ns[kept], fitted[kept], int(shared.sum()))]
 
 
 def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int], list[Residual]]:
@@ -363,31 +391,37 @@ def _fit_chunks(
     kv_knots = [0, max(1, int(kv.max()))]
     before = columns["before"]
     kinds = [kind for kind in ("idle", "decode", "chunk") if (before == kind).sum() >= _LEAST_SAMPLES]
+    attention = [columns[name] for name in ("num_pairs", "num_cached_tokens")]
+    in_graphs = graphs > 0 if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits) else None
+    launches = [*((before == kind) for kind in kinds), *_late_kernels(graphs, waits, before)]
     parts = (
         np.ones((len(rows), 1)),
         ramps(rows, row_knots),
-        *(
-            columns[name][:, None].astype(float)
-            for name in ("num_pairs", "num_cached_tokens", "num_chunks", "num_sampled")
-        ),
+        *_as_columns(attention if in_graphs is None else [column * ~in_graphs for column in attention]),
+        *_as_columns([columns["num_chunks"], columns["num_sampled"]]),
         ramps(kv, kv_knots),
-        columns["num_decodes"][:, None].astype(float),
-        *((before == kind)[:, None].astype(float) for kind in kinds),
-        *(column[:, None].astype(float) for column in _late_kernels(graphs, waits, before)),
+        *_as_columns([columns["num_decodes"]]),
+        *_as_columns([] if in_graphs is None else [column * in_graphs for column in attention]),
+        *_as_columns(launches),
     )
+    at = len(row_knots)
+    own = at + (6 if in_graphs is None else 8)  # coefficients of the step's own time
     cool = np.concatenate(parts, axis=1)
     ns = columns["duration_ps"] / 1000.0
     keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
-    told, of_told = ~waits, {name: columns[name][~waits] for name in keys}
+    told, shared = _without_shared(columns, ~waits)
+    of_told = {name: columns[name][told] for name in keys}
     groups = (rows[told], *of_told.values(), kv[told] // 1024, which[told])
-    at = len(row_knots)
 
     loaded_ns = _loaded_ns(columns)
 
+    def slower(share: float, after_ns: float) -> Floats:
+        return np.asarray(1 + share * np.minimum(loaded_ns / after_ns, 1.0))
+
     def under_load(share: float, after_ns: float) -> tuple[Fitted, Floats, float]:
         features = cool.copy()
-        features[:, : at + 6] *= 1 + share * np.minimum(loaded_ns / after_ns, 1.0)[:, None]
+        features[:, :own] *= slower(share, after_ns)[:, None]
         points = points_of(groups, features[told], ns[told])
         found = fit_points(points, ns[told], features[told], "steps with chunks")
         off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
@@ -399,7 +433,13 @@ def _fit_chunks(
         share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
     fitted, features, _ = under_load(share, after_ns)
     x = fitted.coefficients
-    floor, residuals = _launch_floor(ns, features @ x, features[:, at + 6 :] @ x[at + 6 :], waits)
+    read_ns, by = curve_at(kv_knots, x[at + 4 : at + 5]), slower(share, after_ns)
+    rest = features @ x - read_ns(kv) * by
+    part = saved_part(columns, shared, lambda read: rest + read_ns(read) * by)
+    fitted_ns = rest + read_ns(kv_read(columns, part)) * by
+    floor, residuals = _launch_floor(ns, fitted_ns, features[:, own:] @ x[own:], waits)
+    residuals += _residuals_of_shared("steps with chunks that share KV", ns, fitted_ns, shared)
+    in_graph = [None, None] if in_graphs is None else [round(float(value), 9) for value in x[at + 6 : own]]
     pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
     fit = ChunkFit(
         rows=curve_fit(x[0], row_knots, x[1:at]),
@@ -411,8 +451,11 @@ def _fit_chunks(
         mixed_decode_ns=round(float(x[at + 5]), 3),
         graphs=graphs is not None and bool(graphs.any()),
         launch_floor_ns=round(floor, 3),
+        graph_pair_ns=in_graph[0],
+        graph_cached_token_ns=in_graph[1],
+        shared_part=part,
     )
-    found = [round(float(value) * 1000) for value in x[at + 6 :]]
+    found = [round(float(value) * 1000) for value in x[own:]]
     shifts = {f"chunk_after_{kind}": value for kind, value in zip(kinds, found, strict=False)}
     known = list(shifts.values())
     for kind in ("idle", "decode", "chunk"):  # what was hardly ever seen is like what was
@@ -423,6 +466,17 @@ def _fit_chunks(
     if share:
         shifts |= {"millionths_under_load": round(share * 1e6), "load_after": round(after_ns * 1000)}
     return fit, [fitted.residual, *residuals], shifts
+
+
+def _as_columns(values: Sequence[NDArray[Any]]) -> list[Floats]:
+    return [each[:, None].astype(float) for each in values]
+
+
+def _tells_attention_apart(columns: dict[str, Any], in_graphs: NDArray[np.bool_], waits: NDArray[np.bool_]) -> bool:
+    """Whether prompts behind KV were seen both in graphs, which have an attention of their own, and kernel by kernel."""
+    behind = ~waits & (columns["num_cached_tokens"] >= _BEHIND)
+    found = [columns["num_cached_tokens"][behind & each] for each in (in_graphs, ~in_graphs)]
+    return min(len(each) for each in found) >= _LEAST_BEHIND and len(np.unique(found[0])) >= _LEAST_SAMPLES
 
 
 def _loaded_ns(columns: dict[str, Any]) -> Floats:

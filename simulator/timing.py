@@ -120,7 +120,7 @@ class ModelTiming:
             clock.began += clock.gaps.continued
             return
         chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
-        features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks)
+        features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks, run.num_shared_kv)
         factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
         self.num_epochs += 1
         if clock.measured is not None and not clock.measured.covers(features):

@@ -106,5 +106,25 @@ def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["calibrate_1p1", "calibrate_mixed"])
+def test_sequences_of_some_sessions_share_prefixes_that_were_computed_before_they_come(name: str) -> None:
+    sharing = [
+        s for s in sessions_of(name, [], STANDARD) if any(e.enable_block_reuse for e in s.orchestrator.executors)
+    ]
+    assert [s.name.split(",")[0] for s in sharing] == [f"decodes that share {n} tokens" for n in (1024, 2048, 4096)]
+    for session in sharing:
+        before = {}
+        prefix = int(session.name.split()[3]) // 32
+        for submission in session.phases[0].submissions:
+            request, kind = submission.request, submission.request.block_hashes[:prefix]
+            assert len(request.block_hashes) == request.num_prompt_tokens // 32
+            assert request.input_token_ids is not None
+            tokens = before.setdefault(kind, request.input_token_ids[: 32 * prefix])
+            assert tokens == request.input_token_ids[: 32 * prefix]  # equal names, equal tokens
+        alone = [s for s in session.phases[0].submissions if s.output_length == 1]
+        assert len(alone) == len(before)
+        assert len(before) < len(session.phases[0].submissions) / 2
+
+
 def test_one_plan_is_the_same_every_time() -> None:
     assert sessions_of("calibrate_1p1", [], QUICK) == sessions_of("calibrate_1p1", [], QUICK)

@@ -93,6 +93,34 @@ def test_two_prompts_that_run_share_blocks_which_count_once() -> None:
     assert blocks(desk) == (92, 5, 3, 0, 0, 0)
 
 
+def test_a_plan_says_how_many_kv_tokens_of_its_decodes_are_read_again() -> None:
+    """Three that begin with the same two blocks of 4, one of them with a third in common with nobody; then one ends."""
+    desk = desk_of()
+    desk.give(named(both(1, 10, 9), 71, 72), at=0)
+    desk.end_steps(at=10)
+    assert desk.run is not None
+    assert (desk.run.num_kv_tokens, desk.run.num_shared_kv) == (10, 0)  # alone
+    desk.give(named(both(2, 13, 9), 71, 72, 73), named(both(3, 9, 9), 71, 72), at=11)
+    desk.end_steps(2, at=20)
+    assert (desk.run.num_decodes, desk.run.num_kv_tokens, desk.run.num_shared_kv) == (
+        1,
+        12,
+        12,
+    )  # no more than it reads
+    desk.end_steps(at=30)
+    assert (desk.run.num_decodes, desk.run.num_shared_kv) == (3, 2 * 8)
+    desk.end_steps(1, Stopped(1, 1), at=40)
+    assert (desk.run.num_decodes, desk.run.num_shared_kv) == (2, 8)
+
+
+def test_without_prefix_caching_nothing_is_read_again() -> None:
+    desk = ExecutorDesk()
+    desk.give(named(both(1, 10, 9), 71, 72), named(both(2, 10, 9), 71, 72), at=0)
+    desk.end_steps(at=10)
+    assert desk.run is not None
+    assert (desk.run.num_decodes, desk.run.num_shared_kv) == (2, 0)
+
+
 def test_blocks_of_equal_prompts_that_run_side_by_side_become_one() -> None:
     desk = desk_of()
     desk.give(named(both(1, 9, 9), 71, 72), named(both(2, 9, 9), 71, 72), at=0)
