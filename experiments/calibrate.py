@@ -40,8 +40,9 @@ from ..runtime.session_series import (
 )
 from ..runtime.transport import TransportError
 from ..runtime.transport_world import world_needs
-from .calibration_fit import fit_engine, fit_points, points_of, usual
+from .calibration_fit import fit_engine
 from .calibration_plan import QUICK, STANDARD, Effort, plan_sessions
+from .calibration_points import fit_points, points_of, usual
 from .calibration_samples import (
     MessageSample,
     Samples,
