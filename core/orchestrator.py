@@ -45,6 +45,7 @@ from .events import (
 from .fleet import Fleet
 from .held_tasks import HeldTasks
 from .life_cycle import Cause, State, advance
+from .links import Links
 from .moves import TIMER as MOVES
 from .moves import Moves
 from .prediction import TablePredictor
@@ -70,10 +71,11 @@ class OrchestratorCore:
     def __init__(self, config: OrchestratorConfig) -> None:
         self.config = config
         self._binds_at_arrival = config.generation_binding == AT_ARRIVAL
-        predictor = None
+        predictor = links = None
         if config.prediction is not None:
             predictor = TablePredictor(config.prediction, [e.id for e in config.executors])
-        self.fleet = Fleet(config.executors, 0, predictor)
+            links = Links(config.prediction, config.executors) if config.prediction.links else None
+        self.fleet = Fleet(config.executors, 0, predictor, links)
         self.routers = Routers(config, self.fleet)
         self._admission: AdmissionPolicy = make_policy(config, config.admission, "admission", "admission")
         self._order: QueueOrder = make_policy(config, config.queue_order, "queue_order", "queue")
@@ -255,7 +257,7 @@ class OrchestratorCore:
         if task.cancelled:  # the executor got the cancel after it had answered, and has freed the KV
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
         elif self._dispatches.is_owed(task.generation_id):
-            self._dispatches.keep_promise(task)
+            self._dispatches.keep_promise(task, now)
         elif task.generation_executor is not None and self._dispatches.may_generate(task.generation_executor):
             self._send_generation(task, task.generation_executor, now)
         else:

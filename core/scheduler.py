@@ -382,6 +382,7 @@ class Scheduler:
         )
         if not continues:
             epoch.num_decodes, epoch.num_kv_tokens = running, kv if running else 0
+            epoch.num_shared_kv = self.running.num_shared_kv
             epoch.block_counts = self.block_counts()
         self.batch.told()
         self._emit(self.running)

@@ -407,6 +407,7 @@ def _transfer_timeout(config: Experiment, shape: ModelShape, devices: Sequence[D
     if transceiver is not None and transceiver.kv_transfer_timeout_ms is not None:
         return picoseconds(transceiver.kv_transfer_timeout_ms), 0
     rate = min(device.link_bandwidth * device.link_efficiency for device in devices)
-    if transceiver is not None and transceiver.throttle_gb_per_s is not None:
-        rate = min(rate, transceiver.throttle_gb_per_s * 1e9)
+    for throttle in () if transceiver is None else (transceiver.throttle_gb_per_s, transceiver.across_domains_gb_per_s):
+        if throttle is not None:
+            rate = min(rate, throttle * 1e9)
     return TRANSFER_TIMEOUT_FLOOR, round(TRANSFER_TIMEOUT_FACTOR * shape.kv_bytes_per_token / rate * PS_PER_S)

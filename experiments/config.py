@@ -121,6 +121,9 @@ class CacheTransceiver(Keys):
     throttle_gb_per_s: Rate | None = Field(
         None, description="cap on the rate between two executors, 1e9 bytes a second"
     )
+    across_domains_gb_per_s: Rate | None = Field(
+        None, description="the same between executors whose `domain` differs, where it is lower"
+    )
 
 
 class Cluster(Keys):

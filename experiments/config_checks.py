@@ -111,6 +111,13 @@ def _roles(config: Experiment) -> Iterator[Problem]:
             f"{NOT_ENABLED}: no cache transceiver backend is given and KV must travel between executors"
             " (allowed: cluster.cache_transceiver: {backend: mpi | cuda_ipc | host | auto})",
         )
+    across = None if transceiver is None else transceiver.across_domains_gb_per_s
+    if across is not None and len({keys.domain for _, keys, _ in executor_groups(cluster)}) < 2:
+        yield Problem(
+            ("cluster", "cache_transceiver", "across_domains_gb_per_s"),
+            "has no effect: all executors are of one domain; allowed with it: executors whose `domain` differs",
+            "warning",
+        )
     yield from _routers(config, roles)
 
 

@@ -78,7 +78,7 @@ def message_latency(config: Experiment) -> MessageLatency:
 
 
 def link_costs(config: Experiment, executors: dict[int, ExecutorConfig]) -> Callable[[int, int], LinkCost]:
-    """From one executor to another: as measured; else their ranks' links side by side; the throttle if it is slower.
+    """From one executor to another: as measured; else their ranks' links side by side; a throttle that is slower.
 
     Between devices of two kinds: the worse of what each has among its like.
     """
@@ -86,6 +86,7 @@ def link_costs(config: Experiment, executors: dict[int, ExecutorConfig]) -> Call
     kinds = kinds_of(config)
     transceiver = config.cluster.cache_transceiver
     throttle = None if transceiver is None else transceiver.throttle_gb_per_s
+    across = None if transceiver is None else transceiver.across_domains_gb_per_s
 
     def among(kind: str | None, ends: tuple[ExecutorConfig, ExecutorConfig]) -> LinkCost:
         device, profile = kinds[kind]
@@ -104,9 +105,8 @@ def link_costs(config: Experiment, executors: dict[int, ExecutorConfig]) -> Call
             found = LinkCost(
                 min(found.bytes_per_s, other.bytes_per_s), max(found.fixed, other.fixed), max(found.page, other.page)
             )
-        if throttle is None:
-            return found
-        return replace(found, bytes_per_s=min(found.bytes_per_s, throttle * 1e9))
+        caps = [throttle, across if ends[0].domain != ends[1].domain else None]
+        return replace(found, bytes_per_s=min([found.bytes_per_s, *(cap * 1e9 for cap in caps if cap is not None)]))
 
     return cost
 

@@ -11,7 +11,8 @@ from msgspec.structs import replace
 from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.step_sizes import chunk_graph, graph_sizes, padded_rows
 from disagg.experiments.calibrate import fit_link, fit_messages
-from disagg.experiments.calibration_fit import curve_fit, fit_engine, keep_near, knots_for, ramps
+from disagg.experiments.calibration_fit import fit_engine
+from disagg.experiments.calibration_points import curve_fit, keep_near, knots_for, ramps
 from disagg.experiments.calibration_samples import (
     CONTINUED,
     FIRST,

@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 
 from disagg.core.cost import roofline
 from disagg.core.step_sizes import CHUNK_GRAPH_ROWS, CHUNK_SLOTS, graph_sizes
-from disagg.experiments.calibration_fit import _LEAST_SAMPLES
 from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _staggered, plan_sessions
+from disagg.experiments.calibration_points import LEAST_SAMPLES
 from disagg.experiments.cluster import cluster_of, device_of, shape_of
 from disagg.experiments.experiment_file import load_experiment
 from disagg.runtime.session_series import Session
@@ -96,7 +96,7 @@ def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
     bursts: dict[int | None, list[int]] = {}
     for submission in mixed[crowded].phases[0].submissions:
         bursts.setdefault(submission.offset, []).append(submission.request.num_prompt_tokens)
-    assert len(bursts) >= 2 * _LEAST_SAMPLES
+    assert len(bursts) >= 2 * LEAST_SAMPLES
     for first, *others in bursts.values():
         assert first == 2048  # a step of its own, in which the others come
         assert len(others) > CHUNK_SLOTS

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_
 
-from disagg.core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv
+from disagg.core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, Record
 from disagg.core.errors import BlockError
 from disagg.core.events import Cancel, Enqueue, KvReceived, KvRequested, KvTaken, Report, StepsDone, Stopped
 from disagg.core.life_cycle import State
 from disagg.core.prefix_cache import PrefixCache
+from disagg.core.tables import StepRow
 from disagg.core.visit import Visit
 from disagg.policies.vocabulary import Request, RequestType, Role
 from tests.core_cases import Case, core_of, make_reuse_case, simulate
@@ -111,6 +112,8 @@ def test_a_plan_says_how_many_kv_tokens_of_its_decodes_are_read_again() -> None:
     assert (desk.run.num_decodes, desk.run.num_shared_kv) == (3, 2 * 8)
     desk.end_steps(1, Stopped(1, 1), at=40)
     assert (desk.run.num_decodes, desk.run.num_shared_kv) == (2, 8)
+    rows = [command.row for command in desk.history if isinstance(command, Record)]
+    assert [row.num_shared_kv for row in rows if isinstance(row, StepRow)][-3:] == [0, 12, 16]
 
 
 def test_without_prefix_caching_nothing_is_read_again() -> None:

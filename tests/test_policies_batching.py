@@ -131,6 +131,7 @@ def test_prefill_first_runs_prompts_alone_and_decodes_when_there_are_none() -> N
     policy = PrefillFirst(rng=Random(0))
     plan = policy.plan(view(num_decodes=90, waiting=[(60, 1), (60, 1)]))
     assert plan == BatchPlan((ChunkPlan(11, 60), ChunkPlan(12, 40)), decodes=False)
+    assert chunked(num_decodes=90, waiting=[(60, 1), (60, 1)]) == [(11, 10)]  # beside the decodes
     assert policy.plan(view(num_decodes=90)) == BatchPlan()
     assert policy.plan(view(num_decodes=90, waiting=[(60, 11)])) == BatchPlan()
 
