@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from .bench_rows import BenchRow
 from .bench_transfer_marks import Step
-from .launcher import LaunchError, launch
+from .launcher import EXIT_TIMEOUT, LaunchError, launch
 from .transport import TransportError
 from .transport_facts import TransportFacts, gather_facts, transport_problem
 from .transport_world import WorldNeeds, over_ucx
@@ -107,6 +107,11 @@ def _in_world(job: TransferJob) -> TransferResult:
             env=needs.env,
             timeout_s=_TIMEOUT_S,
         )
+        if code == EXIT_TIMEOUT:
+            raise LaunchError(
+                f"the benchmark of {job.backend} did not end within {_TIMEOUT_S:g} s; allowed: --quick, which measures"
+                " less, or a machine with less other load"
+            )
         try:
             found = (Path(name) / RESULT).read_bytes()
         except OSError:

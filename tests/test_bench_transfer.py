@@ -7,6 +7,7 @@ import pytest
 from disagg.runtime import bench_transfer
 from disagg.runtime.bench_transfer import Measured, TransferJob, TransferResult, rows_of
 from disagg.runtime.bench_transfer_marks import EndPair, Step, steps_of
+from disagg.runtime.launcher import LaunchError
 
 
 def job(backend: str = "cuda_ipc", device: str = "cuda", variant: str = "same") -> TransferJob:
@@ -84,3 +85,10 @@ def test_the_measurement_runs_without_a_gpu(variant: str) -> None:
     assert result.measured[0].num_bytes == 64 * (131072 if variant == "same" else 65536)
     assert all(item.seconds > 0 and item.plain_seconds > 0 for item in result.measured)
     assert result.description == "MPI messages from host memory"
+
+
+@pytest.mark.mpi
+def test_a_measurement_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_transfer, "_TIMEOUT_S", 0.2)
+    with pytest.raises(LaunchError, match=r"of mpi did not end within 0\.2 s; allowed: --quick"):
+        bench_transfer._in_world(TransferJob("mpi", "cpu", "same", (64,), 0))
