@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from typing import Any, Final
 
-from ..policies.interfaces import QueueOrder
+from ..policies.interfaces import QueueOrder, hears_of_served
 from ..policies.vocabulary import ContextPhaseParams
 from .agenda import Agenda
 from .commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, Send
@@ -49,6 +49,7 @@ class KvReader:
         self._blocks = scheduler.blocks
         self._visits = visits
         self._order = order
+        self._tells_order = hears_of_served(order)
         self._timers = timers
         self._agenda = agenda
         self._reserve_blocks = reserve_blocks
@@ -231,7 +232,8 @@ class KvReader:
             self._limit_transfer(visit, now)
 
     def _taken_up(self, visit: Visit, now: int) -> None:
-        self._order.on_served(visit.request, visit.order_key, now)
+        if self._tells_order:
+            self._order.on_served(visit.request, visit.order_key, now)
         self.num_pulls -= 1
         visit.advance(Cause.PULL)
         visit.transfer_start_at = now

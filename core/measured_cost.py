@@ -109,7 +109,8 @@ class MeasuredCost:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if not chunks:
             return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
-        return self.time_of_sums(n, kv, len(chunks), *chunk_sums(chunks))
+        tokens, pairs, cached, sampled = chunk_sums(chunks)
+        return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, sampled)
 
     def time_of_sums(
         self, num_decodes: int, num_kv: int, num_chunks: int, num_tokens: int, pairs: int, cached: int, sampled: int

@@ -30,22 +30,6 @@ class LaunchGaps(Struct, frozen=True):
     sequence_after_chunk: int = 0
     kernels: int = 0
 
-    def of(
-        self, before: str, has_chunks: bool, num_joined: int, num_left: int, num_decodes: int, by_kernels: bool = False
-    ) -> int:
-        """`before`: idle, decode or chunk. `by_kernels`: the step has chunks, and no graph runs it."""
-        if has_chunks:
-            if before == "decode":
-                return self.chunk_after_decode
-            gap = self.kernels if by_kernels else 0
-            return gap + (self.chunk_after_chunk if before == "chunk" else self.chunk_after_idle)
-        gap = self.joined * num_joined + self.left * num_left
-        if before == "decode":
-            return gap + self.decode_after_decode
-        if before == "chunk":
-            return gap + self.decode_after_chunk + self.sequence_after_chunk * num_decodes
-        return gap + self.decode_after_idle
-
 
 class MessageLatency(Struct, frozen=True):
     """Picoseconds from the instant that makes a core send to the instant at which another is given the message."""

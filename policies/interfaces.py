@@ -115,7 +115,7 @@ class ScoringPolicy(SelectingPolicy):
         turn = self._turn.get(pool.role, 0)
         index = self._least_vectorised(request, pool, turn) if pool.vectorised else self._least(request, pool, turn)
         self._turn[pool.role] = index + 1
-        return pool[index]
+        return pool.rows[index]
 
     def _least(self, request: Request, pool: ExecutorPool, turn: int) -> int:
         best: Any = None
@@ -180,6 +180,11 @@ class QueueOrder:
 
     def on_served(self, request: Request, key: Any, now: int) -> None:
         """`request`, whose key is `key`, has left the queue: for an executor, or there for its first step or its KV."""
+
+
+def hears_of_served(order: QueueOrder) -> bool:
+    """Whether `on_served` does anything there; nobody else needs to be told."""
+    return type(order).on_served is not QueueOrder.on_served
 
 
 class WaitingPrompt(Protocol):

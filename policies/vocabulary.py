@@ -152,23 +152,6 @@ class Reject(Struct, frozen=True, gc=False, tag=True):
 Routing = Route | RouteMixed | Hold | Reject
 
 
-def in_plain_integers(answer: Routing) -> Routing:
-    """The answer in Python's own integers: a policy may have read them off columns of numpy's."""
-    if type(answer) is Route:
-        context, generation = answer.context, answer.generation
-        if type(context) in _PLAIN and type(generation) in _PLAIN:
-            return answer
-        return Route(None if context is None else int(context), None if generation is None else int(generation))
-    if type(answer) is RouteMixed and type(answer.executor) is not int:
-        return RouteMixed(int(answer.executor))
-    if type(answer) is Hold and type(answer.until) not in _PLAIN:
-        return Hold(int(answer.until or 0))
-    return answer
-
-
-_PLAIN: Final = (int, type(None))
-
-
 class Admit(Struct, frozen=True, gc=False, tag=True):
     """Let the request into the cluster."""
 
