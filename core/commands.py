@@ -43,8 +43,9 @@ class RunSteps(Struct, frozen=True, gc=False, tag="run_steps", array_like=True):
     The batch is a delta: `left` leaves the decode batch before `joined` enters it; `appended` gives more block ids to
     requests that are in it, after the last block that each has written to: blocks appended for steps of a span that was
     cut short are no longer its own. `first_step` > 1 continues the epoch: same batch, same time origin, no chunks.
-    `num_decodes` and `num_kv_tokens` describe the decode batch at the first step of the epoch; with `decodes` False the
-    decode batch stands still for this (single) step.
+    `num_decodes` and `num_kv_tokens` describe the decode batch at the first step of the epoch, of which `num_shared_kv`
+    are read again, from blocks that requests share; with `decodes` False the decode batch stands still for this (single)
+    step.
     """
 
     plan: int
@@ -58,6 +59,7 @@ class RunSteps(Struct, frozen=True, gc=False, tag="run_steps", array_like=True):
     num_decodes: int = 0
     num_kv_tokens: int = 0
     decodes: bool = True
+    num_shared_kv: int = 0
 
 
 class StopAfterStep(Struct, frozen=True, gc=False, tag="stop_after_step", array_like=True):

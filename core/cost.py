@@ -20,11 +20,15 @@ ENDLESS: Final = 1 << 60  # more steps than there are
 
 
 class StepFeatures(Struct, frozen=True, gc=False):
-    """What one step computes. `chunks`: (tokens before it, tokens computed, whether it yields a token) of each chunk."""
+    """What one step computes. `chunks`: (tokens before it, tokens computed, whether it yields a token) of each chunk.
+
+    `num_shared_kv`: of `num_kv_tokens`, those that are read again, from blocks that several sequences share.
+    """
 
     num_decodes: int
     num_kv_tokens: int
     chunks: tuple[tuple[int, int, bool], ...] = ()
+    num_shared_kv: int = 0
 
     def after(self, num_steps: int) -> StepFeatures:
         """The features of the decode batch `num_steps` later."""
@@ -57,16 +61,18 @@ def end_of_step(model: CostModel, features: StepFeatures, k: int, factor: int = 
 
 
 class ConstantCost(Struct, frozen=True):
-    """For tests: a + b per decode + c per KV token + d per chunk token, in picoseconds."""
+    """For tests: a + b per decode + c per KV token, less `shared` of it for one read again, + d per chunk token, in ps."""
 
     a: int
     b: int = 0
     c: int = 0
     d: int = 0
+    shared: int = 0
 
     def step_time(self, features: StepFeatures) -> int:
         tokens = sum(length for _, length, _ in features.chunks)
-        return (self.a + self.b * features.num_decodes + self.c * features.num_kv_tokens + self.d * tokens) << UNIT_BITS
+        kv = self.c * features.num_kv_tokens - self.shared * features.num_shared_kv
+        return (self.a + self.b * features.num_decodes + kv + self.d * tokens) << UNIT_BITS
 
     def line(self, features: StepFeatures) -> tuple[int, int, int]:
         return self.step_time(features), (self.c * features.num_decodes) << UNIT_BITS, ENDLESS

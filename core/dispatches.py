@@ -117,6 +117,7 @@ class Dispatches:
         """Its generation phase, where its context phase is done."""
         task.state = advance(task.state, Cause.ROUTE_GENERATION)
         self._send_generation(task, executor, task.params, now)
+        self._count_transfer(task.params, executor, now)
 
     def promise(self, task: Task, now: int) -> None:
         """Have the executor that the generation phase is bound to reserve blocks and get ready for its KV."""
@@ -133,12 +134,18 @@ class Dispatches:
         """Whether its generation phase was sent off before its context phase, which is still owed, is done."""
         return not task.cancelled and task.context_id in self._owed and task.generation_id is not None
 
-    def keep_promise(self, task: Task) -> None:
+    def keep_promise(self, task: Task, now: int) -> None:
         """Its context phase is done, and its generation phase where it is to be."""
         if task.generation_id is None or task.generation_executor is None or task.params is None:
             return
         task.state = advance(task.state, Cause.ROUTE_GENERATION)
         self._emit(Send(task.generation_executor, FirstTokens(task.generation_id, task.params.first_gen_tokens)))
+        self._count_transfer(task.params, task.generation_executor, now)
+
+    def _count_transfer(self, params: ContextPhaseParams | None, executor: int, now: int) -> None:
+        links = self._fleet.links
+        if links is not None and links.is_asked and params is not None:
+            links.sent(params.executor, executor, params.num_kv_tokens, now)
 
     def _send_generation(self, task: Task, executor: int, params: ContextPhaseParams | None, now: int) -> None:
         request = task.request

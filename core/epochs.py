@@ -30,6 +30,7 @@ class Epoch:
         "num_decodes",
         "num_done",
         "num_kv_tokens",
+        "num_shared_kv",
         "num_tails",
         "number",
         "start_at",
@@ -48,6 +49,7 @@ class Epoch:
         # for its row, at its beginning
         self.num_decodes = 0
         self.num_kv_tokens = 0  # of those decodes
+        self.num_shared_kv = 0
         self.block_counts: BlockCounts = (0, 0, 0, 0, 0, 0)
         self.num_cached = sum(chunk.start for chunk in chunks)
 
@@ -127,5 +129,6 @@ class Epochs:
             held,
             quarantined,
             cached,
+            epoch.num_shared_kv,
         )
         self._emit(Record(row))

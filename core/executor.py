@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Final
 
 from ..policies import registry
-from ..policies.interfaces import BatchPolicy, QueueOrder, hears_of_served
-from ..policies.vocabulary import FinishReason, Request, RequestType, Role
+from ..policies.interfaces import BatchPolicy, QueueOrder
+from ..policies.vocabulary import FinishReason, Request, RequestType, Role, plain_integer
 from .agenda import CANCELLED, Agenda
 from .commands import ORCHESTRATOR, Chunk, Drained, ExecutorCommand, Send
 from .config import ExecutorConfig
@@ -43,6 +43,7 @@ from .executor_reports import ExecutorReports
 from .kv_reader import KvReader
 from .kv_source import KvSource
 from .life_cycle import FINAL, Cause, State
+from .queue_orders import hears_of_served, key_in
 from .refusal import refusal
 from .scheduler import Scheduler
 from .tails import Prefilled
@@ -187,7 +188,7 @@ class ExecutorCore:
         visit = Visit(
             request,
             self._serial,
-            self._order.key(request, now),
+            key_in(self._order, request, now),
             now,
             State.GENERATION_QUEUED if generation_only else State.QUEUED,
         )
@@ -337,7 +338,7 @@ class ExecutorCore:
         if scheduler.running is None and not scheduler.tails:
             self._reader.withdraw()
         if plan.ask_again_at is not None:
-            self._timers.set(max(plan.ask_again_at, now + 1), "batch")
+            self._timers.set(max(plain_integer(plan.ask_again_at, plan), now + 1), "batch")
 
     def _begin(self, chunks: tuple[Chunk, ...], now: int) -> None:
         """Context phases whose blocks have just become their own: tell whoever waits for that."""

@@ -10,6 +10,7 @@ from ..policies.views import PLACES, ExecutorPool, ExecutorRow, FleetView, write
 from ..policies.vocabulary import Role
 from .config import ExecutorConfig
 from .events import Report
+from .links import Links
 from .prefix_index import PrefixIndex
 
 _HEALTHY: Final = PLACES["healthy"]
@@ -42,9 +43,18 @@ class _Unread:
 class Fleet:
     """Owns the cells of the view. One write per cell and update; a policy only reads."""
 
-    def __init__(self, executors: Sequence[ExecutorConfig], start: int, predictor: Predictor | None = None) -> None:
+    def __init__(
+        self,
+        executors: Sequence[ExecutorConfig],
+        start: int,
+        predictor: Predictor | None = None,
+        links: Links | None = None,
+    ) -> None:
         pools = {role: ExecutorPool(role, [e.id for e in executors if e.role is role]) for role in Role}
         self.view = FleetView(pools[Role.CONTEXT], pools[Role.GENERATION], pools[Role.MIXED], pools[Role.PARKED])
+        self.links = links
+        if links is not None:
+            self.view.know_links(links)
         self.roles: dict[int, Role] = {}
         self.configs = {e.id: e for e in executors}
         self._rows: dict[int, ExecutorRow] = {}

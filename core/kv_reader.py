@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from typing import Any, Final
 
-from ..policies.interfaces import QueueOrder, hears_of_served
+from ..policies.interfaces import QueueOrder
 from ..policies.vocabulary import ContextPhaseParams
 from .agenda import Agenda
 from .commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, Send
@@ -19,6 +19,7 @@ from .events import KvWithdrawn, LeaseRenewed
 from .life_cycle import Cause, State
 from .local_kv import LocalKv
 from .prefix_cache import PrefixCache
+from .queue_orders import hears_of_served
 from .scheduler import Scheduler
 from .timers import Timers
 from .visit import Visit, is_canned, params_of

@@ -85,8 +85,12 @@ class MeasuredCost:
     KV tokens it reads, `decode` a sequence. A step with chunks: `chunk_rows` of all its tokens, padded to a multiple of
     `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them, `chunk` and
     `sample` for each chunk and each token that one yields, `mixed_kv` and `mixed_decode` for the decodes that run along.
-    With `chunk_graphs` steps with short prompts run as graphs, padded to their rows; a step with chunks that runs kernel
-    by kernel takes `launch_floor` at least, which is the host's time.
+    With `chunk_graphs` steps with short prompts run as graphs, padded to their rows, where attention is another kernel:
+    `graph_pair` and `graph_cached_token` are in the place of `pair` and `cached_token`, but for -1. A step with chunks that
+    runs kernel by kernel takes `launch_floor` at least, which is the host's time.
+
+    A KV token that is read again, since sequences share its block, is nearer at hand: `decode_shared` and `mixed_shared`
+    are the parts of reading one, in 2^-20, that it does not cost.
     """
 
     graph_sizes: tuple[int, ...]
@@ -104,31 +108,47 @@ class MeasuredCost:
     measured: Measured
     chunk_graphs: bool = False
     launch_floor: int = 0
+    graph_pair: int = -1
+    graph_cached_token: int = -1
+    decode_shared: int = 0
+    mixed_shared: int = 0
 
     def step_time(self, features: StepFeatures) -> int:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if not chunks:
+            kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
             return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
         tokens, pairs, cached, sampled = chunk_sums(chunks)
-        return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, sampled)
+        return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, sampled, features.num_shared_kv)
 
     def time_of_sums(
-        self, num_decodes: int, num_kv: int, num_chunks: int, num_tokens: int, pairs: int, cached: int, sampled: int
+        self,
+        num_decodes: int,
+        num_kv: int,
+        num_chunks: int,
+        num_tokens: int,
+        pairs: int,
+        cached: int,
+        sampled: int,
+        num_shared_kv: int = 0,
     ) -> int:
         """`step_time` by the sums over a step's chunks: their tokens, their (query, key) pairs, tokens cached before
         them, tokens that they yield.
         """
         if not num_chunks:
-            return self.step_time(StepFeatures(num_decodes, num_kv))
+            return self.step_time(StepFeatures(num_decodes, num_kv, (), num_shared_kv))
         graph = self._chunk_graph(num_decodes, num_chunks, num_tokens)
         rows = padded_rows(num_decodes + num_tokens, self.row_multiple) if graph is None else graph[1]
+        pair, cached_token = self.pair, self.cached_token
+        if graph is not None and self.graph_pair >= 0:
+            pair, cached_token = self.graph_pair, self.graph_cached_token
         time = (
             self.chunk_rows.at(rows)
-            + pairs * self.pair
-            + cached * self.cached_token
+            + pairs * pair
+            + cached * cached_token
             + num_chunks * self.chunk
             + sampled * self.sample
-            + self.mixed_kv.at(num_kv)
+            + self.mixed_kv.at(num_kv - (num_shared_kv * self.mixed_shared >> UNIT_BITS))
             + num_decodes * self.mixed_decode
         )
         return time if graph is not None or time > self.launch_floor else self.launch_floor
@@ -146,6 +166,7 @@ class MeasuredCost:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if chunks:
             return self.step_time(features), 0, 1
+        kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
         slope, until = self.decode_kv.slope_at(kv)
         return self.step_time(features), slope * n, (until - kv) // n + 1 if n else ENDLESS
 
@@ -153,7 +174,8 @@ class MeasuredCost:
         """The sum of step_time over steps that read `num_decodes` more KV tokens each."""
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if chunks:  # rare, and mostly of one step
-            return sum(self.step_time(StepFeatures(n, kv + i * n, chunks)) for i in range(num_steps))
+            return sum([self.step_time(features.after(i)) for i in range(num_steps)])
+        kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
         rest = self.step_time(features) - self.decode_kv.at(kv)
         return rest * num_steps + self.decode_kv.total(kv, n, num_steps)
 

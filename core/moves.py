@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from ..policies.interfaces import MigrationPolicy, PolicyError
-from ..policies.vocabulary import MoveRequest, Request, Stage
+from ..policies.vocabulary import MoveRequest, Request, Stage, plain_integer
 from .fleet import Fleet
 from .timers import Timers
 
@@ -29,6 +29,8 @@ class Moves:
         timers: Timers,
         movable: Callable[[], Mapping[int, Sequence[Request]]],
     ) -> None:
+        if policy is not None and plain_integer(policy.interval_ps, type(policy).__name__) < 1:
+            raise PolicyError(f"{type(policy).__name__}: interval_ps is {policy.interval_ps}; allowed: at least 1")
         self.policy = policy
         self._fleet = fleet
         self._timers = timers
@@ -59,7 +61,7 @@ class Moves:
         at = {request.id: executor for executor, requests in movable.items() for request in requests}
         found: dict[int, MoveRequest] = {}
         for move in moves:
-            request_id, executor = int(move.request_id), int(move.executor)
+            request_id, executor = plain_integer(move.request_id, move), plain_integer(move.executor, move)
             if request_id not in at or request_id in found:
                 raise PolicyError(f"{who} answered {move!r}; it may move, each once: {sorted(at)}")
             role = self._fleet.roles.get(executor)
@@ -73,4 +75,4 @@ class Moves:
     def _arm(self, now: int) -> None:
         if self.policy is not None:
             self._is_armed = True
-            self._timers.set(now + max(1, self.policy.interval_ps), TIMER)
+            self._timers.set(now + self.policy.interval_ps, TIMER)

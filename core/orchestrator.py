@@ -8,14 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..policies.interfaces import (
-    AdmissionPolicy,
-    MigrationPolicy,
-    PolicyError,
-    QueueOrder,
-    RolePolicy,
-    hears_of_served,
-)
+from ..policies.interfaces import AdmissionPolicy, MigrationPolicy, PolicyError, QueueOrder, RolePolicy
 from ..policies.views import ExecutorPool
 from ..policies.vocabulary import (
     Admit,
@@ -29,6 +22,7 @@ from ..policies.vocabulary import (
     Route,
     RouteMixed,
     Stage,
+    plain_integer,
 )
 from .commands import ORCHESTRATOR, Deliver, Drained, OrchestratorCommand, Record, Send
 from .config import OrchestratorConfig
@@ -51,9 +45,11 @@ from .events import (
 from .fleet import Fleet
 from .held_tasks import HeldTasks
 from .life_cycle import Cause, State, advance
+from .links import Links
 from .moves import TIMER as MOVES
 from .moves import Moves
 from .prediction import TablePredictor
+from .queue_orders import hears_of_served, key_in
 from .roles import TIMER as ROLES
 from .roles import Roles
 from .routers import Routers, make_policy
@@ -76,10 +72,11 @@ class OrchestratorCore:
     def __init__(self, config: OrchestratorConfig) -> None:
         self.config = config
         self._binds_at_arrival = config.generation_binding == AT_ARRIVAL
-        predictor = None
+        predictor = links = None
         if config.prediction is not None:
             predictor = TablePredictor(config.prediction, [e.id for e in config.executors])
-        self.fleet = Fleet(config.executors, 0, predictor)
+            links = Links(config.prediction, config.executors) if config.prediction.links else None
+        self.fleet = Fleet(config.executors, 0, predictor, links)
         self.routers = Routers(config, self.fleet)
         self._admission: AdmissionPolicy = make_policy(config, config.admission, "admission", "admission")
         self._order: QueueOrder = make_policy(config, config.queue_order, "queue_order", "queue")
@@ -193,7 +190,7 @@ class OrchestratorCore:
 
     def _arrive(self, request: Request, now: int) -> None:
         self._serial += 1
-        task = Task(request, self._serial, self._order.key(request, now), now)
+        task = Task(request, self._serial, key_in(self._order, request, now), now)
         if self._closing or request.id in self.tasks:
             why = "the orchestrator is shutting down" if self._closing else f"request id {request.id} is in use"
             self._out.append(Deliver(request.id, FinishReason.ERROR, 0, error=why))
@@ -263,7 +260,7 @@ class OrchestratorCore:
         if task.cancelled:  # the executor got the cancel after it had answered, and has freed the KV
             self._end(task, Cause.CANCEL, FinishReason.CANCELLED, None, now)
         elif self._dispatches.is_owed(task.generation_id):
-            self._dispatches.keep_promise(task)
+            self._dispatches.keep_promise(task, now)
         elif task.generation_executor is not None and self._dispatches.may_generate(task.generation_executor):
             self._send_generation(task, task.generation_executor, now)
         else:
@@ -380,9 +377,13 @@ class OrchestratorCore:
         if not task.admitted:
             admission = self._admission.admit(task.shown, fleet)
             if type(admission) is not Admit and not isinstance(admission, Admit):
+                if not isinstance(admission, (Hold, Reject)):
+                    who = type(self._admission).__name__
+                    raise PolicyError(f"{who} answered {admission!r}; allowed: Admit(), Hold or Reject")
                 self._decided(task, "admission", admission, None, now)
                 if isinstance(admission, Hold):
-                    self._hold(task, Stage.CONTEXT, admission.until, now)
+                    until = None if admission.until is None else plain_integer(admission.until, admission)
+                    self._hold(task, Stage.CONTEXT, until, now)
                 else:
                     self._end(task, Cause.FAIL, FinishReason.REJECTED, admission.reason, now)
                 return

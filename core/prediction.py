@@ -38,13 +38,28 @@ class StepTimes(Struct, frozen=True):
     full_token: float
 
 
+class LinkTimes(Struct, frozen=True):
+    """One direction between two executors: the rate of one transfer alone, and picoseconds that take none of it."""
+
+    bytes_per_s: float
+    latency: int = 0
+    token_latency: float = 0.0  # for each KV token
+
+
 class PredictionConfig(Struct, frozen=True):
-    """`of_executor`: which of `tables` is each executor's, in order of their ids. A transfer: latency + tokens x rate."""
+    """`of_executor`: which of `tables` is each executor's, in order of their ids. A transfer: latency + tokens x rate.
+
+    `links` are, for k kinds of executors, from kind i to kind j at i * k + j within a domain, and all of them once more between
+    domains; None where no KV travels. `link_kind_of` is the kind of each executor.
+    """
 
     tables: tuple[StepTimes, ...]
     of_executor: tuple[int, ...]
     transfer_latency: int = 0  # picoseconds
     transfer_token: float = 0.0  # picoseconds a KV token
+    links: tuple[LinkTimes | None, ...] = ()
+    link_kind_of: tuple[int, ...] = ()
+    kv_bytes_per_token: int = 0
 
 
 def step_times(cost: CostModel, max_num_tokens: int, max_batch_size: int) -> StepTimes:

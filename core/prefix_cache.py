@@ -72,6 +72,13 @@ class PrefixCache(BlockManager):
     def num_assigned(self) -> int:
         return super().num_assigned - len(self._cached)
 
+    @property
+    def num_read_again(self) -> int:
+        """References of requests with KV in hand to blocks that another of them refers to as well. Not exact while one
+        waits for KV: a block that only such a one refers to is in use, and not written to the end of its table.
+        """
+        return max(0, self.num_written_references - self.num_in_use)
+
     # ---- what a request would find here -----------------------------------------------------------------------------
 
     def look(self, visit: Visit, num_blocks: int) -> None:

@@ -6,7 +6,7 @@ import heapq
 from typing import Any
 
 from ..policies.interfaces import BatchPolicy, PolicyError
-from ..policies.vocabulary import BatchPlan, ChunkPlan, Role
+from ..policies.vocabulary import BatchPlan, ChunkPlan, Role, plain_integer
 from .batch_view import BatchView, WaitingPrompts
 from .blocks import BlockManager
 from .capacity import Capacity
@@ -114,9 +114,17 @@ class Prompts:
             waiting,
         )
         plan = self._batching.plan(view)
+        if not isinstance(plan, BatchPlan) or not isinstance(plan.chunks, (tuple, list)):
+            raise PolicyError(
+                f"{type(self._batching).__name__} answered {plan!r}; allowed: a BatchPlan of a tuple of chunks"
+            )
         budget = self._limits.max_num_tokens - (room.num_decodes if plan.decodes else 0)
-        if sum(chunk.num_tokens for chunk in plan.chunks) > budget and plan.chunks:
-            total = sum(chunk.num_tokens for chunk in plan.chunks)
+        total = 0
+        for chunk in plan.chunks:
+            if not isinstance(chunk, ChunkPlan):
+                raise PolicyError(f"{type(self._batching).__name__} planned {chunk!r}; allowed: a ChunkPlan")
+            total += chunk.num_tokens if type(chunk.num_tokens) is int else plain_integer(chunk.num_tokens, chunk)
+        if total > budget and plan.chunks:
             raise PolicyError(
                 f"{type(self._batching).__name__} planned {total} prompt tokens; at most {budget} are allowed"
             )

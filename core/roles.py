@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Final
 
 from ..policies.interfaces import PolicyError, RolePolicy
-from ..policies.vocabulary import ChangeRole, Request, Role, Stage
+from ..policies.vocabulary import ChangeRole, Request, Role, Stage, plain_integer
 from .commands import Record, Send
 from .decisions import role_row
 from .events import RoleChanged
@@ -93,7 +93,10 @@ class Roles:
     def _arm(self, now: int) -> None:
         """One timer for the next instant that the policy names; it stops with the last request, for a run to end."""
         at = None if self.policy is None else self.policy.next_at(now)
-        if at is None or (self._armed_for is not None and self._armed_for <= at):
+        if at is None:
+            return
+        at = plain_integer(at, f"{type(self.policy).__name__}.next_at")
+        if self._armed_for is not None and self._armed_for <= at:
             return
         if at <= now:
             self._due = True
@@ -108,7 +111,7 @@ class Roles:
         who = type(self.policy).__name__
         if not isinstance(change, ChangeRole):
             raise PolicyError(f"{who} answered {change!r}; allowed: a sequence of ChangeRole")
-        executor = int(change.executor)
+        executor = plain_integer(change.executor, change)
         never = self._why_never(executor, change.role)
         if never is not None:
             raise PolicyError(f"{who} answered {change!r}, but {never}")

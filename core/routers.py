@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from ..policies import registry
 from ..policies.interfaces import PolicyError, RoutingPolicy
 from ..policies.views import FleetView
-from ..policies.vocabulary import Hold, Request, Role, Route, RouteMixed, Routing, Stage
+from ..policies.vocabulary import Hold, Request, Role, Route, RouteMixed, Routing, Stage, plain_integer
 from .config import OrchestratorConfig, PolicySpec
 from .events import Report
 from .fleet import Fleet
@@ -106,14 +106,17 @@ def _shown(task: Task, router: RoutingPolicy) -> Request:
 
 
 def _in_plain_integers(answer: Routing) -> Routing:
-    """The answer in Python's own integers: a policy may have read them off columns of numpy's."""
+    """The answer in Python's own integers: a policy may have read them off columns of numpy's. PolicyError if one is none."""
     if type(answer) is Route:
         context, generation = answer.context, answer.generation
         if (context is None or type(context) is int) and (generation is None or type(generation) is int):
             return answer
-        return Route(None if context is None else int(context), None if generation is None else int(generation))
+        return Route(
+            None if context is None else plain_integer(context, answer),
+            None if generation is None else plain_integer(generation, answer),
+        )
     if type(answer) is RouteMixed and type(answer.executor) is not int:
-        return RouteMixed(int(answer.executor))
+        return RouteMixed(plain_integer(answer.executor, answer))
     if type(answer) is Hold and answer.until is not None and type(answer.until) is not int:
-        return Hold(int(answer.until))
+        return Hold(plain_integer(answer.until, answer))
     return answer

@@ -53,6 +53,7 @@ class Scheduler:
         self.tails: deque[Tail] = deque()  # committed plans before it that have not ended
         self.has_changed = False  # since the flag was last cleared: an epoch began, or the batch ran empty
         self.shown_kv = 0  # KV tokens of the decode batch at its last change
+        self._shown_shared_kv = 0  # of those, tokens of blocks that are read again
         self.shown_steps = 0
         self.has_doomed = False  # a visit was given up since `doomed` was last asked
         self._shown_written = 0
@@ -387,9 +388,11 @@ class Scheduler:
             running,
             kv if running else 0,
             decodes,
+            self._shown_shared_kv if running else 0,
         )
         if not continues:
             epoch.num_decodes, epoch.num_kv_tokens = running, kv if running else 0
+            epoch.num_shared_kv = self.running.num_shared_kv
             epoch.block_counts = self.block_counts()
         self.batch.told()
         self._emit(self.running)
@@ -410,6 +413,8 @@ class Scheduler:
     def _show(self) -> None:
         """What is told of the batch is true as of now."""
         self.shown_kv = self.batch.num_kv_tokens
+        if self.cache is not None:
+            self._shown_shared_kv = min(self.cache.num_read_again * self.config.tokens_per_block, self.shown_kv)
         self._shown_written = self.batch.num_blocks_written
         self.shown_steps = self.num_steps
         self.capacity.num_ahead = 0

@@ -77,6 +77,7 @@ class StepRow(Struct, frozen=True, gc=False, tag="step", array_like=True):
     blocks_held: int
     blocks_quarantined: int
     blocks_cached: int = 0
+    num_shared_kv: int = 0  # of `num_kv_tokens`, those read again from blocks that requests share
 
 
 class TransferRow(Struct, frozen=True, gc=False, tag="transfer", array_like=True):

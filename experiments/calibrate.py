@@ -40,8 +40,9 @@ from ..runtime.session_series import (
 )
 from ..runtime.transport import TransportError
 from ..runtime.transport_world import world_needs
-from .calibration_fit import fit_engine, fit_points, points_of, usual
+from .calibration_fit import fit_engine
 from .calibration_plan import QUICK, STANDARD, Effort, plan_sessions
+from .calibration_points import fit_points, points_of, usual
 from .calibration_samples import (
     MessageSample,
     Samples,
@@ -50,7 +51,7 @@ from .calibration_samples import (
     pair_kind,
     write_samples,
 )
-from .cluster import Placement, blocks_beside_weights, cluster_of, device_of, placements_of, shape_of
+from .cluster import Placement, blocks_beside_weights, cluster_of, device_of, executor_groups, placements_of, shape_of
 from .config import Experiment
 from .device_names import device_name
 from .errors import EXIT_TIMEOUT, ConfigError, ExperimentError, ResourceError
@@ -104,6 +105,7 @@ def calibrate(
     `told(sessions done, in all, name of the last)` hears of progress. What `overwrite` replaces stays until the new
     profile is there. Raises ConfigError, ResourceError or CalibrationFailedError.
     """
+    _check_is_of_one_kind(config)
     shape = shape_of(config)
     sessions = plan_sessions(config, _rough_cost(config, shape), EFFORTS[quick])
     plan, folder = _plan_hash(config, sessions), output.with_suffix(".sessions")
@@ -137,6 +139,21 @@ def calibrate(
     save_profile(profile, output)
     shutil.rmtree(folder)
     return profile
+
+
+def _check_is_of_one_kind(config: Experiment) -> None:
+    """ConfigError for a cluster of two kinds of device, or of two kinds of links: a profile is of one."""
+    given = sorted({keys.profile for _, keys, _ in executor_groups(config.cluster) if keys.profile is not None})
+    if given:
+        raise ConfigError(
+            f"a calibration is of one kind of device, and executors name {', '.join(given)} beside cluster.profile;"
+            " allowed: a file for each kind, without `profile`"
+        )
+    transceiver = config.cluster.cache_transceiver
+    if transceiver is not None and transceiver.across_domains_gb_per_s is not None:
+        raise ConfigError(
+            "a calibration is of one kind of link, and across_domains_gb_per_s makes two; allowed: throttle_gb_per_s"
+        )
 
 
 def samples_folder(profile: Path) -> Path:
@@ -192,8 +209,12 @@ def _plan_hash(config: Experiment, sessions: Sequence[Session]) -> str:
     """Equal for equal calibrations, wherever their files lie."""
     spec = hardware_spec(config)
     spec = msgspec.structs.replace(spec, orchestrator=msgspec.structs.replace(spec.orchestrator, policy_root=""))
-    loads = [(s.name, s.orchestrator.skip_context_phase, s.phases) for s in sessions]
+    loads = [(s.name, s.orchestrator.skip_context_phase, _shares(s), s.phases) for s in sessions]
     return sha256(msgspec.msgpack.encode((spec, loads))).hexdigest()
+
+
+def _shares(session: Session) -> bool:
+    return any(executor.enable_block_reuse for executor in session.orchestrator.executors)
 
 
 def _read_about(folder: Path) -> About:

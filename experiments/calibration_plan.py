@@ -2,8 +2,9 @@
 
 Each session is an ordinary load on the ordinary serving path. Decode batches are filled with canned contexts (nothing is
 computed, KV is left as it is), so that a full batch of long sequences costs nothing; their ends are staggered, so that one
-session goes through every batch size on its way down. Contexts alone end with their first token. The serving sessions
-have the lengths of the experiment file's own workload.
+session goes through every batch size on its way down. Contexts alone end with their first token. Where sequences share a
+prefix, it is computed once, and executors reuse its blocks in those sessions. The serving sessions have the lengths of the
+experiment file's own workload.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ _PROMPTS: Final = (
 _BURSTS: Final = ((2, 32), (4, 128), (8, 128), (2, 512), (4, 512), (8, 1024), (16, 64), (32, 256))
 _LAUNCHED: Final = (16, 64, 128, 256, 384, 512)  # so short that the host takes longer to launch than a device to run
 _TOO_MANY: Final = (3 * CHUNK_SLOTS // 2, 4)  # prompts of so many tokens: more than a graph has room for, few rows
+_SHARED: Final = ((1024, 4), (2048, 2), (4096, 8))  # prefixes of so many tokens, each of so many sequences
+_MOST_ALIKE: Final = 48  # sequences that share prefixes
+_BEHIND: Final = 512  # tokens of a prompt behind its prefix, at most
+_MOST_NAMES: Final = 1 << 24  # blocks of one prompt
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
 
@@ -54,20 +59,24 @@ class Effort:
     serving: tuple[tuple[int, int], ...]
     poisson: int
     most_tokens: int  # of one prompt
-    busy_s: float  # of prompts without a rest
+    busy: tuple[tuple[int | None, float], ...]  # (prompts at a time, seconds) without a rest; None: two full batches
 
 
-STANDARD: Final = Effort(12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768, 5.0)
-QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, 0.0)
+STANDARD: Final = Effort(
+    12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768, ((2, 2.0), (6, 3.0), (None, 5.0))
+)
+QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, ())
 
 
 @dataclass(frozen=True)
 class _Ask:
-    """One request of a session: its lengths, and its instant where the loop is open."""
+    """One request of a session: its lengths, and its instant where the loop is open. `prefix`: (which one it begins with,
+    its tokens)."""
 
     prompt: int
     output: int
     at_s: float | None = None
+    prefix: tuple[int, int] | None = None
 
 
 class _Cluster:
@@ -91,6 +100,7 @@ class _Cluster:
         self.max_batch = min(e.scheduler.max_batch_size for e in decoding)
         self.kv_tokens = min(e.num_blocks * e.tokens_per_block for e in executors)
         self.tokens_per_block = max(e.tokens_per_block for e in executors)
+        self.may_share = len({e.tokens_per_block for e in executors}) == 1
         self.step_tokens = min(e.scheduler.max_num_tokens for e in prefilling)
         self.context_batch = min(e.scheduler.max_batch_size for e in prefilling)
         self.longest = min(shape_of(config).max_position_embeddings, self.kv_tokens) - 2
@@ -107,6 +117,7 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
         *_contexts(cluster, effort, cost),
         *_launches(cluster, effort, cost),
         *_decodes(cluster, effort),
+        *_shared(cluster, effort, cost),
         *_serving(config, cluster, effort, cost),
     ]
     random = Random(config.seed)
@@ -115,13 +126,16 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
 
 
 class _Plan(NamedTuple):
-    """One session. `concurrency` None: the requests' own instants. `sends_early`: its steps tell of their layers."""
+    """One session. `concurrency` None: the requests' own instants. `sends_early`: its steps tell of their layers.
+    `shares`: executors reuse the blocks of prefixes.
+    """
 
     name: str
     asks: Sequence[_Ask]
     concurrency: int | None
     is_canned: bool = False
     sends_early: bool = False
+    shares: bool = False
 
 
 def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
@@ -206,6 +220,41 @@ def _unlike(cluster: _Cluster, effort: Effort, random: Random) -> Iterator[_Ask]
             yield _Ask(length, end)
 
 
+def _shared(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+    """Decode batches whose sequences begin alike, some in each of several ways: KV of theirs is read again in every step.
+
+    Prompts alone compute the prefixes. Then the sequences come one by one, in no order of kind: their prompts are short
+    ones behind cached KV. All go on until the last has come, and end one after another.
+    """
+    for number, (tokens, alike) in enumerate(_SHARED[:: effort.share] if cluster.may_share else ()):
+        longest = min(effort.most_tokens // 4, cluster.longest // 4, cluster.kv_tokens // 16)
+        prefix = min(tokens, longest) // cluster.tokens_per_block * cluster.tokens_per_block
+        behind = min(_BEHIND, prefix // 2)
+        batch = min(cluster.max_batch, _MOST_ALIKE, cluster.kv_tokens * 9 // 10 // cluster.rounded(prefix + behind + 1))
+        kinds = batch // alike
+        if not prefix or not kinds:
+            continue
+        batch = kinds * alike
+        next_s = 1.5 * cost.step_time(StepFeatures(batch, 0, ((prefix, behind, True),))) / UNITS_PER_S
+        decode_s = cost.step_time(StepFeatures(batch, batch * prefix)) / UNITS_PER_S
+        outputs = [batch * (1 + int(next_s / decode_s)) + end for end in reversed(_staggered(batch, effort.hold))]
+        most = prefix + behind + outputs[-1] + 2
+        if most > cluster.longest or batch * cluster.rounded(most) > cluster.kv_tokens:
+            continue
+        alone_s = 1.5 * cost.step_time(StepFeatures(0, 0, ((0, prefix + 1, True),))) / UNITS_PER_S
+        random = Random(29 + number)
+        asks, at = [], 0.0
+        for kind in range(kinds):
+            asks += [_Ask(prefix + 1, 1, at, (kind, prefix))] * cluster.num_decoding
+            at += alone_s
+        all_kinds = [kind for kind in range(kinds) for _ in range(alike)]
+        for kind, output in zip(random.sample(all_kinds, batch), outputs, strict=True):
+            prompt = prefix + random.randint(1, behind)
+            asks += [_Ask(prompt, output, at, (kind, prefix))] * cluster.num_decoding
+            at += next_s
+        yield _Plan(f"decodes that share {prefix} tokens, {alike} at a time", asks, None, shares=True)
+
+
 def _batch_at(cluster: _Cluster, level: int, effort: Effort) -> int:
     """Sequences of `level` tokens that fit into a decode batch, with the tokens that they will generate."""
     longest = level + effort.hold * (len(graph_sizes(cluster.max_batch)) + 2) + cluster.max_batch // 8
@@ -235,15 +284,17 @@ def _serving(config: Experiment, cluster: _Cluster, effort: Effort, cost: Roofli
             scale = 1 if concurrency == 1 else cluster.num_decoding
             asks = list(islice(lengths, count * scale))
             yield _Plan(f"serving, {concurrency * scale} at a time", asks, concurrency * scale)
-    if busy := list(_busy(lengths, cluster, effort, cost)):
-        yield _Plan("contexts without a rest", busy, 2 * cluster.context_batch * cluster.num_prefilling)
+    for at_a_time, seconds in effort.busy:
+        count = min(at_a_time or 2 * cluster.context_batch, 2 * cluster.context_batch)
+        if busy := list(_busy(lengths, cluster, seconds, cost)):
+            yield _Plan(f"contexts without a rest, {count} at a time", busy, count * cluster.num_prefilling)
     asks = list(islice(lengths, effort.poisson))
     yield _Plan("serving, open loop", list(_spaced(asks, cost, cluster)), None)
 
 
-def _busy(lengths: Iterable[_Ask], cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Ask]:
+def _busy(lengths: Iterable[_Ask], cluster: _Cluster, seconds: float, cost: RooflineCost) -> Iterator[_Ask]:
     """Prompts alone for so long that a device gets as warm, and its clock as low, as under a load that does not end."""
-    left = effort.busy_s * UNITS_PER_S * cluster.num_prefilling
+    left = seconds * UNITS_PER_S * cluster.num_prefilling
     for ask in islice(lengths, _MOST_BUSY):
         left -= cost.step_time(StepFeatures(0, 0, ((0, ask.prompt, True),)))
         if left < 0:
@@ -276,13 +327,34 @@ def _session(plan: _Plan, cluster: _Cluster, random: Random, tokens: tuple[int, 
     for number, ask in enumerate(plan.asks):
         # a bound that no sequence reaches: in serving, too, it is the world that ends them
         bound = 1 if ask.output == 1 and not plan.is_canned else longest + 1
-        cut = random.randrange(len(tokens) - ask.prompt)
-        request = Request(number, ask.prompt, bound, input_token_ids=tokens[cut : cut + ask.prompt])
+        request = Request(number, ask.prompt, bound, input_token_ids=_prompt(ask, random, tokens))
+        if ask.prefix is not None:
+            request = replace(request, block_hashes=_names(number, ask, cluster.tokens_per_block))
         offset = round((ask.at_s or 0.0) * PS_PER_S) if plan.concurrency is None else None
         submissions.append(PlannedSubmission(request, offset, ask.output))
+    executors = cluster.orchestrator.executors
+    if plan.shares:
+        executors = tuple(replace(executor, enable_block_reuse=True) for executor in executors)
     orchestrator = replace(
         cluster.orchestrator,
+        executors=executors,
         skip_context_phase=plan.is_canned,
         generation_binding=AT_CONTEXT_START if plan.sends_early else AT_CONTEXT_DONE,
     )
     return Session(plan.name, orchestrator, (LoadPhase(tuple(submissions), plan.concurrency, plan.name),))
+
+
+def _prompt(ask: _Ask, random: Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """A cut of `tokens`, behind its prefix, which begins where its kind says."""
+    kind, length = ask.prefix or (0, 0)
+    own = ask.prompt - length
+    cut = random.randrange(len(tokens) - own)
+    return tokens[kind : kind + length] + tokens[cut : cut + own]
+
+
+def _names(number: int, ask: _Ask, tokens_per_block: int) -> tuple[int, ...]:
+    """Of the full blocks of a prompt: those of its prefix are everybody's of its kind, the others its own."""
+    kind, length = ask.prefix or (0, 0)
+    shared, all_of_it = length // tokens_per_block, ask.prompt // tokens_per_block
+    prefix = [_MOST_NAMES * (1 + kind) + i for i in range(shared)]
+    return (*prefix, *(-_MOST_NAMES * (1 + number) - i for i in range(shared, all_of_it)))

@@ -57,6 +57,7 @@ class StepSample(Struct, frozen=True, array_like=True):
     num_left: int
     in_transfer: bool  # KV came or went meanwhile
     sends_early: bool = False  # KV might be asked for early: a step with chunks told of its layers, and was no graph
+    num_shared_kv: int = 0  # of the KV tokens, those that are read again, from blocks that sequences share
 
 
 class MessageSample(Struct, frozen=True, array_like=True):
@@ -188,6 +189,7 @@ def _step(
         len(run.joined) if kind != FOLLOWING else 0,
         len(run.left) if kind != FOLLOWING else 0,
         any(a < end and start < b for a, b in busy),
+        num_shared_kv=run.num_shared_kv if num_decodes else 0,
     )
 
 

@@ -241,6 +241,10 @@ def fidelity(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with the runs of all experiments.")],
     output: Annotated[Path, typer.Option(help="The page to write, .md; data and plots go beside it.")],
     commit: Annotated[str | None, typer.Option(help="Of profile and predictions; default: what the runs say.")] = None,
+    earlier: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE.json", help="A page beside it, whose other experiments are taken over."),
+    ] = None,
     metric: RankedBy = "mean_ttft",
     replay: Replay = True,
     root: Root = None,
@@ -251,7 +255,9 @@ def fidelity(
     from .cli_compare import write_fidelity
 
     as_json = _wants_json(format, json)
-    write_fidelity(folder, output, commit=commit, metric=metric, as_json=as_json, replay=replay, root=root)
+    write_fidelity(
+        folder, output, commit=commit, metric=metric, as_json=as_json, replay=replay, root=root, earlier=earlier
+    )
 
 
 @app.command()

@@ -17,8 +17,17 @@ from ..policies.interfaces import PolicyError
 from ..reports.attribution import Split, split_errors, stage_differences
 from ..reports.error_figures import scatter
 from ..reports.error_text import pair_text, ranking_text
-from ..reports.fidelity import Group, fidelity_rows, groups_of
-from ..reports.fidelity_page import MOST_PLOT_BYTES, Fidelity, Finding, as_data, as_markdown, commit_of
+from ..reports.fidelity import Group, groups_of
+from ..reports.fidelity_page import (
+    MOST_PLOT_BYTES,
+    Fidelity,
+    Finding,
+    as_data,
+    as_markdown,
+    commit_of,
+    finding_of,
+    read_data,
+)
 from ..reports.ranking import Ranking, metric_key, rank_trees, rankings
 from ..reports.run_errors import Matched, RunPair, match_trees
 from ..reports.runs import ReportError, Run
@@ -148,22 +157,25 @@ def write_fidelity(
     as_json: bool,
     replay: bool,
     root: Path | None,
+    earlier: Path | None = None,
 ) -> None:
     """Write the table of every experiment below `folder` to `output` (.md), with the .json and the plots beside it.
 
-    Raises ConfigError for runs that do not belong together.
+    `earlier`: the .json of such a page beside `output`, whose other experiments are taken over as they stand there.
+    Raises ConfigError for runs that do not belong together, or a file that is no such page.
     """
     if output.suffix != ".md":
         raise ConfigError(f"--output {output}: must end in .md; the data go beside it, in .json")
     with _told():
         groups = groups_of(folder)
         plots = output.with_suffix("")
+        before = read_data(earlier) if earlier is not None else Fidelity((), ())
+        if earlier is not None and earlier.parent.resolve() != output.parent.resolve():
+            raise ConfigError(f"--earlier {earlier}: must lie beside {output}, or its plots would not be found")
         found = Fidelity(
-            folder,
-            tuple(_finding(group, plots, replay, root) for group in groups),
+            tuple(_finding(group, folder, commit, plots, replay, root) for group in groups),
             tuple(_rankings(groups, metric_key(metric))),
-            commit or commit_of(groups),
-        )
+        ).beside(before)
     data = json.dumps(as_data(found), indent=1)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output.with_suffix(".json"), data + "\n")
@@ -179,9 +191,10 @@ def write_fidelity(
     print(f"wrote {output} and {output.with_suffix('.json')}")
 
 
-def _finding(group: Group, plots: Path, replay: bool, root: Path | None) -> Finding:
+def _finding(group: Group, folder: Path, commit: str | None, plots: Path, replay: bool, root: Path | None) -> Finding:
+    commit = commit or commit_of(group)
     if not group.pairs:
-        return Finding(group, ())
+        return finding_of(group, folder, commit)
     pair = group.pairs[0]
     split, why_not = _split(pair, replay, root)
     plot = None
@@ -193,9 +206,7 @@ def _finding(group: Group, plots: Path, replay: bool, root: Path | None) -> Find
         file = plots / f"{group.title.translate(_UNSAFE)}.png"
         file.write_bytes(drawing.png)
         plot = f"{plots.name}/{file.name}"
-    return Finding(
-        group, tuple(fidelity_rows(group)), tuple(stage_differences(pair)), split, why_not if replay else "", plot
-    )
+    return finding_of(group, folder, commit, split=split, why_no_split=why_not if replay else "", plot=plot)
 
 
 def _rankings(groups: Sequence[Group], key: str) -> Iterator[Ranking]:

@@ -11,7 +11,7 @@ from typing import Final
 
 from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
-from .cluster import cluster_of, world_size
+from .cluster import cluster_of, placements_of, world_size
 from .errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -251,8 +251,8 @@ def _describe(loaded: LoadedExperiment, points: Sequence[RunPoint]) -> None:
         cluster = cluster_of(point.experiment)
         lines = [
             f"  executor {e.id}: {e.role.value}, tp {e.tensor_parallel_size} pp {e.pipeline_parallel_size},"
-            f" {e.num_blocks} blocks of {e.tokens_per_block} tokens"
-            for e in cluster.executors
+            f" {e.num_blocks} blocks of {e.tokens_per_block} tokens" + (f", {p.keys.profile}" if p.keys.profile else "")
+            for e, p in zip(cluster.executors, placements_of(point.experiment), strict=True)
         ]
         text = "\n".join(lines)
         if text not in shown:

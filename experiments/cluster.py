@@ -25,7 +25,6 @@ from .config_keys import PolicyChoice
 from .errors import ConfigError, ResourceError, did_you_mean
 from .predictions import prediction_of
 from .profile_file import (
-    EngineEntry,
     LinkEntry,
     Profile,
     find_engine,
@@ -114,30 +113,49 @@ def _read_shape(path: Path, name: str, dtype: str | None, mtime_ns: int) -> Mode
     return shape_from_hf_config(values, Path(name).name, dtype)
 
 
-def device_of(config: Experiment) -> Device:
-    """The device that `cluster.profile` names: a specification, or what a profile was measured on.
+def profile_name(config: Experiment, keys: ExecutorKeys | None = None) -> str:
+    """What `cluster.profile` names, or, of these executors, their own `profile` where they have one."""
+    return config.cluster.profile if keys is None or keys.profile is None else keys.profile
+
+
+def device_of(config: Experiment, keys: ExecutorKeys | None = None) -> Device:
+    """The device that a profile names, the cluster's or that of these executors: a specification, or what it was measured on.
 
     Raises ConfigError listing what there is, or saying what the profile was measured for if that is something else.
     """
-    name = config.cluster.profile
+    name = profile_name(config, keys)
     if name.startswith(SPEC_PREFIX):
         known = [f"{SPEC_PREFIX}{device}" for device in DEVICES]
         if name not in known:
             allowed = [*known, *shipped_profiles()]
             raise ConfigError(f"unknown profile '{name}'{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)})")
+        if (
+            keys is not None
+            and keys.profile is not None
+            and name.startswith("spec:cpu") != (config.device_type == "cpu")
+        ):
+            raise ConfigError(
+                f"profile {name} is of another device type than the cluster, which is of {config.device_type}"
+            )
         return DEVICES[name.removeprefix(SPEC_PREFIX)]
-    profile = profile_of(config)
+    profile = profile_of(config, keys)
     if profile is None:
         raise ConfigError(f"unknown profile '{name}'")
     return profile.device
 
 
-def profile_of(config: Experiment) -> Profile | None:
-    """The measured profile that `cluster.profile` names, None for a specification.
+def kinds_of(config: Experiment) -> dict[str | None, tuple[Device, Profile | None]]:
+    """Device and measured profile by the `profile` that executors give, None for those that give none."""
+    given = {keys.profile: keys for _, keys, _ in executor_groups(config.cluster)}
+    return {name: (device_of(config, keys), profile_of(config, keys)) for name, keys in given.items()}
+
+
+def profile_of(config: Experiment, keys: ExecutorKeys | None = None) -> Profile | None:
+    """The measured profile that the cluster, or these executors, name; None for a specification.
 
     Raises ConfigError if there is none of that name, or one that was measured for something else.
     """
-    name = config.cluster.profile
+    name = profile_name(config, keys)
     if name.startswith(SPEC_PREFIX):
         return None
     if not is_path(name) and name not in shipped_profiles():
@@ -146,12 +164,12 @@ def profile_of(config: Experiment) -> Profile | None:
             f"unknown profile '{name}'{did_you_mean(name, allowed)} (allowed: {', '.join(allowed)}, or a path)"
         )
     profile = load_profile(profile_path(name, config.root))
-    _check_profile(profile, config)
+    _check_profile(profile, config, name)
     return profile
 
 
-def _check_profile(profile: Profile, config: Experiment) -> None:
-    """ConfigError with what the profile was measured for, unless that is this experiment's cluster."""
+def _check_profile(profile: Profile, config: Experiment, name: str) -> None:
+    """ConfigError with what the profile was measured for, unless that is what this experiment's executors of that name are."""
     for_ = profile.measured_for
     if for_.device_type != config.device_type:
         raise ConfigError(
@@ -163,10 +181,14 @@ def _check_profile(profile: Profile, config: Experiment) -> None:
         raise ConfigError(
             f"profile {profile.name} was measured for {for_.model} in {for_.dtype}, not {shape.name} in {shape.dtype}{other}"
         )
-    kinds: dict[tuple[Role, int, int], EngineEntry] = {}
+    kinds: dict[tuple[bool, Role, int, int], None] = {}  # whether it is of this profile, and what it is
     for role, keys, _ in executor_groups(config.cluster):
         tp, pp = keys.tensor_parallel_size, keys.pipeline_parallel_size
-        entry = kinds[role, tp, pp] = find_engine(profile, role.value, tp, pp)
+        is_ours = profile_name(config, keys) == name
+        kinds[is_ours, role, tp, pp] = None
+        if not is_ours:
+            continue
+        entry = find_engine(profile, role.value, tp, pp)
         if entry.tokens_per_block != keys.kv_cache.tokens_per_block:
             raise ConfigError(
                 f"profile {profile.name} was measured for KV blocks of {entry.tokens_per_block} tokens,"
@@ -177,8 +199,10 @@ def _check_profile(profile: Profile, config: Experiment) -> None:
             raise ConfigError(
                 f"profile {profile.name} was measured for layers_per_stage {list(entry.layers_per_stage)}, not {list(layers)}"
             )
-    for source_role, *source in kinds:
-        for reader_role, *reader in kinds:
+    for source_is_ours, source_role, *source in kinds:
+        for reader_is_ours, reader_role, *reader in kinds:
+            if not source_is_ours and not reader_is_ours:
+                continue
             moves = config.policy.migration is not None and Role.CONTEXT not in (source_role, reader_role)
             if (
                 config.policy.roles is not None
@@ -304,17 +328,17 @@ def blocks_beside_weights(keys: ExecutorKeys, shape: ModelShape, device: Device,
 def cluster_of(config: Experiment) -> OrchestratorConfig:
     """The cluster that both worlds build. Raises ConfigError, ResourceError or ModelError."""
     shape = shape_of(config)
-    device = device_of(config)
     cluster = config.cluster
     transceiver = cluster.cache_transceiver
-    base, per_token = _transfer_timeout(config, shape, device)
+    kinds = kinds_of(config)
+    base, per_token = _transfer_timeout(config, shape, [device for device, _ in kinds.values()])
     executors = []
     for placement in placements_of(config):
         keys = placement.keys
         executor = ExecutorConfig(
             id=placement.id,
             role=placement.role,
-            num_blocks=num_blocks_of(keys, shape, device),
+            num_blocks=num_blocks_of(keys, shape, kinds[keys.profile][0]),
             tokens_per_block=keys.kv_cache.tokens_per_block,
             scheduler=SchedulerConfig(
                 queue_order=spec_of(keys.scheduler.queue_order),
@@ -376,12 +400,13 @@ def _router(choice: PolicyChoice | None, wanted: bool) -> PolicySpec | None:
     return spec_of(choice) if choice is not None and wanted else None
 
 
-def _transfer_timeout(config: Experiment, shape: ModelShape, device: Device) -> tuple[int, int]:
-    """(base, per token) in picoseconds: the time given, or 30 s + 4 × bytes over the link's rate."""
+def _transfer_timeout(config: Experiment, shape: ModelShape, devices: Sequence[Device]) -> tuple[int, int]:
+    """(base, per token) in picoseconds: the time given, or 30 s + 4 × bytes over the slowest link's rate."""
     transceiver = config.cluster.cache_transceiver
     if transceiver is not None and transceiver.kv_transfer_timeout_ms is not None:
         return picoseconds(transceiver.kv_transfer_timeout_ms), 0
-    rate = device.link_bandwidth * device.link_efficiency
-    if transceiver is not None and transceiver.throttle_gb_per_s is not None:
-        rate = min(rate, transceiver.throttle_gb_per_s * 1e9)
+    rate = min(device.link_bandwidth * device.link_efficiency for device in devices)
+    for throttle in () if transceiver is None else (transceiver.throttle_gb_per_s, transceiver.across_domains_gb_per_s):
+        if throttle is not None:
+            rate = min(rate, throttle * 1e9)
     return TRANSFER_TIMEOUT_FLOOR, round(TRANSFER_TIMEOUT_FACTOR * shape.kv_bytes_per_token / rate * PS_PER_S)

@@ -31,8 +31,8 @@ MODULES: Final = {
     "core": (
         "agenda batch_view blocks capacity chunk_sums decisions decode_batch dispatches epoch_times epochs executor"
         " executor_reports fleet free_blocks grants held_tasks kv_reader kv_source launch_gaps life_cycle local_kv"
-        " measured_cost moves orchestrator prefix_cache prefix_index prompts refusal roles routers scheduler step_sizes tails"
-        " task timers unbound_kv visit visit_ends visit_rows"
+        " measured_cost moves orchestrator prefix_cache prefix_index prompts queue_orders refusal roles routers scheduler"
+        " step_sizes tails task timers unbound_kv visit visit_ends visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link sequences timing",
     "experiments": "arrivals lengths load_source planned simulated_load synthetic",

@@ -79,6 +79,11 @@ class ExecutorKeys(Keys):
     plan_ahead: bool | None = Field(
         None, description="make the next plan while granted steps of this one still run; default: on a GPU"
     )
+    profile: str | None = Field(
+        None,
+        min_length=1,
+        description="of these executors, where their devices are of another kind than cluster.profile's",
+    )
     device_weight: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="relative speed, shown to policies")
     domain: str = Field("", max_length=200, description="topology domain, shown to policies")
 
@@ -112,6 +117,9 @@ class CacheTransceiver(Keys):
     quarantine_max_blocks: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     throttle_gb_per_s: Rate | None = Field(
         None, description="cap on the rate between two executors, 1e9 bytes a second"
+    )
+    across_domains_gb_per_s: Rate | None = Field(
+        None, description="the same between executors whose `domain` differs, where it is lower"
     )
 
 

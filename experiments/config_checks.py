@@ -104,6 +104,13 @@ def _roles(config: Experiment) -> Iterator[Problem]:
             f"{NOT_ENABLED}: no cache transceiver backend is given and KV must travel between executors"
             " (allowed: cluster.cache_transceiver: {backend: mpi | cuda_ipc | host | auto})",
         )
+    across = None if transceiver is None else transceiver.across_domains_gb_per_s
+    if across is not None and len({keys.domain for _, keys, _ in executor_groups(cluster)}) < 2:
+        yield Problem(
+            ("cluster", "cache_transceiver", "across_domains_gb_per_s"),
+            "has no effect: all executors are of one domain; allowed with it: executors whose `domain` differs",
+            "warning",
+        )
     yield from _routers(config, roles)
 
 
@@ -151,6 +158,7 @@ def _cluster(config: Experiment) -> list[Problem]:
         check_weights(config)
     except ModelError as error:
         problems.append(Problem(("model", "weights"), str(error)))
+    devices: dict[str | None, Device | None] = {None: device}  # by the profile that executors give
     seen: set[tuple[str | int, ...]] = set()
     for _, keys, path in executor_groups(config.cluster):
         if path in seen:
@@ -180,11 +188,18 @@ def _cluster(config: Experiment) -> list[Problem]:
                         f" {sorted(sizes)}; allowed with true: one tokens_per_block for all executors",
                     )
                 )
-        if device is None:
+        if keys.profile not in devices:
+            try:
+                devices[keys.profile] = device_of(config, keys)
+            except ConfigError as error:
+                problems.append(Problem((*path, "profile"), str(error)))
+                devices[keys.profile] = None
+        its_device = devices[keys.profile]
+        if its_device is None:
             continue
         try:
-            num_blocks = num_blocks_of(keys, shape, device)
-            problems += _kv_beside_weights(keys, shape, device, num_blocks, path)
+            num_blocks = num_blocks_of(keys, shape, its_device)
+            problems += _kv_beside_weights(keys, shape, its_device, num_blocks, path)
         except ModelError as error:
             key = "layers_per_stage" if "layers_per_stage" in str(error).split(" ")[0] else _parallel_key(str(error))
             problems.append(Problem((*path, key), str(error)))

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from ..reports.board import Board, BoardPolicy, BoardRegret, BoardRun, BoardScenario
 from .answer_book import AnswerBook
-from .cluster import cluster_of
+from .cluster import placements_of
 from .config import Experiment
 from .config_workload import ConcurrencyPhase, Phase, TraceDataset
 from .errors import ExperimentError
@@ -201,8 +201,9 @@ def cut_short(config: Experiment, requests: int | None, warm_up: int | None = No
 def _described(scenario: Scenario) -> BoardScenario:
     config = scenario.experiment
     kinds: dict[str, int] = {}
-    for executor in cluster_of(config).executors:
+    for executor in placements_of(config):
         kind = f"{executor.role.value} tp{executor.tensor_parallel_size}"
+        kind += f" on {executor.keys.profile}" if executor.keys.profile else ""
         kinds[kind] = kinds.get(kind, 0) + 1
     is_open = not any(isinstance(phase, ConcurrencyPhase) for phase in config.workload.phases)
     return BoardScenario(

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from .cluster import cluster_of, device_of, placements_of, profile_of, shape_of
+from .cluster import cluster_of, device_of, kinds_of, placements_of, profile_name, profile_of, shape_of
 from .config import Experiment
 from .oracles import uses_oracle
 from .run_point import RunOutcome, RunPoint
@@ -61,6 +61,7 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
             "steps_per_grant": placement.steps_per_grant,
             "pipeline_depth": placement.pipeline_depth,
             "plan_ahead": placement.plan_ahead,
+            "profile": profile_name(config, placement.keys),
             "num_blocks": executor.num_blocks,
             "tokens_per_block": executor.tokens_per_block,
         }
@@ -84,7 +85,7 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
         "platform": platform.platform(),
         "device": outcome.device or config.device_type,
         "profile": config.cluster.profile,
-        "profile_hash": sha256(msgspec.json.encode(profile_of(config) or device_of(config))).hexdigest(),
+        "profile_hash": _profile_hash(config),
         "num_devices": sum(len(placement.participant_ids) for placement in placements_of(config)),
         "executors": executors,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
@@ -95,6 +96,15 @@ def manifest_of(point: RunPoint, outcome: RunOutcome, started: datetime, num_row
         "num_rows": num_rows,
         **outcome.manifest,
     }
+
+
+def _profile_hash(config: Experiment) -> str:
+    """Of the cluster's profile; of those that executors give too, where they do."""
+    kinds = kinds_of(config)
+    content: Any = profile_of(config) or device_of(config)
+    if set(kinds) != {None}:
+        content = (content, {name or "": profile or device for name, (device, profile) in kinds.items()})
+    return sha256(msgspec.json.encode(content)).hexdigest()
 
 
 def package_versions() -> dict[str, str]:

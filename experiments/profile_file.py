@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct
 
+from ..core.cost import UNIT_BITS
 from ..core.devices import Device
 from ..core.measured_cost import UNITS_PER_NS, ZERO, Curve, MeasuredCost
 from ..core.measured_range import Measured
@@ -54,10 +55,11 @@ class DecodeFit(Struct, frozen=True, forbid_unknown_fields=True):
     rows: CurveFit
     kv_tokens: CurveFit
     sequence_ns: float = 0.0
+    shared_part: float = 0.0  # of reading a KV token, what it does not cost where it is read again
 
 
 class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of steps with chunks of prompts."""
+    """Of steps with chunks of prompts. `graph_…`: where they run as graphs, if those were told apart."""
 
     rows: CurveFit
     pair_ns: float
@@ -68,6 +70,9 @@ class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
     mixed_decode_ns: float
     graphs: bool = False  # short prompts ran as graphs
     launch_floor_ns: float = 0.0  # the host's time for a step that it launches kernel by kernel
+    graph_pair_ns: float | None = None
+    graph_cached_token_ns: float | None = None
+    shared_part: float = 0.0  # as in `DecodeFit`, of the decodes that run along
 
 
 class Residual(Struct, frozen=True, forbid_unknown_fields=True):
@@ -242,7 +247,8 @@ def _problems(value: Any, place: str) -> Iterator[str]:
 
 
 def save_profile(profile: Profile, path: Path) -> None:
-    """Written whole or not at all."""
+    """Written whole or not at all, its folder too where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n")
     partial.replace(path)
@@ -324,7 +330,31 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
         measured=entry.measured,
         chunk_graphs=is_cuda and chunks is not None and chunks.graphs and entry.role != "generation",  # it records none
         launch_floor=0 if chunks is None else _units(chunks.launch_floor_ns),
+        **_attention_in_graphs(chunks),
+        decode_shared=0 if decode is None else _part(decode.shared_part),
+        mixed_shared=_mixed_shared(decode, chunks, entry.measured),
     )
+
+
+def _attention_in_graphs(chunks: ChunkFit | None) -> dict[str, int]:
+    if chunks is None or chunks.graph_pair_ns is None or chunks.graph_cached_token_ns is None:
+        return {}
+    return {
+        "graph_pair": _units(chunks.graph_pair_ns),
+        "graph_cached_token": _units(chunks.graph_cached_token_ns),
+    }
+
+
+def _part(part: float) -> int:
+    if part > 1:
+        raise ValueError(f"shared_part is {part}; allowed: 0 to 1")
+    return round(part * (1 << UNIT_BITS))
+
+
+def _mixed_shared(decode: DecodeFit | None, chunks: ChunkFit | None, measured: Measured) -> int:
+    if chunks is not None and measured.mixed_decodes:
+        return _part(chunks.shared_part)
+    return 0 if decode is None else _part(decode.shared_part)
 
 
 def row_multiple(device_type: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from ..core.commands import ORCHESTRATOR
+from .calibrate import fit_messages
 from .calibration_samples import Samples, read_samples, write_samples
 from .errors import ConfigError
 from .profile_file import EngineEntry, LinkEntry, Profile, load_profile, save_profile, told_of
@@ -19,13 +20,16 @@ def merge_profiles(paths: Sequence[Path], output: Path) -> Profile:
     """Write the profile of all of them to `output`, and what samples there are; raises ConfigError as `merged` does."""
     profiles = [load_profile(path) for path in paths]
     both = merged(profiles, output.stem)
-    save_profile(both, output)
     samples = Samples()
     for path, executors, sessions in zip(paths, *_offsets(profiles), strict=True):
         _take(samples, read_samples(path.with_suffix(".samples")), executors, sessions)
     # Those of executors whose entry an earlier profile had would be taken for another's in the next merge.
     kept = {number for engine in both.engines for number in engine.executors}
     samples.steps = [step for step in samples.steps if step.executor in kept]
+    if samples.messages:  # one latency for all: of all that was heard, as a refit of the samples would have it
+        messages, spreads = fit_messages(samples.spaced_messages())
+        both = replace(both, messages=messages, message_residuals=spreads)
+    save_profile(both, output)
     folder = output.with_suffix(".samples")
     shutil.rmtree(folder, ignore_errors=True)
     if samples.steps:

@@ -30,6 +30,7 @@ _SUMS: Final = (
     "num_pairs",
     "num_cached_tokens",
     "num_sampled",
+    "num_shared_kv",
 )
 
 
@@ -92,12 +93,24 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
         print(f"  step in ms by tokens of one prompt: {times}")
     if entry.chunks is not None and cost.launch_floor:
         print(f"  a step with chunks that is no graph: {_ms(cost.launch_floor)} ms at least, to launch its kernels")
-    gaps = {name: getattr(entry.gaps, name) for name in entry.gaps.__struct_fields__}
+    if told := _told_of_shared(entry):
+        print(f"  KV that is read again in a step, from blocks that sequences share, costs {told}")
+    gaps = {name: getattr(entry.gaps, name) for name in entry.gaps.__struct_fields__ if "load" not in name}
     told = ", ".join(f"{name.replace('_', ' ')} {value / _PS_PER_MS:.2f}" for name, value in gaps.items() if value)
     print(f"  launch gaps in ms: {told or 'none'}")
+    if entry.gaps.millionths_under_load:
+        share, after = entry.gaps.millionths_under_load / 1e6, entry.gaps.load_after / _PS_PER_MS
+        print(f"  steps with chunks take {share:+.1%} once they have followed each other for {after:.0f} ms")
     if entry.transfer_slowdown is not None:
         print(f"  decode steps during a transfer take {entry.transfer_slowdown - 1:+.1%} (not in the model)")
     _print_residuals(entry.residuals)
+
+
+def _told_of_shared(entry: EngineEntry) -> str:
+    parts = [("decodes alone", entry.decode), ("decodes beside chunks", entry.chunks)]
+    return ", ".join(
+        f"{fit.shared_part:.0%} less by {name}" for name, fit in parts if fit is not None and fit.shared_part
+    )
 
 
 def _print_residuals(residuals: Sequence[Residual]) -> None:

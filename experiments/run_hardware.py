@@ -90,6 +90,7 @@ def hardware_spec(config: Experiment, placing: Placing | None = None) -> Hardwar
         transport=None if transceiver is None else transceiver.backend,
         device=config.device_type,
         throttle_gb_per_s=None if transceiver is None else transceiver.throttle_gb_per_s,
+        across_domains_gb_per_s=None if transceiver is None else transceiver.across_domains_gb_per_s,
         workload_names_blocks=True,
     )
 

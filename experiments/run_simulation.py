@@ -18,7 +18,7 @@ from ..policies.interfaces import PolicyError
 from ..policies.vocabulary import PS_PER_S
 from ..simulator.cluster import SimulatedCluster
 from ..simulator.timing import ModelTiming
-from .cluster import cluster_of, device_of, link_of, placements_of, profile_of, shape_of
+from .cluster import cluster_of, device_of, kinds_of, link_of, placements_of, profile_of, shape_of
 from .config import Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT
 from .event_files import log_name
@@ -35,14 +35,15 @@ EVENT_LOG_UP_TO: Final = 5_000  # requests; longer simulations keep an event log
 
 def costs_of(config: Experiment) -> dict[int, CostModel]:
     """The cost model of each executor, by id."""
-    shape, profile, device = shape_of(config), profile_of(config), device_of(config)
+    shape, kinds = shape_of(config), kinds_of(config)
     costs: dict[int, CostModel] = {}
     # executors alike share one model, which stays in a processor's caches
     shared: dict[tuple[object, ...], CostModel] = {}
     for placement in placements_of(config):
         tp, pp = placement.tensor_parallel_size, placement.pipeline_parallel_size
         most = placement.keys.scheduler.max_batch_size
-        kind = (placement.role, tp, pp, most)
+        kind = (placement.keys.profile, placement.role, tp, pp, most)
+        device, profile = kinds[placement.keys.profile]
         if kind not in shared and profile is None:
             shared[kind] = roofline(shape, device, tp, pp)
         elif kind not in shared and profile is not None:
@@ -61,12 +62,11 @@ def _sends_layers(config: Experiment) -> bool:
 
 def gaps_of(config: Experiment) -> dict[int, LaunchGaps]:
     """What lies between two plans of each executor, by id; nothing under a specification."""
-    profile = profile_of(config)
-    if profile is None:
-        return {}
+    kinds = kinds_of(config)
     return {
         p.id: find_engine(profile, p.role.value, p.tensor_parallel_size, p.pipeline_parallel_size).gaps
         for p in placements_of(config)
+        if (profile := kinds[p.keys.profile][1]) is not None
     }
 
 
@@ -78,23 +78,35 @@ def message_latency(config: Experiment) -> MessageLatency:
 
 
 def link_costs(config: Experiment, executors: dict[int, ExecutorConfig]) -> Callable[[int, int], LinkCost]:
-    """From one executor to another: as measured; else their ranks' links side by side; the throttle if it is slower."""
-    device, profile = device_of(config), profile_of(config)
+    """From one executor to another: as measured; else their ranks' links side by side; a throttle that is slower.
+
+    Between devices of two kinds: the worse of what each has among its like.
+    """
+    keys = {placement.id: placement.keys for placement in placements_of(config)}
+    kinds = kinds_of(config)
     transceiver = config.cluster.cache_transceiver
     throttle = None if transceiver is None else transceiver.throttle_gb_per_s
+    across = None if transceiver is None else transceiver.across_domains_gb_per_s
+
+    def among(kind: str | None, ends: tuple[ExecutorConfig, ExecutorConfig]) -> LinkCost:
+        device, profile = kinds[kind]
+        if profile is not None:
+            layouts = [n for e in ends for n in (e.tensor_parallel_size, e.pipeline_parallel_size)]
+            return link_of(profile, config, layouts).cost
+        ranks = min(e.tensor_parallel_size * e.pipeline_parallel_size for e in ends)
+        rate = device.link_bandwidth * device.link_efficiency * ranks
+        return LinkCost(rate, round(device.link_latency_s * PS_PER_S))
 
     def cost(source: int, reader: int) -> LinkCost:
         ends = executors[source], executors[reader]
-        if profile is not None:
-            layouts = [n for e in ends for n in (e.tensor_parallel_size, e.pipeline_parallel_size)]
-            found = link_of(profile, config, layouts).cost
-        else:
-            ranks = min(e.tensor_parallel_size * e.pipeline_parallel_size for e in ends)
-            rate = device.link_bandwidth * device.link_efficiency * ranks
-            found = LinkCost(rate, round(device.link_latency_s * PS_PER_S))
-        if throttle is None:
-            return found
-        return replace(found, bytes_per_s=min(found.bytes_per_s, throttle * 1e9))
+        found = among(keys[source].profile, ends)
+        if keys[reader].profile != keys[source].profile:
+            other = among(keys[reader].profile, ends)
+            found = LinkCost(
+                min(found.bytes_per_s, other.bytes_per_s), max(found.fixed, other.fixed), max(found.page, other.page)
+            )
+        caps = [throttle, across if ends[0].domain != ends[1].domain else None]
+        return replace(found, bytes_per_s=min([found.bytes_per_s, *(cap * 1e9 for cap in caps if cap is not None)]))
 
     return cost
 

@@ -13,6 +13,7 @@ from .interfaces import (
     ScoringPolicy,
     SelectingPolicy,
 )
+from .links import Link
 from .prediction import Predictor
 from .registry import register
 from .views import ExecutorPool, ExecutorRow, FleetView
@@ -52,6 +53,7 @@ __all__ = [
     "FinishReason",
     "FleetView",
     "Hold",
+    "Link",
     "PolicyError",
     "Predictor",
     "QueueOrder",

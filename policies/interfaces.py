@@ -27,12 +27,11 @@ from .vocabulary import (
     Routing,
     Stage,
 )
+from .vocabulary import (
+    PolicyError as PolicyError,
+)
 
 _INFINITE: Final = float("inf")
-
-
-class PolicyError(ValueError):
-    """A policy that does not exist, cannot be made, or answered something it may not."""
 
 
 def _undefined(policy: object, method: str) -> PolicyError:
@@ -180,11 +179,6 @@ class QueueOrder:
 
     def on_served(self, request: Request, key: Any, now: int) -> None:
         """`request`, whose key is `key`, has left the queue: for an executor, or there for its first step or its KV."""
-
-
-def hears_of_served(order: QueueOrder) -> bool:
-    """Whether `on_served` does anything there; nobody else needs to be told."""
-    return type(order).on_served is not QueueOrder.on_served
 
 
 class WaitingPrompt(Protocol):

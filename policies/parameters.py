@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from .interfaces import PolicyError
+
+LARGEST: Final = 1e6  # of a number that is multiplied with others: an infinite one would make them all equal, or none
 
 
 def number(policy: str, name: str, value: Any, least: float = 0.0, most: float = inf) -> float:
@@ -22,6 +24,12 @@ def number(policy: str, name: str, value: Any, least: float = 0.0, most: float =
 def whole(policy: str, name: str, value: Any, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise PolicyError(f"{policy}: {name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def flag(policy: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PolicyError(f"{policy}: {name} must be true or false, got {value!r}")
     return value
 
 

@@ -80,7 +80,9 @@ def register(name: str, *, kind: str, source: str) -> Callable[[C], C]:
     def add(policy: C) -> C:
         if (kind, name) in _registry:
             raise PolicyError(f"a {kind} policy named {name!r} is registered already")
-        _registry[kind, name] = PolicyInfo(name, kind, source, (policy.__doc__ or "").strip().split("\n")[0], policy)
+        told = (policy.__doc__ or "").strip()
+        _registry[kind, name] = PolicyInfo(name, kind, source, told.split("\n")[0], policy)
+        policy.__doc__ = f"{told}\n\n    Source: {source}."  # so that `help` has both
         return policy
 
     return add

@@ -30,7 +30,7 @@ class MixedPool(RoutingPolicy):
         super().__init__(rng=rng)
         self.prompt_share = number("mixed_pool", "prompt_share", prompt_share, 0, 1)
         self.max_prompt_tokens = number("mixed_pool", "max_prompt_tokens", max_prompt_tokens)
-        self.max_kv = number("mixed_pool", "max_kv", max_kv, 0, 1)
+        self.max_kv = number("mixed_pool", "max_kv", max_kv, 0.01, 1)
         self._mixed_home: dict[int, int] = {}  # executors that are mixed by configuration: their place among these
         self._num_foreign: dict[int, int] = {}  # executor: phases there that are foreign to its home
 

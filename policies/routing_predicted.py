@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from .interfaces import RoutingPolicy, ScoringPolicy
-from .parameters import number, one_of, where
+from .parameters import flag, number, one_of, where
 from .registry import register
 from .views import ExecutorPool, ExecutorRow, FleetView
 from .vocabulary import PS_PER_MS, PS_PER_S, Hold, Reject, Request, Role, Route, RouteMixed, Routing
@@ -105,8 +105,8 @@ class Mooncake(RoutingPolicy):
 
     def __init__(self, *, rng: Random, rejects: bool = True, fetches_prefixes: bool = False) -> None:
         super().__init__(rng=rng)
-        self.rejects = bool(rejects)
-        self._ttft = _LeastTtft(rng=rng, fetches_prefixes=bool(fetches_prefixes))
+        self.rejects = flag("mooncake", "rejects", rejects)
+        self._ttft = _LeastTtft(rng=rng, fetches_prefixes=flag("mooncake", "fetches_prefixes", fetches_prefixes))
         self._tpot = _LeastTpot(rng=rng)
 
     def route_context(self, request: Request, fleet: FleetView) -> Routing:

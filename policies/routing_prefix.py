@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from .interfaces import ScoringPolicy
-from .parameters import number
+from .parameters import LARGEST, number
 from .prediction import decode_tokens, pending_prompt_tokens
 from .registry import register
 from .routing import tokens_ahead
@@ -101,9 +101,9 @@ class KvCost(ScoringPolicy):
         self, *, rng: Random, overlap_weight: float = 1.0, temperature: float = 0.0, active_weight: float = 0.0
     ) -> None:
         super().__init__(rng=rng)
-        self.overlap_weight = number("kv_cost", "overlap_weight", overlap_weight)
-        self.temperature = number("kv_cost", "temperature", temperature)
-        self.active_weight = number("kv_cost", "active_weight", active_weight)
+        self.overlap_weight = number("kv_cost", "overlap_weight", overlap_weight, 0, LARGEST)
+        self.temperature = number("kv_cost", "temperature", temperature, 0, LARGEST)
+        self.active_weight = number("kv_cost", "active_weight", active_weight, 0, LARGEST)
 
     def score(self, request: Request, executors: Any) -> Any:
         x = executors

@@ -6,11 +6,12 @@ router: {name: weighted_scorers, scorers: {prefix: 3, queue: 2, kv: 2}, filters:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import inf
 from random import Random
 from typing import Any, Final
 
 from .interfaces import PolicyError, ScoringPolicy
-from .parameters import number, one_of, where
+from .parameters import LARGEST, number, one_of, where
 from .registry import register
 from .sessions import SessionMemory
 from .views import ExecutorPool, ExecutorRow, FleetView
@@ -72,6 +73,7 @@ FILTERS: Final[dict[str, Callable[[float, Request, Any], Any]]] = {
     "max_kv": lambda limit, request, x: kv_share(x) <= limit,
     "min_prefix": lambda limit, request, x: x.prefix_match(request) >= limit * len(request.block_hashes),
 }
+_SHARES: Final = ("max_kv", "min_prefix")
 PICKERS: Final = ("max", "random", "weighted")
 
 
@@ -134,4 +136,11 @@ def _known(what: str, given: Any, allowed: Mapping[str, Any]) -> list[tuple[str,
     for name in given:
         if name not in allowed:
             raise PolicyError(f"weighted_scorers: there is no {name!r} among {what}; allowed: {', '.join(allowed)}")
-    return [(name, number("weighted_scorers", f"{what}.{name}", value)) for name, value in given.items()]
+    return [
+        (name, number("weighted_scorers", f"{what}.{name}", value, 0, _most(what, name)))
+        for name, value in given.items()
+    ]
+
+
+def _most(what: str, name: str) -> float:
+    return LARGEST if what == "scorers" else 1.0 if name in _SHARES else inf

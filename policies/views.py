@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from .links import Link, LinkSource, NoLinks
 from .prediction import Predictor, ReportedTimes
 from .vocabulary import Request, Role
 
@@ -432,6 +433,7 @@ class FleetView:
     """
 
     __slots__ = (
+        "_links",
         "clock",
         "context",
         "context_executor",
@@ -459,6 +461,15 @@ class FleetView:
             int(executor): pool.role for pool in self.pools for executor in pool.executor_id
         }
         self.draining: Mapping[int, int] = {}
+        self._links: LinkSource = NoLinks()
+
+    def know_links(self, source: LinkSource) -> None:
+        """For the owner of the view: where the answers of `link` come from."""
+        self._links = source
+
+    def link(self, source: int, reader: int) -> Link:
+        """The link on which `reader` fetches KV from `source`: rate, latency, and what is in flight."""
+        return self._links.between(source, reader, self.clock[0])
 
     @property
     def now(self) -> int:

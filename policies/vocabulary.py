@@ -6,13 +6,18 @@ Knows nothing of devices, clocks or the network. Instants are integer picosecond
 from __future__ import annotations
 
 from enum import IntEnum, StrEnum
-from typing import Final
+from operator import index
+from typing import Any, Final
 
 from msgspec import Struct
 
 PS_PER_S: Final = 10**12
 PS_PER_MS: Final = 10**9
 PS_PER_US: Final = 10**6
+
+
+class PolicyError(ValueError):
+    """A policy that does not exist, cannot be made, or answered something it may not."""
 
 
 class RequestType(IntEnum):
@@ -150,6 +155,14 @@ class Reject(Struct, frozen=True, gc=False, tag=True):
 
 
 Routing = Route | RouteMixed | Hold | Reject
+
+
+def plain_integer(number: Any, answer: Any) -> int:
+    """`number`, which is a part of a policy's `answer`, as Python's own integer; PolicyError if it is no whole number."""
+    try:
+        return index(number)
+    except TypeError:
+        raise PolicyError(f"{answer!r}: {number!r} is no whole number") from None
 
 
 class Admit(Struct, frozen=True, gc=False, tag=True):

@@ -9,45 +9,91 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct
 
-from .attribution import Split, StageDifference
+from .attribution import Split, StageDifference, stage_differences
 from .error_text import fidelity_table, percent, ranking_text, split_sentence, split_table, stage_table, table
-from .fidelity import GOALS, FidelityRow, Group, file_name, summary_excerpt
+from .fidelity import GOALS, FidelityRow, Group, fidelity_rows, summary_excerpt
 from .ranking import Ranking
+from .runs import ReportError
 
 SCHEMA_VERSION: Final = 1
 MOST_PLOT_BYTES: Final = 60_000
 
 
 class Finding(Struct, frozen=True):
-    """One experiment: its rows, its errors by stage and by cause, and the name of its plot beside the page."""
+    """One experiment: its runs, rows, errors by stage and by cause, and the name of its plot beside the page.
 
-    group: Any  # Group
-    rows: tuple[FidelityRow, ...]
+    `commit`: of profile and predictions. `runs`: what `summary_excerpt` gives of each, the simulated one first.
+    `predicted_before_measured` None: not known.
+    """
+
+    experiment: str
+    commit: str
+    missing: str | None
+    predicted_before_measured: bool | None
+    runs: tuple[dict[str, Any], ...]
+    rows: tuple[FidelityRow, ...] = ()
     stages: tuple[StageDifference, ...] = ()
     split: Split | None = None
     why_no_split: str = ""
     plot: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The experiment's, without the point of a sweep."""
+        return self.experiment.split(" ", 1)[0]
+
 
 class Fidelity(Struct, frozen=True):
-    """All that the page tells. `folder` is where the runs lie, `commit` that of profile and predictions."""
+    """All that the page tells."""
 
-    folder: Path
     findings: tuple[Finding, ...]
     rankings: tuple[Ranking, ...]
-    commit: str
     title: str = "Fidelity: simulation against hardware"
 
     @property
     def rows(self) -> list[FidelityRow]:
         return [row for finding in self.findings for row in finding.rows]
 
+    def beside(self, earlier: Fidelity) -> Fidelity:
+        """These experiments, and those of `earlier` that are not among them, as they stood there."""
+        own = {finding.name for finding in self.findings}
+        findings = (*self.findings, *(finding for finding in earlier.findings if finding.name not in own))
+        rankings = (*self.rankings, *(ranking for ranking in earlier.rankings if ranking.experiment not in own))
+        return Fidelity(
+            tuple(sorted(findings, key=lambda finding: finding.experiment)),
+            tuple(sorted(rankings, key=lambda ranking: (ranking.experiment, ranking.condition))),
+            self.title,
+        )
 
-def commit_of(groups: Sequence[Group]) -> str:
-    """The commit at which the simulated runs were made, as their manifests say; several are all named."""
-    runs = [group.simulated for group in groups if group.simulated is not None]
-    commits = sorted({str(run.manifest.get("git_commit") or "unknown") for run in runs})
-    return ", ".join(commits) or "unknown"
+
+def finding_of(
+    group: Group,
+    folder: Path,
+    commit: str,
+    *,
+    split: Split | None = None,
+    why_no_split: str = "",
+    plot: str | None = None,
+) -> Finding:
+    """What is told of one experiment, whose runs lie below `folder`."""
+    runs = [run for run in (group.simulated, *group.measured) if run is not None]
+    return Finding(
+        group.title,
+        commit,
+        group.missing,
+        group.was_predicted,
+        tuple(summary_excerpt(run, folder) for run in runs),
+        tuple(fidelity_rows(group)),
+        tuple(stage_differences(group.pairs[0])) if group.pairs else (),
+        split,
+        why_no_split,
+        plot,
+    )
+
+
+def commit_of(group: Group) -> str:
+    """The commit at which the simulated run was made, as its manifest says."""
+    return str((group.simulated and group.simulated.manifest.get("git_commit")) or "unknown")
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -55,32 +101,50 @@ def commit_of(groups: Sequence[Group]) -> str:
 
 def as_data(fidelity: Fidelity) -> dict[str, Any]:
     """The page as JSON-ready values; `rows` holds every metric of every experiment, times in seconds."""
-    experiments = []
-    for finding in fidelity.findings:
-        group: Group = finding.group
-        runs = [run for run in (group.simulated, *group.measured) if run is not None]
-        experiments.append(
-            {
-                "experiment": group.title,
-                "missing": group.missing,
-                "predicted_before_measured": group.was_predicted,
-                "runs": [summary_excerpt(run, fidelity.folder) for run in runs],
-                "stages": msgspec.to_builtins(finding.stages),
-                "split": None if finding.split is None else msgspec.to_builtins(finding.split),
-                "plot": finding.plot,
-            }
-        )
     return {
         "schema_version": SCHEMA_VERSION,
-        "commit": fidelity.commit,
+        "commit": ", ".join(_by_commit(fidelity.findings)),
         "goals": msgspec.to_builtins(GOALS),
         "rows": msgspec.to_builtins(fidelity.rows),
         "rankings": [
             msgspec.to_builtins(ranking) | {"num_apart": ranking.num_apart, "is_enough": ranking.is_enough}
             for ranking in fidelity.rankings
         ],
-        "experiments": experiments,
+        "experiments": [
+            {name: value for name, value in msgspec.to_builtins(finding).items() if name != "rows"}
+            for finding in fidelity.findings
+        ],
     }
+
+
+def read_data(path: Path) -> Fidelity:
+    """What `as_data` gave, from its file. Raises ReportError for any other file."""
+    try:
+        data = msgspec.json.decode(path.read_bytes())
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ReportError(f"{path}: schema_version {data['schema_version']}; allowed: {SCHEMA_VERSION}")
+        rows: dict[str, list[Any]] = {}
+        for row in data["rows"]:
+            rows.setdefault(row["experiment"], []).append(row)
+        findings = [  # the first pages had one commit for all
+            msgspec.convert({"commit": data["commit"], **each, "rows": rows.get(each["experiment"], [])}, Finding)
+            for each in data["experiments"]
+        ]
+        return Fidelity(tuple(findings), tuple(msgspec.convert(data["rankings"], list[Ranking])))
+    except OSError as error:
+        raise ReportError(f"{path}: {error.strerror}") from error
+    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError) as error:
+        raise ReportError(f"{path}: not the data of a page of `disagg fidelity`: {error}") from error
+
+
+def _by_commit(findings: Sequence[Finding]) -> dict[str, list[str]]:
+    """The experiments, by name, of each commit; the commit of most first."""
+    found: dict[str, list[str]] = {}
+    for finding in findings:
+        names = found.setdefault(finding.commit, [])
+        if finding.name not in names:
+            names.append(finding.name)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------
@@ -92,12 +156,17 @@ def as_markdown(fidelity: Fidelity) -> str:
     judged = [row for row in rows if row.met is not None]
     met = sum(bool(row.met) for row in judged)
     compared = [finding for finding in fidelity.findings if finding.rows]
+    by_commit = _by_commit(fidelity.findings)
+    commits = "; ".join(
+        f"commit `{commit}`" + (f" ({', '.join(names)})" if len(by_commit) > 1 else "")
+        for commit, names in by_commit.items()
+    )
     parts = [
         f"# {fidelity.title}",
         "",
         "Written by `disagg fidelity`; the same as data, with every run's summary, in the JSON file beside this page.",
         "",
-        f"Profile and predictions: commit `{fidelity.commit}`. {len(compared)} experiments, every one that was run."
+        f"Profile and predictions: {commits}. {len(compared)} experiments, every one that was run."
         f" {met} of {len(judged)} judged figures are within their limit; {len(rows) - len(judged)} more are shown and not"
         " judged, with the reason.",
         "",
@@ -109,13 +178,13 @@ def as_markdown(fidelity: Fidelity) -> str:
         "",
         _overview(fidelity.findings),
     ]
-    late = [f.group.title for f in compared if f.group.was_predicted is False]
+    late = [finding.experiment for finding in compared if finding.predicted_before_measured is False]
     if late:
         parts += ["", f"Simulated only after the hardware had run: {', '.join(late)}."]
-    if "-dirty" in fidelity.commit:
+    if any("-dirty" in commit for commit in by_commit):
         parts += ["", "The source tree was changed since that commit when the predictions were made."]
     for finding in fidelity.findings:
-        parts += ["", *_experiment(finding, fidelity.folder)]
+        parts += ["", *_experiment(finding)]
     if fidelity.rankings:
         parts += ["", "## Ranking of policies"]
         for ranking in fidelity.rankings:
@@ -130,7 +199,7 @@ def _overview(findings: Sequence[Finding]) -> str:
     for finding in findings:
         by_metric = {row.metric: row for row in finding.rows}
         cells = [_short(by_metric.get(name)) for name in names]
-        lines.append((finding.group.title, *(cells if finding.rows else ["–"] * len(names))))
+        lines.append((finding.experiment, *(cells if finding.rows else ["–"] * len(names))))
     return table(("experiment", *names), lines)
 
 
@@ -141,11 +210,10 @@ def _short(row: FidelityRow | None) -> str:
     return f"({text})" if row.met is None else text if row.met else f"**{text}**"
 
 
-def _experiment(finding: Finding, folder: Path) -> list[str]:
-    group: Group = finding.group
-    parts = [f"## {group.title}", ""]
-    if group.missing:
-        return [*parts, f"Not compared: {group.missing}."]
+def _experiment(finding: Finding) -> list[str]:
+    parts = [f"## {finding.experiment}", ""]
+    if finding.missing:
+        return [*parts, f"Not compared: {finding.missing}."]
     parts += [fidelity_table(finding.rows), ""]
     if finding.plot:
         parts += [f"![TTFT, TPOT and e2e latency of each request, simulation against hardware]({finding.plot})", ""]
@@ -155,16 +223,13 @@ def _experiment(finding: Finding, folder: Path) -> list[str]:
         parts += [f"Timing against decisions. {split_sentence(finding.split)}", "", split_table(finding.split), ""]
     elif finding.why_no_split:
         parts += [f"Timing and decisions were not told apart: {finding.why_no_split}.", ""]
-    parts += ["Runs:", "", _runs(group, folder), "", "    " + "\n    ".join(_commands(group))]
+    parts += ["Runs:", "", _runs(finding), "", "    " + "\n    ".join(_commands(finding))]
     return parts
 
 
-def _runs(group: Group, folder: Path) -> str:
+def _runs(finding: Finding) -> str:
     lines = []
-    for run in (group.simulated, *group.measured):
-        if run is None:
-            continue
-        found = summary_excerpt(run, folder)
+    for found in finding.runs:
         counts = f"{found['num_completed']} of {found['num_requests']}"
         commit = str(found["git_commit"] or "")
         commit = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
@@ -175,15 +240,12 @@ def _runs(group: Group, folder: Path) -> str:
     return table(("run directory", "device", "completed", "duration", "commit", "started (UTC)"), lines, 2)
 
 
-def _commands(group: Group) -> list[str]:
+def _commands(finding: Finding) -> list[str]:
     """What makes these runs again; a point of a sweep comes with its whole sweep."""
-    simulated, measured = group.simulated, group.measured[0]
-    if simulated is None:
-        return []
-    file, profile = file_name(measured), simulated.manifest.get("profile")
-    name = measured.name
-    commands = [
+    simulated, measured = finding.runs[:2]
+    file, profile, name = measured["experiment_file"], simulated["profile"], finding.name
+    return [
         f"disagg run {file} --set cluster.profile={profile} --output RUNS/{name}/simulated",
         f"disagg run {file} --backend hardware --output RUNS/{name}/hardware-1",
+        f"disagg compare RUNS/{name}/simulated RUNS/{name}/hardware-1",
     ]
-    return [*commands, f"disagg compare RUNS/{name}/simulated RUNS/{name}/hardware-1"]

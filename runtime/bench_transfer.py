@@ -152,7 +152,7 @@ def rows_of(result: TransferResult) -> list[BenchRow]:
         text = f"{job.backend}, {tokens}{layout}"
         rows.append(BenchRow(f"{text}: {kind}", rate, ceiling, ratio, goal, met, "GB/s", note))
         if item.data_seconds:
-            rows += _parts(item, text, goal)
+            rows += _parts(item, text + (", asked first" if item.name == "asked first" else ""), goal)
     return rows
 
 

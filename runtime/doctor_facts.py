@@ -191,11 +191,6 @@ def _sums(gpus: tuple[GpuFacts, ...]) -> str | None:
     return host_sums([gpu.index for gpu in gpus])
 
 
-def has_nvlink() -> bool:
-    """Whether the GPUs of this machine have links to others."""
-    return bool(read_nvlink(_output("nvidia-smi", "nvlink", "-s") or ""))
-
-
 def read_nvlink(text: str) -> dict[int, float]:
     """GB/s one way of each GPU, the sum over its links, from `nvidia-smi nvlink -s`; GPUs without a link are missing."""
     rates: dict[int, float] = {}

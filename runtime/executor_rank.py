@@ -173,9 +173,12 @@ class ExecutorRank:
             raise RuntimeError("a session needs a loaded rank")
         for item in self._down:
             self.inbox.put(item)
-        roster = self.roster
+        own = self.roster.configs[self.executor]
         if config.seed is not None:
-            roster = roster.with_config(msgspec.structs.replace(roster.configs[self.executor], seed=config.seed))
+            own = msgspec.structs.replace(own, seed=config.seed)
+        if config.reuses_blocks is not None:
+            own = msgspec.structs.replace(own, enable_block_reuse=config.reuses_blocks)
+        roster = self.roster.with_config(own)
         return LeaderSession(
             roster,
             self.executor,

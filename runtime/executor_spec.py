@@ -83,6 +83,7 @@ class HardwareSpec(Struct, frozen=True):
     silence_limit_s: float = 30.0
     throttle_gb_per_s: float | None = None  # of KV between two executors, in each direction
     workload_names_blocks: bool = False
+    across_domains_gb_per_s: float | None = None  # the same between executors of different domains, where it is lower
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,10 @@ def _check_transport(spec: HardwareSpec) -> None:
         raise TransportError(NOT_ENABLED)
     if spec.transport is not None and check_backend(spec.transport) == "cuda_ipc" and spec.device == "cpu":
         raise TransportError("cuda_ipc needs device: cuda, not cpu; allowed here: mpi, host, auto")
-    throttle = spec.throttle_gb_per_s
-    if throttle is not None and not 0 < throttle < float("inf"):
-        raise TransportError(f"throttle_gb_per_s {throttle:g} must be positive")
+    for name in ("throttle_gb_per_s", "across_domains_gb_per_s"):
+        throttle = getattr(spec, name)
+        if throttle is not None and not 0 < throttle < float("inf"):
+            raise TransportError(f"{name} {throttle:g} must be positive")
 
 
 def _check_participants(spec: HardwareSpec, configs: dict[int, ExecutorConfig]) -> dict[int, int]:

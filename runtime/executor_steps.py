@@ -150,4 +150,5 @@ def merged(refused: RunSteps, run: RunSteps) -> RunSteps:
         run.num_decodes,
         run.num_kv_tokens,
         run.decodes,
+        run.num_shared_kv,
     )

@@ -142,11 +142,12 @@ class OrchestratorDriver:
         self._visits, self._live, self._quiet_since = {}, set(), time.monotonic()
         waiting = set()
         for executor in self._living():
-            leader = self._leader(executor)
+            leader, of_executor = self._leader(executor), self.roster.configs[executor]
             own = msgspec.structs.replace(
                 config,
                 origin_ns=config.origin_ns + self.clocks.start_offset_ns(leader),
-                seed=self.roster.configs[executor].seed,
+                seed=of_executor.seed,
+                reuses_blocks=of_executor.enable_block_reuse,
             )
             self._post.send(leader, Hello(PROTOCOL_VERSION, executor, _encoder.encode(own)))
             waiting.add(leader)

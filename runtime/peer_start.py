@@ -22,7 +22,7 @@ from .peer_reduce import ATTENDED, EMBEDDED, GATED, PeerLayout, PeerReduce, most
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-SWITCH: Final = "DISAGG_PEER_REDUCE"  # "1": few rows are summed through peers' memory; else all by NCCL
+SWITCH: Final = "DISAGG_PEER_REDUCE"  # "0": all is summed by NCCL; else few rows through peers' memory, where it can be
 _NATIVE_ATOMICS: Final = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED
 _TEXT_BYTES: Final = 256
 _PROBE_LOOKS: Final = 1 << 22  # a few seconds
@@ -30,8 +30,8 @@ _TRIALS: Final = 6
 
 
 def is_wanted() -> bool:
-    """Whether the switch asks for it."""
-    return os.environ.get(SWITCH) == "1"
+    """Whether the switch leaves it on."""
+    return os.environ.get(SWITCH) != "0"
 
 
 def pair_problem(own: int, peer: int) -> str | None:
@@ -59,7 +59,7 @@ def host_sums(gpus: Sequence[int]) -> str:
 
 
 def _off() -> str:
-    return f"{SWITCH} is {os.environ.get(SWITCH, 'not 1')}"
+    return f"{SWITCH} is 0"
 
 
 def peer_reduce(comm: MPI.Comm, place: Place, device: torch.device) -> tuple[PeerReduce | None, str]:

@@ -25,13 +25,15 @@ class SessionConfig(Struct, frozen=True):
     """What a Hello carries: the origin of the session's clock, and whether the session is recorded.
 
     `sends_early`: KV may be asked for before it is computed, so that a step must tell of its layers; a graph cannot.
-    `seed`: of the executor's policies in this session; None: that of its configuration.
+    `seed`: of the executor's policies in this session, and `reuses_blocks`: whether it shares KV blocks in it; None: as
+    its configuration says.
     """
 
     origin_ns: int
     record: bool = True
     sends_early: bool = True
     seed: int | None = None
+    reuses_blocks: bool | None = None
 
 
 def session_of(hello: Hello) -> SessionConfig:

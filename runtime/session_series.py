@@ -38,7 +38,8 @@ _MAX_SESSIONS: Final = 10_000
 
 
 class Session(Struct, frozen=True):
-    """One load. `orchestrator` stands in for the spec's own: same executors but for seeds, other policies or switches.
+    """One load. `orchestrator` stands in for the spec's own: same executors but for seeds and whether they reuse blocks,
+    other policies or switches.
 
     `keep_rows`: its result has the rows of a run directory too.
     """
@@ -174,8 +175,8 @@ def run_series(
 
 
 def unseeded(executors: Sequence[ExecutorConfig]) -> tuple[ExecutorConfig, ...]:
-    """What of them a cluster is built for: chance begins anew in each session."""
-    return tuple(msgspec.structs.replace(executor, seed=0) for executor in executors)
+    """What of them a cluster is built for: chance, and what is left in blocks, begin anew in each session."""
+    return tuple(msgspec.structs.replace(executor, seed=0, enable_block_reuse=False) for executor in executors)
 
 
 class _Watcher:

@@ -92,7 +92,8 @@ def run_session(driver: OrchestratorDriver, session: Session) -> SessionResult:
 def _with_policies(roster: Roster, session: Session) -> Roster:
     """The session's policies, switches and seeds, over the executors as they turned out when they were built."""
     for theirs in session.orchestrator.executors:
-        roster = roster.with_config(structs.replace(roster.configs[theirs.id], seed=theirs.seed))
+        own = structs.replace(roster.configs[theirs.id], seed=theirs.seed, enable_block_reuse=theirs.enable_block_reuse)
+        roster = roster.with_config(own)
     orchestrator = structs.replace(session.orchestrator, executors=roster.spec.orchestrator.executors)
     return replace(roster, spec=structs.replace(roster.spec, orchestrator=orchestrator))
 

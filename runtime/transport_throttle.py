@@ -13,6 +13,7 @@ from typing import Final
 
 from ..core.kv_layout import KvLayout
 
+UNTHROTTLED_GB_PER_S: Final = 1e6  # of a link beside throttled ones: more than any has
 _BITS: Final = 20  # service is counted in 2^-20 ns of the link's full rate
 
 
@@ -79,14 +80,21 @@ class Throttle:
     """
 
     def __init__(
-        self, gb_per_s: float, rank_share: float, group_of: Callable[[int], int], clock: Callable[[], int] | None = None
+        self,
+        gb_per_s: float | Callable[[int], float],
+        rank_share: float,
+        group_of: Callable[[int], int],
+        clock: Callable[[], int] | None = None,
     ) -> None:
-        self._bytes_per_s = gb_per_s * 1e9 * rank_share
+        """`gb_per_s`: of the link with an executor; one number, or as a function of the executor."""
+        self._gb_per_s = gb_per_s
+        self._share = rank_share
         self._group_of = group_of
         self._clock = clock or time.monotonic_ns
         self._links: dict[tuple[int, bool], FairLink] = {}
         self._through: list[Ticket] = []
-        self.description: Final = f"throttled to {gb_per_s:g} GB/s between two executors"
+        rates = "by topology domain" if callable(gb_per_s) else f"to {gb_per_s:g} GB/s"
+        self.description: Final = f"throttled {rates} between two executors"
 
     def enter(self, peer: int, num_bytes: int, is_send: bool) -> Ticket:
         """Put `num_bytes` on the link with the executor of rank `peer`."""
@@ -94,9 +102,13 @@ class Throttle:
         now = self._clock()
         link = self._links.get(key)
         if link is None:
-            link = self._links[key] = FairLink(self._bytes_per_s, now)
+            link = self._links[key] = FairLink(self._rate(key[0]), now)
         self._through += link.advance(now)
         return link.enter(num_bytes, now)
+
+    def _rate(self, executor: int) -> float:
+        """Bytes/s of this rank's part of the link with that executor."""
+        return (self._gb_per_s(executor) if callable(self._gb_per_s) else self._gb_per_s) * 1e9 * self._share
 
     def when_through(self, ticket: Ticket, then: Callable[[], None]) -> None:
         """Call `then` now, if the ticket is through, or have `due` return it later."""

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from msgspec import Struct
 
-from .doctor_facts import has_nvlink
 from .executor_spec import Roster
 from .launcher import LaunchError
 from .transport import TransportError
 from .transport_facts import PML, TransportFacts, choose_backend, find_ucx, gather_facts, transport_problem
-from .transport_throttle import Throttle, rank_share
-
-# Whether a receiver may fetch a message by itself. UCX allows it where it finds NVLinks, which it does not in every container;
-# elsewhere the sender's thread must answer before anything moves.
-_GETS: Final = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
+from .transport_throttle import UNTHROTTLED_GB_PER_S, Throttle, rank_share
 
 
 class WorldNeeds(Struct, frozen=True):
@@ -56,17 +50,23 @@ def over_ucx() -> WorldNeeds:
         )
     # The wheel's libmpi finds its own UCX by RUNPATH, which comes after LD_LIBRARY_PATH.
     path = os.pathsep.join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))
-    env = {"LD_LIBRARY_PATH": path, "UCX_MODULE_DIR": str(Path(folder) / "ucx"), PML: "ucx"}
-    if _GETS not in os.environ and has_nvlink():
-        env[_GETS] = "on"
-    return WorldNeeds("ucx", False, env)
+    return WorldNeeds("ucx", False, {"LD_LIBRARY_PATH": path, "UCX_MODULE_DIR": str(Path(folder) / "ucx"), PML: "ucx"})
 
 
 def throttle_of(roster: Roster, rank: int) -> Throttle | None:
     """This rank's part of the throttle between executors, if there is one."""
-    rate = roster.spec.throttle_gb_per_s
-    if rate is None:
+    rate, across = roster.spec.throttle_gb_per_s, roster.spec.across_domains_gb_per_s
+    domains = {executor: config.domain for executor, config in roster.configs.items()}
+    if len(set(domains.values())) < 2:
+        across = None
+    if rate is None and across is None:
         return None
     executor = roster.executor_of[rank]
     local = roster.placements[executor].participant_ids.index(rank)
-    return Throttle(rate, rank_share(roster.layouts[executor], local), roster.executor_of.__getitem__)
+    within = UNTHROTTLED_GB_PER_S if rate is None else rate
+
+    def rate_to(other: int) -> float:
+        return within if across is None or domains[other] == domains[executor] else min(within, across)
+
+    share = rank_share(roster.layouts[executor], local)
+    return Throttle(within if across is None else rate_to, share, roster.executor_of.__getitem__)

@@ -21,7 +21,7 @@ from ..core.events import (
 )
 
 MAX_FRAME_BYTES: Final = 64 << 20
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 _MAX_ITEMS: Final = 1 << 22  # of any list: block ids, token ids, request ids
 _MAX_TEXT: Final = 1 << 16
 _MAX_COUNT: Final = 1 << 40

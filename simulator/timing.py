@@ -60,16 +60,22 @@ class _Clock:
         self.epoch = EpochTimes(cost, StepFeatures(0, 0), 1 << UNIT_BITS)
         self.began = 0
         self.ended = 0
+        self.factor = 1 << UNIT_BITS  # of the time of the epoch's steps
+        self._loaded_since = 0  # when the first of the steps with chunks began that have followed each other since
         self._before = "idle"
 
     def gap(self, run: RunSteps, now: int) -> int:
-        """What lies between the plan before and `run`, which is to begin at `now`."""
+        """What lies between the plan before and `run`, which is to begin at `now`; `factor` is set to that of its steps."""
         gaps = self.gaps
         if gaps is NO_GAPS:
             return 0
         before = "idle" if self.ended < now else self._before
         self.ended = now
         self._before = "chunk" if run.chunks else "decode"
+        if gaps.millionths_under_load:
+            if before != "chunk" or not run.chunks:
+                self._loaded_since = now
+            self.factor = (1 << UNIT_BITS) * (1_000_000 + gaps.slower(now - self._loaded_since)) // 1_000_000
         by_kernels = False
         if run.chunks and gaps.kernels and self.measured is not None:
             num_tokens = sum([chunk.length for chunk in run.chunks])
@@ -117,13 +123,13 @@ class ModelTiming:
         chunks: tuple[tuple[int, int, bool], ...] = ()
         if run.chunks:
             chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
-        features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks)
+        features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks, run.num_shared_kv)
         factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
         self.num_epochs += 1
         if clock.measured is not None and not clock.measured.covers(features):
             self.num_outside += 1
-        clock.epoch = EpochTimes(clock.cost, features, factor)
         clock.began = now + clock.gap(run, now)
+        clock.epoch = EpochTimes(clock.cost, features, factor * clock.factor >> UNIT_BITS)
 
     def _factor(self, executor: int, epoch: int) -> int:
         key = hashlib.blake2b(f"{self._seed}/{executor}/{epoch}".encode(), digest_size=8).digest()

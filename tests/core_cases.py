@@ -222,7 +222,14 @@ def _measured(rng: Random) -> CostModel:
         _units(rng, 2),
         Measured(),
         launch_floor=_units(rng, 40),
+        decode_shared=_part(rng),
+        mixed_shared=_part(rng),
     )
+
+
+def _part(rng: Random) -> int:
+    """From nothing to all, in 2^-20."""
+    return rng.choice((0, rng.randint(0, 1 << UNIT_BITS), 1 << UNIT_BITS))
 
 
 def make_ordered_case(rng: Random) -> Case:
@@ -289,7 +296,18 @@ def make_reuse_case(rng: Random) -> Case:
         if rng.random() < 0.7:
             output_hashes[request.id] = tuple(islice(names, num_full - whole))
         known.append(hashes + output_hashes.get(request.id, ()))
-    return replace(case, arrivals=tuple(arrivals), output_hashes=output_hashes)
+    cheaper = {executor: _cheaper_when_shared(cost, rng) for executor, cost in case.costs.items()}
+    return replace(case, arrivals=tuple(arrivals), output_hashes=output_hashes, costs=cheaper)
+
+
+def _cheaper_when_shared(cost: CostModel, rng: Random) -> CostModel:
+    """A cost model to which a KV token that is read again matters, half the time."""
+    if rng.random() < 0.25:
+        return _measured(rng)
+    if not isinstance(cost, ConstantCost) or rng.random() < 0.3:
+        return cost
+    kv_token = max(cost.c, 2)
+    return with_(cost, c=kv_token, shared=rng.randint(1, kv_token))
 
 
 def _make_workload(rng: Random, unit: int, allotted: bool) -> tuple[tuple[tuple[int, Request, int], ...], int]:
@@ -451,7 +469,9 @@ def _expand(trace: Trace, executor: int, frames: list[Frame], cost: CostModel) -
                 batch = [i for i in batch if i not in command.left] + [j.request_id for j in command.joined]
                 if command.first_step == 1:
                     model_chunks = tuple((c.start, c.length, c.is_last) for c in command.chunks)
-                    features = StepFeatures(command.num_decodes, command.num_kv_tokens, model_chunks)
+                    features = StepFeatures(
+                        command.num_decodes, command.num_kv_tokens, model_chunks, command.num_shared_kv
+                    )
                 decodes = tuple(sorted(batch)) if command.decodes else ()
                 runs.append((command, decodes, features, None if runs else frame.now))
 

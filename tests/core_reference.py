@@ -102,6 +102,7 @@ class Epoch:
     def __init__(self, since: int) -> None:
         self.since = self.until = since
         self.steps = self.units = self.num_ended = 0
+        self.shared_kv = 0  # tokens of its decodes that are read again, when it began
         self.is_closed = False
 
 
@@ -801,11 +802,14 @@ class NaiveExecutor:
         if not runs:
             return
         start = max(now, self.steps[-1].end) if self.steps else now
-        epoch = self.epoch = self.epoch or Epoch(start)
+        kv = sum(v.kv + v.ahead for v in decodes)
+        if self.epoch is None:
+            self.epoch = Epoch(start)
+            self.epoch.shared_kv = min(self.read_again() * self.config.tokens_per_block, kv)
+        epoch = self.epoch
         self.num_steps += 1
         model_chunks = tuple((first, length, first + length == v.to_compute) for v, first, length in chunks)
-        kv = sum(v.kv + v.ahead for v in decodes)
-        epoch.units += self.cost.step_time(StepFeatures(len(decodes), kv, model_chunks))
+        epoch.units += self.cost.step_time(StepFeatures(len(decodes), kv, model_chunks, epoch.shared_kv))
         epoch.steps += 1
         epoch.until = epoch.since + max(epoch.units >> 20, epoch.steps)
         for v in decodes:
@@ -824,6 +828,22 @@ class NaiveExecutor:
         for v, _, length in chunks:
             if v.early is not None and v.reader is not None:
                 v.early.compute(length, step.start, step.end)
+
+    def running(self) -> list[Visitor]:
+        """Those whose blocks neither are held nor wait for a reader that nobody wants any more."""
+        return [v for v in self.visitors if not self.is_held(v) and not self.is_doomed(v)]
+
+    def is_held(self, v: Visitor) -> bool:
+        return v.place == HELD and not v.doom
+
+    def is_doomed(self, v: Visitor) -> bool:
+        return v.place == LEAVING or (v.doom is not None and v.place in (HELD, IN_FLIGHT))
+
+    def read_again(self) -> int:
+        """Blocks that those who run, and have their KV, refer to after another has."""
+        running = self.running()
+        in_use = {name for v in running for name in v.shared}
+        return max(0, sum(len(v.shared) for v in running if not v.is_arriving) - len(in_use))
 
     def show(self) -> None:
         """What is told of the batch is true of the step to be planned."""
@@ -861,9 +881,9 @@ class NaiveExecutor:
         self.has_reported = True
 
     def report(self) -> Report:
-        held = [v for v in self.at(HELD) if not v.doom]
-        doomed = [v for v in self.visitors if v.place == LEAVING or (v.doom and v.place in (HELD, IN_FLIGHT))]
-        running = [v for v in self.visitors if v not in held and v not in doomed]
+        held = [v for v in self.visitors if self.is_held(v)]
+        doomed = [v for v in self.visitors if self.is_doomed(v)]
+        running = self.running()
         early = self.at(EARLY)
         in_use = {name for v in running for name in v.shared}
         only_held = {name for v in held for name in v.shared} - in_use

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from disagg.core.config import ExecutorConfig, SchedulerConfig
 from disagg.core.events import Report
 from disagg.core.fleet import Fleet
-from disagg.core.prediction import PredictionConfig, StepTimes, TablePredictor
+from disagg.core.links import Links
+from disagg.core.prediction import LinkTimes, PredictionConfig, StepTimes, TablePredictor
 from disagg.policies.registry import create
 from disagg.policies.views import VECTORISE_FROM
 from disagg.policies.vocabulary import ContextPhaseParams, Request, Role, Route, RouteMixed, Stage
@@ -23,9 +24,18 @@ TIMES = StepTimes((1, 1000), (10, 10_000), 0.0, (1, 100), (105, 600), 1.0, 10.0)
 
 
 def fleet_of(
-    roles: str, num_blocks: int = 100, *, predicts: bool = False, domains: str = "", **scheduler: Any
+    roles: str,
+    num_blocks: int = 100,
+    *,
+    predicts: bool = False,
+    domains: str = "",
+    links: tuple[LinkTimes, LinkTimes] | None = None,
+    **scheduler: Any,
 ) -> Fleet:
-    """One executor a letter (c, g, m) with ids from 1, in the domains of `domains` (a letter each)."""
+    """One executor a letter (c, g, m) with ids from 1, in the domains of `domains` (a letter each).
+
+    `links`: within a domain and between two; a KV token is 100 bytes.
+    """
     configs = [
         ExecutorConfig(
             i,
@@ -40,7 +50,11 @@ def fleet_of(
     predictor = None
     if predicts:
         predictor = TablePredictor(PredictionConfig((TIMES,), (0,) * len(configs), 7, 2.0), range(1, len(configs) + 1))
-    return Fleet(configs, 0, predictor)
+    known = None
+    if links is not None:
+        kinds = (0,) * len(configs)
+        known = Links(PredictionConfig((), (), links=links, link_kind_of=kinds, kv_bytes_per_token=100), configs)
+    return Fleet(configs, 0, predictor, known)
 
 
 def report(fleet: Fleet, executor: int, **columns: Any) -> None:

@@ -132,6 +132,9 @@ def test_the_profile_holds_what_the_cluster_was_driven_through(loop: Loop) -> No
     assert profile.messages.between_executors > 0
     batches = {step.num_decodes for step in loop.samples.steps if step.kind == FOLLOWING and not step.num_chunks}
     assert batches >= {1, 2, 4}
+    shared = [step for step in loop.samples.steps if step.num_shared_kv and step.kind == FOLLOWING]
+    assert max(step.num_decodes for step in shared) >= 2
+    assert all(step.num_shared_kv < step.num_kv_tokens for step in shared)
     assert {step.before for step in loop.samples.steps if step.kind == FIRST} >= {"idle", "decode", "chunk"}
     assert all(step.duration_ps > 0 for step in loop.samples.steps)
 

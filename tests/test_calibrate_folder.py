@@ -26,6 +26,10 @@ from tests.profile_examples import EXPERIMENT, a_profile
 TOO_MUCH = "cluster.generation_servers.kv_cache.max_tokens=2000000000"
 
 
+ALSO_SLOW = "cluster.cache_transceiver.across_domains_gb_per_s=1"
+OTHER_KIND = "cluster.generation_servers.profile=cpu-2core-tiny"
+
+
 class Place:
     """A finished profile with its samples, and calibrations that would replace it."""
 
@@ -71,6 +75,16 @@ def test_overwrite_takes_nothing_away_on_a_machine_that_cannot_run_the_cluster(p
     assert load_profile(place.output) == a_profile()
     assert place.sample.read_bytes() == b"samples"
     assert place.sessions.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(OTHER_KIND, "executors name cpu-2core-tiny beside"), (ALSO_SLOW, "across_domains_gb_per_s makes two")],
+)
+def test_a_cluster_of_two_kinds_is_not_calibrated_as_one(place: Place, change: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        place.calibrate(change)
+    assert not place.sessions.exists()
 
 
 def test_overwrite_keeps_the_old_profile_while_the_new_one_is_not_there_and_can_be_resumed(place: Place) -> None:

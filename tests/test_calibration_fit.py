@@ -11,7 +11,8 @@ from msgspec.structs import replace
 from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.step_sizes import chunk_graph, graph_sizes, padded_rows
 from disagg.experiments.calibrate import fit_link, fit_messages
-from disagg.experiments.calibration_fit import curve_fit, fit_engine, keep_near, knots_for, ramps
+from disagg.experiments.calibration_fit import fit_engine
+from disagg.experiments.calibration_points import curve_fit, keep_near, knots_for, ramps
 from disagg.experiments.calibration_samples import (
     CONTINUED,
     FIRST,
@@ -164,6 +165,62 @@ def test_what_kernels_wait_for_where_no_decodes_hide_it_is_told_apart_from_rows_
     assert behind_chunks.gaps.kernels == 0  # nothing to tell it from the rows by: it is in them
 
 
+@pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
+def test_what_kv_saves_that_is_read_again_is_told_from_steps_that_share_it(part: float) -> None:
+    random = Random(8)
+    apart = [
+        decode_sample(batch, batch * context + i * batch, FOLLOWING, "same", 0, random)
+        for batch in (1, 2, 4, 8, 16, 32, 64)
+        for context in (300, 1000, 4000)
+        for i in range(12)
+    ]
+    shared = []
+    for batch, alike in ((8, 4), (16, 2), (32, 8), (48, 4)):
+        for i in range(12):
+            again = (batch - batch // alike) * 2048
+            kv = batch * (2048 + 100 + i)
+            sample = decode_sample(batch, round(kv - part * again), FOLLOWING, "same", 0, random)
+            shared.append(replace(sample, num_kv_tokens=kv, num_shared_kv=again))
+    fit, without = fit_engine(apart + shared, "cuda", 64), fit_engine(apart, "cuda", 64)
+    assert fit.decode is not None
+    assert without.decode is not None
+    assert fit.decode.shared_part == pytest.approx(part, abs=0.05)
+    assert replace(fit.decode, shared_part=0.0) == without.decode  # which says the rest
+    (told,) = [r for r in fit.residuals if r.family == "decode steps that share KV"]
+    assert (told.num_samples, told.mean < 0.02) == (48, True)
+    assert [r.family for r in without.residuals] == ["decode steps"]
+
+
+def test_attention_behind_cached_kv_is_told_apart_in_graphs_where_enough_of_them_were_seen() -> None:
+    """3 ms + 20 us a row; in graphs 0.2 ns a pair and 900 ns a cached token, kernel by kernel 1.5 and 300. Of KV that decodes
+    along read, 30 ns a token, a third is saved where it is read again.
+    """
+    random = Random(9)
+    samples = []
+    for length in (20, 60, 120, 200, 300, 400, 500, 1500, 2000, 3000):
+        for cached in (0, 1024, 2048, 4096):
+            for decodes, again in ((0, 0), (12, 0), (12, 0), (12, 9000)):
+                graph = chunk_graph(decodes, 1, length, 32)
+                rows = padded_rows(length + decodes) if graph is None else graph[1]
+                pair, token = (1.5, 300) if graph is None else (0.2, 900)
+                ns = 3e6 + 2e4 * rows + chunk_pairs(cached, length) * pair + cached * token
+                ns += 30 * (decodes * 1000 - again / 3)
+                for _ in range(3):
+                    sample = chunk_sample([length], cached, decodes, "decode", random)
+                    ps = round(ns * random.gauss(1, 0.002) * 1000)
+                    samples.append(replace(sample, duration_ps=ps, num_shared_kv=again))
+    chunks = fit_engine(samples, "cuda", 32, chunk_graphs=True).chunks
+    assert chunks is not None
+    assert (chunks.pair_ns, chunks.cached_token_ns) == pytest.approx((1.5, 300), rel=0.1)
+    assert (chunks.graph_pair_ns, chunks.graph_cached_token_ns) == pytest.approx((0.2, 900), rel=0.1)
+    assert chunks.shared_part == pytest.approx(1 / 3, abs=0.15)
+    few = fit_engine(
+        [s for s in samples if not s.num_cached_tokens or s.num_chunk_tokens > 1000], "cuda", 32, chunk_graphs=True
+    )
+    assert few.chunks is not None
+    assert few.chunks.graph_pair_ns is None
+
+
 def test_beyond_the_last_knot_a_curve_goes_on_as_in_its_outer_half() -> None:
     """Knots on a staircase of 128 rows, 20 us each on the whole: its last step may be flat or steep."""
     knots = [0, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920, 2048]
@@ -171,6 +228,30 @@ def test_beyond_the_last_knot_a_curve_goes_on_as_in_its_outer_half() -> None:
     assert flat.ns_beyond == 20.0
     assert flat.curve().at(4096) - flat.curve().at(2048) == 2048 * 20_000 << 20
     assert curve_fit(3e6, [0, 512], np.array([1024.0])).ns_beyond == 2.0
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.09])
+def test_how_much_longer_steps_take_under_load_is_told_apart_from_what_they_compute(share: float) -> None:
+    """4 ms + 22 us a row + 0.4 ms behind another; up to `share` longer, in full after 100 ms of load."""
+    random = Random(7)
+    samples, epoch = [], 0
+    for session in range(60):
+        loaded = 0.0
+        for place in range(1 if session % 3 else 30):
+            epoch += 1
+            length = random.choice((128, 300, 512, 800, 1400, 2048, 4096, 8192))
+            ms = (4 + 0.022 * padded_rows(length)) * (1 + share * min(1.0, loaded / 100)) + (0.4 if place else 0.0)
+            ms *= random.gauss(1, 0.01)
+            before = "chunk" if place else "idle"
+            sample = chunk_sample([length], 0, 0, before, random)
+            samples.append(replace(sample, session=session, epoch=epoch, duration_ps=round(ms * 1e9)))
+            loaded += ms
+    random.shuffle(samples)  # the order of the rows tells nothing
+    gaps = fit_engine(samples, "cuda", 64).gaps
+    assert gaps.millionths_under_load == pytest.approx(share * 1e6, abs=8000)
+    assert (gaps.load_after > 0) == (share > 0)
+    if share > 0.05:
+        assert gaps.load_after in (50_000_000_000, 100_000_000_000)
 
 
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:

@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 
 from disagg.core.cost import roofline
 from disagg.core.step_sizes import CHUNK_GRAPH_ROWS, CHUNK_SLOTS, graph_sizes
-from disagg.experiments.calibration_fit import _LEAST_SAMPLES
 from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _staggered, plan_sessions
+from disagg.experiments.calibration_points import LEAST_SAMPLES
 from disagg.experiments.cluster import cluster_of, device_of, shape_of
 from disagg.experiments.experiment_file import load_experiment
 from disagg.runtime.session_series import Session
@@ -71,13 +71,14 @@ def test_a_batch_stays_for_a_while_at_each_size_that_has_a_graph() -> None:
 
 
 def test_prompts_go_on_without_a_rest_for_some_seconds_of_the_device() -> None:
-    (busy,) = [s for s in sessions_of("calibrate_1p1", [], STANDARD) if s.name == "contexts without a rest"]
-    (phase,) = busy.phases
-    assert phase.concurrency == 64  # two full batches wait
-    tokens = sum(s.request.num_prompt_tokens for s in phase.submissions)
-    assert 100_000 < tokens < 400_000  # 25 us each on an H200
-    assert all(s.output_length == 1 for s in phase.submissions)
-    assert not [s for s in sessions_of("calibrate_1p1", [], QUICK) if s.name == "contexts without a rest"]
+    busy = [s for s in sessions_of("calibrate_1p1", [], STANDARD) if s.name.startswith("contexts without a rest")]
+    phases = [phase for session in busy for phase in session.phases]
+    assert [phase.concurrency for phase in phases] == [2, 6, 64]  # small steps, middle ones, two full batches
+    for phase, seconds in zip(phases, (2, 3, 5), strict=True):
+        tokens = sum(s.request.num_prompt_tokens for s in phase.submissions)
+        assert seconds * 20_000 < tokens < seconds * 80_000  # 25 us each on an H200
+        assert all(s.output_length == 1 for s in phase.submissions)
+    assert not [s for s in sessions_of("calibrate_1p1", [], QUICK) if "without a rest" in s.name]
 
 
 def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
@@ -95,7 +96,7 @@ def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
     bursts: dict[int | None, list[int]] = {}
     for submission in mixed[crowded].phases[0].submissions:
         bursts.setdefault(submission.offset, []).append(submission.request.num_prompt_tokens)
-    assert len(bursts) >= 2 * _LEAST_SAMPLES
+    assert len(bursts) >= 2 * LEAST_SAMPLES
     for first, *others in bursts.values():
         assert first == 2048  # a step of its own, in which the others come
         assert len(others) > CHUNK_SLOTS
@@ -103,6 +104,26 @@ def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
     assert not [
         s for s in sessions_of("calibrate_1p1", ["cluster.cache_transceiver.layerwise=false"], QUICK) if s.name == told
     ]
+
+
+@pytest.mark.parametrize("name", ["calibrate_1p1", "calibrate_mixed"])
+def test_sequences_of_some_sessions_share_prefixes_that_were_computed_before_they_come(name: str) -> None:
+    sharing = [
+        s for s in sessions_of(name, [], STANDARD) if any(e.enable_block_reuse for e in s.orchestrator.executors)
+    ]
+    assert [s.name.split(",")[0] for s in sharing] == [f"decodes that share {n} tokens" for n in (1024, 2048, 4096)]
+    for session in sharing:
+        before = {}
+        prefix = int(session.name.split()[3]) // 32
+        for submission in session.phases[0].submissions:
+            request, kind = submission.request, submission.request.block_hashes[:prefix]
+            assert len(request.block_hashes) == request.num_prompt_tokens // 32
+            assert request.input_token_ids is not None
+            tokens = before.setdefault(kind, request.input_token_ids[: 32 * prefix])
+            assert tokens == request.input_token_ids[: 32 * prefix]  # equal names, equal tokens
+        alone = [s for s in session.phases[0].submissions if s.output_length == 1]
+        assert len(alone) == len(before)
+        assert len(before) < len(session.phases[0].submissions) / 2
 
 
 def test_one_plan_is_the_same_every_time() -> None:

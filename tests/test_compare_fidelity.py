@@ -131,6 +131,57 @@ def test_fidelity_writes_a_page_its_data_and_small_plots(tmp_path: Path, disagg:
     assert str(tmp_path) not in text + json.dumps(data)
 
 
+def _a_page(runs: Path, page: Path, disagg: Callable[..., int], name: str, *options: Any) -> dict[str, Any]:
+    for world, backend, speed in (("simulated", "simulation", 1.0), ("hardware-1", "hardware", 0.98)):
+        if not (runs / name / world).exists():
+            write_run(
+                runs / name / world,
+                config_of("round_robin", 9.0, backend) | {"name": name},
+                {"experiment": name, "git_commit": "of the runs", "experiment_file": f"{name}.yaml"},
+                **serve("round_robin", num_requests=80, rate=9.0, speed=speed),
+            )
+    assert disagg("fidelity", runs, "--output", page, "--no-replay", *options) == 0
+    data: dict[str, Any] = json.loads(page.with_suffix(".json").read_text())
+    return data
+
+
+def test_experiments_that_were_not_run_again_stay_on_the_page_with_their_own_commit(
+    tmp_path: Path, disagg: Callable[..., int]
+) -> None:
+    page = tmp_path / "docs" / "fidelity.md"
+    first = _a_page(tmp_path / "old", page, disagg, "early", "--commit", "111")
+    old_text = page.read_text()
+    assert first["commit"] == "111"
+    both = _a_page(tmp_path / "new", page, disagg, "late", "--commit", "222", "--earlier", page.with_suffix(".json"))
+    assert [each["experiment"] for each in both["experiments"]] == ["early", "late"]
+    assert {each["experiment"]: each["commit"] for each in both["experiments"]} == {"early": "111", "late": "222"}
+    assert [row for row in both["rows"] if row["experiment"] == "early"] == first["rows"]
+    text = page.read_text()
+    assert "commit `111` (early); commit `222` (late)" in text
+    assert old_text[old_text.index("## early") :].strip() in text
+    again = _a_page(tmp_path / "new", page, disagg, "early", "--commit", "333", "--earlier", page.with_suffix(".json"))
+    assert {each["commit"] for each in again["experiments"]} == {"333"}, "both lie in this folder of runs"
+
+
+def test_a_file_that_is_no_such_page_is_not_taken_over(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "docs" / "fidelity.md"
+    _a_page(tmp_path / "runs", page, disagg, "early")
+    for file, told in (
+        (page, "not the data of a page"),
+        (page.with_name("none.json"), "No such file"),
+        (tmp_path / "runs" / "early" / "simulated" / "manifest.json", "not the data of a page"),
+    ):
+        capsys.readouterr()
+        assert disagg("fidelity", tmp_path / "runs", "--output", page, "--no-replay", "--earlier", file) == 2
+        assert told in capsys.readouterr().err
+    other = tmp_path / "elsewhere.json"
+    other.write_bytes(page.with_suffix(".json").read_bytes())
+    assert disagg("fidelity", tmp_path / "runs", "--output", page, "--no-replay", "--earlier", other) == 2
+    assert "must lie beside" in capsys.readouterr().err
+
+
 def test_compare_prints_json_and_leaves_its_plots(
     tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_
 
-from disagg.core.commands import Send, ServeKv
+from disagg.core.commands import RunSteps, Send, ServeKv
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec
 from disagg.core.cost import ConstantCost, CostModel, RooflineCost, StepFeatures, end_of_step, roofline
 from disagg.core.devices import DEVICES
@@ -156,10 +156,15 @@ def test_sixty_seeded_clusters_with_prefix_caching_equal_the_reference_and_exerc
             news = getattr(getattr(event, "report", None) or event, "cache_events", ())
             seen["evicted"] += news[0] if news else 0
             seen["stored"] += len(news) - 1 - news[0] if news else 0
+        plans = [c for core in trace.logs if core for frame in read_log(trace.logs[core])[1] for c in frame.commands]
+        seen["plans with shared KV"] += sum(isinstance(c, RunSteps) and c.num_shared_kv > 0 for c in plans)
+        seen["cheaper with shared KV"] += any(getattr(cost, "shared", 0) > 0 for cost in case.costs.values())
     assert seen["partly computed"] > 100, seen
     assert seen["partly transferred"] > 30, seen
     assert seen["evicted"] > 300, seen
     assert seen["stored"] > 2000, seen
+    assert seen["plans with shared KV"] > 60, seen
+    assert seen["cheaper with shared KV"] > 20, seen
     assert seen["preemptions"] > 20, seen
 
 

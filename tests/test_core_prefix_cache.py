@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace as with_
 
-from disagg.core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv
+from disagg.core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, Record
 from disagg.core.errors import BlockError
 from disagg.core.events import Cancel, Enqueue, KvReceived, KvRequested, KvTaken, Report, StepsDone, Stopped
 from disagg.core.life_cycle import State
 from disagg.core.prefix_cache import PrefixCache
+from disagg.core.tables import StepRow
 from disagg.core.visit import Visit
 from disagg.policies.vocabulary import Request, RequestType, Role
 from tests.core_cases import Case, core_of, make_reuse_case, simulate
@@ -91,6 +92,36 @@ def test_two_prompts_that_run_share_blocks_which_count_once() -> None:
     assert not set(tables[0][2:]) & set(tables[1][2:])
     # each may need 18 tokens, 5 blocks: 2 of them in common, so 8 in all; written are 3 of the one, 2 + 1 of the other
     assert blocks(desk) == (92, 5, 3, 0, 0, 0)
+
+
+def test_a_plan_says_how_many_kv_tokens_of_its_decodes_are_read_again() -> None:
+    """Three that begin with the same two blocks of 4, one of them with a third in common with nobody; then one ends."""
+    desk = desk_of()
+    desk.give(named(both(1, 10, 9), 71, 72), at=0)
+    desk.end_steps(at=10)
+    assert desk.run is not None
+    assert (desk.run.num_kv_tokens, desk.run.num_shared_kv) == (10, 0)  # alone
+    desk.give(named(both(2, 13, 9), 71, 72, 73), named(both(3, 9, 9), 71, 72), at=11)
+    desk.end_steps(2, at=20)
+    assert (desk.run.num_decodes, desk.run.num_kv_tokens, desk.run.num_shared_kv) == (
+        1,
+        12,
+        12,
+    )  # no more than it reads
+    desk.end_steps(at=30)
+    assert (desk.run.num_decodes, desk.run.num_shared_kv) == (3, 2 * 8)
+    desk.end_steps(1, Stopped(1, 1), at=40)
+    assert (desk.run.num_decodes, desk.run.num_shared_kv) == (2, 8)
+    rows = [command.row for command in desk.history if isinstance(command, Record)]
+    assert [row.num_shared_kv for row in rows if isinstance(row, StepRow)][-3:] == [0, 12, 16]
+
+
+def test_without_prefix_caching_nothing_is_read_again() -> None:
+    desk = ExecutorDesk()
+    desk.give(named(both(1, 10, 9), 71, 72), named(both(2, 10, 9), 71, 72), at=0)
+    desk.end_steps(at=10)
+    assert desk.run is not None
+    assert (desk.run.num_decodes, desk.run.num_shared_kv) == (2, 0)
 
 
 def test_blocks_of_equal_prompts_that_run_side_by_side_become_one() -> None:

@@ -242,6 +242,7 @@ def test_a_policy_with_an_interval_is_asked_while_there_are_requests(monkeypatch
     [
         (ChangeRole(7, Role.MIXED), "there is no executor 7"),
         ((1, "mixed"), "allowed: a sequence of ChangeRole"),
+        (ChangeRole("1", Role.MIXED), "'1' is no whole number"),  # type: ignore[arg-type]
     ],
 )
 def test_a_policy_that_breaks_the_rules_is_told_so(answer: Any, why: str, monkeypatch: pytest.MonkeyPatch) -> None:

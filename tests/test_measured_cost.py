@@ -41,11 +41,23 @@ def costs(draw: st.DrawFn) -> MeasuredCost:
         mixed_kv=draw(curves()),
         mixed_decode=draw(SMALL),
         measured=Measured(),
+        graph_pair=draw(st.just(-1) | SMALL),
+        graph_cached_token=draw(SMALL),
+        decode_shared=draw(st.integers(0, 1 << 20)),
+        mixed_shared=draw(st.integers(0, 1 << 20)),
     )
 
 
 CHUNKS = st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 3000), st.booleans()), max_size=3).map(tuple)
-FEATURES = st.builds(StepFeatures, st.integers(0, 300), st.integers(0, 9000), CHUNKS)
+
+
+@st.composite
+def step_features(draw: st.DrawFn) -> StepFeatures:
+    num_kv = draw(st.integers(0, 9000))
+    return StepFeatures(draw(st.integers(0, 300)), num_kv, draw(CHUNKS), draw(st.integers(0, num_kv)))
+
+
+FEATURES = step_features()
 
 
 @given(curves(), st.integers(0, 6000), st.integers(0, 900), st.integers(1, 60))
@@ -66,8 +78,19 @@ def test_a_span_takes_exactly_the_sum_of_its_steps(cost: MeasuredCost, features:
 def test_a_step_never_gets_cheaper_by_more_decodes_or_kv(
     cost: MeasuredCost, features: StepFeatures, decodes: int, kv: int
 ) -> None:
-    more = StepFeatures(features.num_decodes + decodes, features.num_kv_tokens + kv, features.chunks)
+    more = structs.replace(
+        features, num_decodes=features.num_decodes + decodes, num_kv_tokens=features.num_kv_tokens + kv
+    )
     assert cost.step_time(more) >= cost.step_time(features)
+
+
+@given(costs(), FEATURES)
+def test_kv_that_is_read_again_costs_no_more_than_kv_that_is_not_and_no_less_than_none(
+    cost: MeasuredCost, features: StepFeatures
+) -> None:
+    apart = structs.replace(features, num_shared_kv=0)
+    without = structs.replace(apart, num_kv_tokens=features.num_kv_tokens - features.num_shared_kv)
+    assert cost.step_time(without) <= cost.step_time(features) <= cost.step_time(apart)
 
 
 @given(costs(), FEATURES.filter(lambda f: f.chunks), st.integers(0, 2000), st.integers(0, 2000))

@@ -227,7 +227,7 @@ def test_many_rows_are_left_to_the_collectives() -> None:
 
 
 def test_the_doctor_tells_how_ranks_on_these_gpus_would_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(peer_start.SWITCH, "1")
+    monkeypatch.delenv(peer_start.SWITCH, raising=False)
     apart = {(1, 2): "cuda:1 and cuda:2 are not joined by NVLink"}
     monkeypatch.setattr(peer_start, "pair_problem", lambda own, peer: apart.get((own, peer)))
     assert peer_start.host_sums([0, 1]) == "few rows through peer memory, more by NCCL"
@@ -263,7 +263,7 @@ def test_what_one_rank_cannot_none_does_and_all_hear_why(monkeypatch: pytest.Mon
     two = Place.of(shape, 2)
     monkeypatch.setenv(peer_start.SWITCH, "0")
     assert said(FakeComm([b""]), two) == "NCCL: DISAGG_PEER_REDUCE is 0"
-    monkeypatch.setenv(peer_start.SWITCH, "1")
+    monkeypatch.delenv(peer_start.SWITCH)
     assert said(FakeComm([b"the other has no NVLink"]), two) == "NCCL: the other has no NVLink"
     assert said(FakeComm([b""]), Place.of(shape, 1, 2)) == "NCCL: the executor has pipeline stages"
     monkeypatch.setattr(peer_start, "device_uuid", lambda index: bytes(16))

@@ -68,6 +68,29 @@ def test_only_sheddable_requests_are_shed_with_the_fifth_power_of_saturation() -
     assert all(_admits(policy, sheddable[0], fleet) for _ in range(100))
 
 
+def test_who_is_shed_rejected_at_a_limit_or_early_depends_on_class_count_or_prediction() -> None:
+    """One request of 15 prompt tokens, 150 ps of compute, where two executors have 99 others waiting between them."""
+    fleet = fleet_of("cg", predicts=True)
+    for executor in (1, 2):
+        report(fleet, executor, queued_requests=99)
+    shed, limit = (
+        made("shed_sheddable", "admission", queue_limit=100),
+        made("reject_at_limit", "admission", max_active=1),
+    )
+    early = made("early_rejection", "admission")
+    assert not _admits(shed, prompt(tokens=15, priority=0.4), fleet)  # of a low priority, at saturation 0.99
+    assert _admits(limit, prompt(tokens=15, priority=0.4), fleet)  # nobody counts what was not dispatched
+    assert _admits(early, prompt(tokens=15, priority=0.4), fleet)  # no objective to miss
+    hasty = prompt(tokens=15, priority=0.9, ttft_objective=149)
+    assert _admits(shed, hasty, fleet)
+    assert _admits(limit, hasty, fleet)
+    assert not _admits(early, hasty, fleet)
+    fleet.dispatched(1, 15)
+    assert not _admits(limit, prompt(tokens=15, priority=0.9), fleet)
+    assert _admits(shed, prompt(tokens=15, priority=0.9), fleet)
+    assert _admits(early, prompt(tokens=15, priority=0.9), fleet)
+
+
 def _admits(policy: Any, request: Any, fleet: Any) -> bool:
     return type(policy.admit(request, fleet.at(0))).__name__ == "Admit"
 

@@ -131,6 +131,7 @@ def test_prefill_first_runs_prompts_alone_and_decodes_when_there_are_none() -> N
     policy = PrefillFirst(rng=Random(0))
     plan = policy.plan(view(num_decodes=90, waiting=[(60, 1), (60, 1)]))
     assert plan == BatchPlan((ChunkPlan(11, 60), ChunkPlan(12, 40)), decodes=False)
+    assert chunked(num_decodes=90, waiting=[(60, 1), (60, 1)]) == [(11, 10)]  # beside the decodes
     assert policy.plan(view(num_decodes=90)) == BatchPlan()
     assert policy.plan(view(num_decodes=90, waiting=[(60, 11)])) == BatchPlan()
 
@@ -203,6 +204,21 @@ def test_the_core_refuses_a_batch_that_is_overfull_or_does_not_exist(
     core = core_with(monkeypatch, BatchPlan(tuple(ChunkPlan(*chunk) for chunk in chunks)), **settings)
     with pytest.raises(PolicyError, match=message):
         give(core, 60, 60)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (None, "Scripted answered None; allowed: a BatchPlan"),
+        (BatchPlan(None), "Scripted answered BatchPlan"),
+        (BatchPlan((1, 2)), "Scripted planned 1; allowed: a ChunkPlan"),
+        (BatchPlan((ChunkPlan(1, 1.5),)), "1.5 is no whole number"),
+        (BatchPlan(ask_again_at="soon"), "'soon' is no whole number"),
+    ],
+)
+def test_the_core_refuses_what_is_no_batch(monkeypatch: pytest.MonkeyPatch, answer: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        give(core_with(monkeypatch, answer), 60, 60)
 
 
 def test_the_core_refuses_a_policy_that_stands_still_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from disagg.core.prediction import LinkTimes
 from disagg.policies.interfaces import PolicyError
 from disagg.policies.vocabulary import PS_PER_S, Route, RouteMixed, Stage
 from tests.policy_views import SIZES, context, fleet_of, generation, made, prompt, report, send
@@ -217,6 +218,24 @@ def test_the_generation_phase_stays_near_its_kv_while_that_is_worth_it() -> None
     assert generation(made("topology", limit=True), fleet, prompt(), source=1) == 4
 
 
+@pytest.mark.parametrize("n", SIZES)
+def test_by_link_the_generation_phase_goes_where_its_kv_is_soonest_and_by_domain_where_it_is_near(n: int) -> None:
+    """A token is 100 ps on a link within a domain and 400 on one between: 15 tokens take 1,500 and 6,000 ps."""
+    links = (LinkTimes(1e12), LinkTimes(0.25e12))
+    fleet = fleet_of("c" + "gg" * (n // 2), domains="a" + "ab" * (n // 2), links=links)
+    by_link, by_domain = made("topology", by="link"), made("topology")
+    request = prompt(tokens=15)
+    for executor in range(4, n + 2):
+        report(fleet, executor, blocks_free=0)
+    # in use + half of the share of the longest time: 0 + 0.125 against 0 + 0.5
+    assert generation(by_link, fleet, request, source=1) == generation(by_domain, fleet, request, source=1) == 2
+    fleet.links.sent(1, 2, 60, 0)  # 6,000 ps lie before it: 7,500 against 6,000, or 0.5 against 0.4
+    assert generation(by_link, fleet, request, source=1) == 3
+    assert generation(by_domain, fleet, request, source=1) == 2
+    assert generation(made("topology", by="link", link_cost=0), fleet, request, source=1) in (2, 3)
+    assert generation(by_link, fleet, request, source=1, now=4500) == 2  # three quarters of them are through
+
+
 def test_a_canned_context_phase_is_near_everybody() -> None:
     policy, fleet = made("topology"), fleet_of("gg", domains="ab")
     assert {generation(policy, fleet, prompt(), source=None) for _ in range(4)} == {1, 2}
@@ -346,10 +365,15 @@ def test_the_wrapped_policies_are_chosen_by_name_and_told_of_their_own_phases() 
         ("weighted_scorers", {"scorers": {"kw": 1}}, "there is no 'kw' among scorers; allowed: queue, active, kv"),
         ("weighted_scorers", {"scorers": ["kv"]}, "scorers must map names to numbers"),
         ("weighted_scorers", {"filters": {"max_kv": "x"}}, r"filters\.max_kv must be a number"),
+        ("weighted_scorers", {"filters": {"max_kv": 90}}, r"filters\.max_kv must be .* at most 1, got 90"),
+        ("weighted_scorers", {"scorers": {"kv": float("inf")}}, r"scorers\.kv must be .* at most 1e\+06, got inf"),
         ("weighted_scorers", {"picker": "best"}, "picker must be one of max, random, weighted"),
         ("remaining_steps", {"k": 0}, "k must be a whole number"),
         ("bucket", {"window": 0}, "window must be a whole number"),
         ("mixed_pool", {"prompt_share": 1.5}, "prompt_share must be a number"),
+        ("mixed_pool", {"max_kv": 0}, "max_kv must be a number of at least 0.01"),
+        ("topology", {"by": "rack"}, "by must be one of domain, link, got 'rack'"),
+        ("topology", {"limit": "no"}, "limit must be true or false, got 'no'"),
     ],
 )
 def test_nonsense_parameters_are_refused_by_name(name: str, params: dict[str, Any], told: str) -> None:

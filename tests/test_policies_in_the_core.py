@@ -12,6 +12,7 @@ import pytest
 from disagg.core.commands import Deliver, Record, Send, WakeAt
 from disagg.core.config import OrchestratorConfig, PolicySpec
 from disagg.core.events import Arrive, Cancel, Enqueue, LeaseRenewed, PeerDown, Report, Response, Wake
+from disagg.core.executor import ExecutorCore
 from disagg.core.orchestrator import OrchestratorCore
 from disagg.core.tables import DecisionRow
 from disagg.policies.interfaces import AdmissionPolicy, PolicyError, QueueOrder, RoutingPolicy, ScoringPolicy
@@ -317,6 +318,32 @@ def test_admission_is_asked_before_the_router_and_once(monkeypatch: pytest.Monke
 # ---- answers that are refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("answer", [True, None, Admit, Route(context=1), "reject"])
+def test_an_admission_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    class Says(AdmissionPolicy):
+        def admit(self, request: Request, fleet: Any) -> Any:
+            return answer
+
+    o = Orchestrator(monkeypatch, "cg", admission=named(monkeypatch, Says, "admission"))
+    with pytest.raises(PolicyError, match=r"^Says answered .*; allowed: Admit\(\), Hold or Reject"):
+        o.arrive(1, 1)
+
+
+@pytest.mark.parametrize("key", [None, float("nan"), 1j])
+def test_a_key_that_has_no_place_in_an_order_is_refused(monkeypatch: pytest.MonkeyPatch, key: Any) -> None:
+    class Keys(QueueOrder):
+        def key(self, request: Request, now: int) -> Any:
+            return key
+
+    order = named(monkeypatch, Keys, "queue_order")
+    o = Orchestrator(monkeypatch, "cg", queue_order=order)
+    with pytest.raises(PolicyError, match=r"Keys gave the key .*, which has no place in an order"):
+        o.arrive(1, 1)
+    (config,) = executors("c", queue_order=order)
+    with pytest.raises(PolicyError, match="Keys gave the key"):
+        ExecutorCore(config).handle(Enqueue(Request(1, 10, 9)), 0)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -328,6 +355,9 @@ def test_admission_is_asked_before_the_router_and_once(monkeypatch: pytest.Monke
         (Route(context=1, generation=4), r"executor 4 \(generation, unhealthy\); allowed here: \[3, 5\]"),
         (RouteMixed(3), r"executor 3 \(generation, healthy\); allowed here: \[5\]"),
         (Route(generation=3), r"a context phase cannot be routed by Route\(context=None, generation=3\)"),
+        (Route(context=1.0), r"Route\(context=1.0, generation=None\): 1.0 is no whole number"),
+        (RouteMixed("5"), "'5' is no whole number"),
+        (Hold("soon"), "'soon' is no whole number"),
         (None, "a context phase cannot be routed by None"),
         (1, "a context phase cannot be routed by 1"),
     ],

@@ -106,6 +106,10 @@ class Strangers(ToTheContext):
         return [MoveRequest(99, 3)]
 
 
+class Always(ToTheContext):
+    interval_ps = 0
+
+
 class Words(ToTheContext):
     def migrate(self, fleet, movable):
         return "later"
@@ -131,6 +135,17 @@ def test_an_answer_that_can_never_be_obeyed_breaks_the_contract(tmp_path: Path, 
     world.submit(1, 0, 20, 10)
     with pytest.raises(PolicyError, match=f"{name} answered .*{told}"):
         world.run()
+
+
+def test_a_policy_that_would_be_asked_without_end_in_one_instant_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    with pytest.raises(PolicyError, match="Always: interval_ps is 0; allowed: at least 1"):
+        World(
+            executors("cgg"),
+            router=PolicySpec("round_robin"),
+            migration=PolicySpec("wrong.py:Always"),
+            policy_root=str(tmp_path),
+        )
 
 
 def test_requests_that_move_again_and_again_do_what_the_naive_reference_says() -> None:

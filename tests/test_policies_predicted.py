@@ -239,7 +239,12 @@ def test_early_rejection_asks_whether_anybody_could_meet_the_objectives(n: int) 
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [("slo_headroom", {"strategy": "some"}), ("slo_headroom", {"ttft_weight": 1.1})],
+    [
+        ("slo_headroom", {"strategy": "some"}),
+        ("slo_headroom", {"ttft_weight": 1.1}),
+        ("mooncake", {"rejects": "no"}),
+        ("mooncake", {"fetches_prefixes": 1}),
+    ],
 )
 def test_nonsense_parameters_are_refused(name: str, params: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=name):

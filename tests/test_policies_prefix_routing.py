@@ -240,7 +240,8 @@ def test_a_prompt_without_a_key_goes_to_the_least_loaded(name: str) -> None:
     [
         ("cache_aware", {"cache_threshold": 2}, "cache_threshold must be a number of at least 0 and at most 1, got 2"),
         ("cache_aware", {"balance_rel": "x"}, "balance_rel must be a number"),
-        ("kv_cost", {"temperature": -1}, "temperature must be a number of at least 0, got -1"),
+        ("kv_cost", {"temperature": -1}, "temperature must be a number of at least 0 .*got -1"),
+        ("kv_cost", {"temperature": float("inf")}, "temperature must be a number of at least 0 and at most 1e"),
         ("kv_cost", {"overlap_weight": True}, "overlap_weight must be a number"),
         ("prefix_hash", {"load_factor": 0.5}, "load_factor must be a number of at least 1"),
         ("bounded_hash", {"prefix_tokens": 0}, "prefix_tokens must be a whole number of at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import metadata
 from pathlib import Path
 from random import Random
@@ -53,6 +54,9 @@ def test_every_first_policy_is_available_with_its_source_and_a_summary() -> None
         by_kind.setdefault(info.kind, []).append(info.name)
         assert info.source
         assert info.summary
+        told = inspect.getdoc(info.policy) or ""
+        assert told.startswith(info.summary)
+        assert told.endswith(f"Source: {info.source}.")
         assert issubclass(info.policy, registry.KINDS[info.kind])
     routers = {"round_robin", "random", "least_requests", "least_tokens", "power_of_two", "least_kv"}
     assert routers <= set(by_kind["routing"])

@@ -152,6 +152,23 @@ def test_least_tokens_and_least_requests_differ_where_few_prompts_are_long() -> 
     assert contexts(router("least_tokens"), fleet, 1) == [2]
 
 
+def test_round_robin_goes_on_to_a_busy_executor_where_least_requests_and_random_need_not() -> None:
+    fleet = a_fleet(Role.CONTEXT, 2)
+    fleet.dispatched(1, 100)
+    assert contexts(router("round_robin"), fleet, 4) == [1, 2, 1, 2]
+    assert contexts(router("least_requests"), fleet, 4) == [2, 2, 2, 2]
+    assert contexts(router("random"), fleet, 40) != [1, 2] * 20
+
+
+def test_least_kv_and_least_tokens_differ_on_pools_of_different_sizes() -> None:
+    """Of 100 blocks 50 are taken, by 500 tokens; of 1,000 blocks 400, by 4,000."""
+    fleet = Fleet([ExecutorConfig(1, Role.GENERATION, 100), ExecutorConfig(2, Role.GENERATION, 1000)], 0)
+    report(fleet, 1, blocks_free=50, decode_kv_tokens=500)
+    report(fleet, 2, blocks_free=600, decode_kv_tokens=4000)
+    assert generations(router("least_kv"), fleet, 1) == [2]
+    assert generations(router("least_tokens"), fleet, 1) == [1]
+
+
 @pytest.mark.parametrize("n", [SMALL, LARGE])
 def test_power_of_two_never_takes_the_busiest_and_random_does(n: int) -> None:
     fleet = a_fleet(Role.CONTEXT, n)

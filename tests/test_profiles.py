@@ -198,6 +198,7 @@ def test_samples_of_merged_profiles_go_on_in_numbers_so_that_each_entry_finds_it
     assert [(s.session, s.sender, s.receiver) for s in found.messages] == [(3, 0, 2), (20, 0, 3)]
     assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 2, 3), (20, 3, 4)]
     assert [s.session for s in found.clients] == [3, 20]
+    assert both.messages == refit_profile(tmp_path / "both.json", tmp_path / "later" / "again.json").messages
 
 
 def test_the_difference_of_two_profiles_is_that_of_their_predictions() -> None:

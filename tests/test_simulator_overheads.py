@@ -180,3 +180,22 @@ def test_a_run_says_how_much_of_it_lies_outside_what_was_measured(
     (tmp_path / "experiment.yaml").write_text(text, encoding="utf-8")
     assert run_file(tmp_path / "experiment.yaml", output=tmp_path / "run") == 0
     assert "batches lie outside the measured range of the profile" in capsys.readouterr().out
+
+
+def test_steps_with_chunks_slow_down_while_they_follow_each_other_and_recover_after_a_rest_or_decodes() -> None:
+    gaps = LaunchGaps(chunk_after_chunk=MS, millionths_under_load=100_000, load_after=20 * MS)
+    timing = ModelTiming({1: ConstantCost(10 * MS)}, 1, gaps={1: gaps})
+    now = 0
+
+    def length(run: RunSteps) -> float:
+        nonlocal now
+        timing.begin(1, run, now)
+        began, now = now, timing.end_of_step(1, 1)
+        return (now - began) / MS
+
+    # after 0, 10, 21.5 and 33.5 ms of load: up to a tenth longer, and a launch of 1 ms behind another
+    assert [length(chunk(epoch)) for epoch in range(1, 5)] == pytest.approx([10, 11.5, 12, 12], abs=1e-4)
+    assert length(decodes(5)) == 10
+    assert length(chunk(6)) == 10
+    now += 1  # a rest, however short
+    assert length(chunk(7)) == 10

@@ -138,19 +138,6 @@ def test_a_world_over_ucx_finds_the_wheel_before_any_other_ucx(monkeypatch: pyte
     assert world.env["UCX_MODULE_DIR"] == "/site/libucx/lib/ucx"
 
 
-@pytest.mark.parametrize(("linked", "own", "want"), [(True, None, "on"), (False, None, None), (True, "off", None)])
-def test_receivers_fetch_over_nvlink_unless_the_user_has_said_otherwise(
-    linked: bool, own: str | None, want: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setting = "UCX_CUDA_IPC_ENABLE_GET_ZCOPY"
-    monkeypatch.setattr(transport_world, "find_ucx", lambda: "/site/libucx/lib")
-    monkeypatch.setattr(transport_world, "has_nvlink", lambda: linked)
-    monkeypatch.delenv(setting, raising=False)
-    if own is not None:
-        monkeypatch.setenv(setting, own)
-    assert over_ucx().env.get(setting) == want
-
-
 def test_a_world_over_ucx_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport_world, "find_ucx", lambda: None)
     with pytest.raises(LaunchError, match="pip install libucx-cu13"):

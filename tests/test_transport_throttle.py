@@ -110,10 +110,49 @@ def test_news_of_an_end_waits_for_the_throttle_and_for_the_bytes() -> None:
     assert throttle.seconds_to_next() is None
 
 
+def test_each_executor_s_link_has_the_rate_that_is_asked_for_it() -> None:
+    clock = Clock()
+    throttle = Throttle(lambda executor: 4.0 if executor == 1 else 1.0, 0.5, lambda rank: rank // 2, clock)
+    told: list[str] = []
+    for rank, name in ((2, "fast"), (4, "slow")):
+        throttle.when_through(throttle.enter(rank, 1000, True), lambda name=name: told.append(name))
+    for at, through in ((499, []), (500, ["fast"]), (1999, ["fast"]), (2000, ["fast", "slow"])):
+        clock.now = at
+        for then in throttle.due():
+            then()
+        assert told == through
+
+
 @pytest.mark.parametrize(("tp", "stages"), [(1, (5,)), (2, (3, 2)), (8, (5,))])
 def test_the_ranks_of_an_executor_share_its_rate_out_completely(tp: int, stages: tuple[int, ...]) -> None:
     layout = KvLayout(tp, len(stages), stages, 4, 8, "float32")
     assert sum(rank_share(layout, rank) for rank in range(layout.num_ranks)) == pytest.approx(1)
+
+
+DOMAINS = THROTTLED.replace(
+    THROTTLED[THROTTLED.index("  context_servers") : THROTTLED.index("policy:")],
+    """\
+  instances:
+    - {role: context, domain: a, kv_cache: {tokens_per_block: 16, max_tokens: 8192}}
+    - {role: generation, domain: a, kv_cache: {tokens_per_block: 16, max_tokens: 8192}}
+    - {role: generation, domain: b, kv_cache: {tokens_per_block: 16, max_tokens: 8192}}
+  cache_transceiver: {backend: auto, across_domains_gb_per_s: 0.0005}
+""",
+)
+
+
+@pytest.mark.mpi
+def test_between_two_domains_kv_takes_longer_in_both_worlds(tmp_path: Path) -> None:
+    (tmp_path / "domains.yaml").write_text(DOMAINS)
+    for world in ("simulation", "hardware"):
+        command = [DISAGG, "run", "domains.yaml", "--backend", world, "--output", world]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        rows = pd.read_parquet(tmp_path / world / "transfers.parquet")
+        assert rows["ok"].all()
+        seconds = (rows["end_s"] - rows["start_s"]).groupby(rows["reader"]).mean()
+        assert seconds[2] < 0.25  # within domain a: the machine's own
+        assert seconds[3] == pytest.approx(1.05, rel=0.1)  # 256 tokens of 2,048 bytes at half a MB/s
 
 
 @pytest.mark.mpi

@@ -14,14 +14,12 @@ from typing import Any
 
 TRY = "DISAGG_TRY"  # what a world's ranks change before they begin
 GET = {"UCX_RNDV_SCHEME": "get_zcopy", "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on"}
-OWN = {"UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "auto"}
 FEW = {"UCX_TLS": "self,sm,cuda_copy,cuda_ipc"}
 WAYS: dict[str, tuple[str, str, dict[str, str]]] = {
     "cuda_ipc": ("cuda_ipc", "same", {}),
     "cuda_ipc, re-laid out": ("cuda_ipc", "relayout", {}),
     "mpi": ("mpi", "same", {}),
     "mpi, re-laid out": ("mpi", "relayout", {}),
-    "mpi, as UCX has it": ("mpi", "same", OWN),
     "mpi, the receiver gets": ("mpi", "same", GET),
     "mpi, the sender puts": ("mpi", "same", {"UCX_RNDV_SCHEME": "put_zcopy"}),
     "mpi, few, receiver gets": ("mpi", "same", {**FEW, **GET}),

@@ -3,9 +3,12 @@
 #
 #   bash benchmarks/h200/heldout/run.sh OUTPUT [PART [SECONDS [TIMES]]]     # archives of at most 15 MB each are left in OUTPUT
 #
-#   pair    two GPUs: the 1p1_* files, then two lanes of one GPU: the queues beside the other 1_mixed_* files (6 minutes a time)
-#   lanes   four GPUs: the 1p1_* files beside the 2_mixed_* ones (seven minutes for two times); the default
-#   four    four GPUs: the 4gpu_* files (five minutes for two times)
+#   calibrate  two GPUs: 1 + 1, then a mixed executor of each shape, one on each GPU; profiles in OUTPUT (4 minutes)
+#   pair       two GPUs: the 1p1_* files (four minutes a time)
+#   routers    two GPUs: the 2_mixed* files (six minutes a time)
+#   singles    two GPUs, a lane each: the queues beside the other 1_mixed_* files (4 minutes a time)
+#   lanes      four GPUs: the 1p1_* files beside the 2_mixed_* ones (seven minutes for two times); the default
+#   four       four GPUs: the 4gpu_* files (five minutes for two times)
 #
 # After SECONDS (default 520) no further cluster is started. Predictions are committed before (benchmarks/h200/predict.py).
 # DISAGG_TRACES names the folder of the traces.
@@ -25,10 +28,27 @@ lane() { # lane GPUS FILE...
         echo "GPUs $gpus: ended with $?"
 }
 case $part in
+calibrate)
+    at=$output/profiles
+    calibrate() { CUDA_VISIBLE_DEVICES=$1 python3 -m disagg calibrate "benchmarks/h200/calibrate_$2.yaml" --output "$at/$2.json"; }
+    mkdir -p "$at"
+    calibrate 0,1 1p1
+    calibrate 0 mixed &
+    calibrate 1 qwen_mixed &
+    wait
+    tar czf "$output/profiles.tgz" -C "$at" --exclude '*.sessions' .
+    rm -r "$at"
+    exit
+    ;;
 pair)
-    lane 0,1 $here/1p1_{short,bursty,azure,near,closed,long,25gbps,5gbps}.yaml
+    lane 0,1 $here/1p1_{azure,near,closed,short,bursty,long,25gbps,5gbps}.yaml
+    ;;
+routers)
+    lane 0,1 $here/2_mixed.yaml $here/2_mixed_routers.yaml $here/2_mixed_prefix_routers.yaml
+    ;;
+singles)
     lane 0 $here/1_mixed_queues.yaml &
-    lane 1 $here/1_mixed_{qwen,short,near,closed,prefixes}.yaml &
+    lane 1 $here/1_mixed_{qwen,near,closed,azure,bursty,prefixes,short}.yaml &
     wait
     ;;
 lanes)
@@ -40,7 +60,7 @@ four)
     lane 0,1,2,3 $here/4gpu_{2c2g,1c3g,4_mixed}.yaml
     ;;
 *)
-    echo "PART $part; allowed: pair, lanes, four" >&2
+    echo "PART $part; allowed: calibrate, pair, routers, singles, lanes, four" >&2
     exit 2
     ;;
 esac

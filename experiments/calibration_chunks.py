@@ -1,0 +1,214 @@
+"""The fit of steps with chunks of prompts: of the device where a graph runs them or they are long, of the host where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.step_sizes import CHUNK_GRAPH_ROWS, chunk_graph
+from .calibration_points import (
+    LEAST_SAMPLES,
+    Fitted,
+    Floats,
+    curve_fit,
+    fit_points,
+    keep_near,
+    knots_for,
+    points_of,
+    ramps,
+    residual_of_samples,
+)
+from .calibration_shared import curve_at, kv_read, residuals_of_shared, saved_part, without_shared
+from .profile_file import ChunkFit, Residual
+
+# Rows of the engine's own steps, which are a staircase: between two of them lies nothing to interpolate.
+_ROW_KNOTS: Final = (
+    *(0, 16, 32, *CHUNK_GRAPH_ROWS, *range(1152, 2049, 128)),
+    *(2304, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 12_288, 16_384),
+)
+_BEHIND: Final = 512  # cached tokens: fewer are lost among what a step takes
+_LEAST_BEHIND: Final = 40  # steps of either kind: fewer told pairs from cached tokens badly
+_WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
+_LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
+_LEAST_LOADED: Final = (
+    20  # samples of small, of middling and of large steps, to tell what a load does from what rows do
+)
+_MOST_SHARE: Final = 0.25
+_LEAST_GAIN: Final = 0.1  # of the fit's error
+
+
+def graph_rows(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
+    """Rows of the graph that ran each step with chunks; 0 where none did."""
+    names = ("num_decodes", "num_chunks", "num_chunk_tokens")
+    steps = zip(*(columns[name].tolist() for name in names), strict=True)
+    found = [chunk_graph(decodes, chunks, tokens, max_batch) for decodes, chunks, tokens in steps]
+    rows = np.array([0 if key is None else key[1] for key in found], dtype=np.int64)
+    return np.where(columns["sends_early"], 0, rows)
+
+
+def fit_chunks(
+    columns: dict[str, Any], multiple: int, graphs: NDArray[np.int64] | None
+) -> tuple[ChunkFit, list[Residual], dict[str, int]]:
+    """Steps with chunks; what came before them shifts them by a constant each, and lengthens those behind others.
+
+    Where short ones run as graphs (`graphs`: their rows), those that do not wait for the host: they are no measure of
+    the device, but of how long a launch kernel by kernel takes.
+    """
+    rows = padded_rows(columns, multiple)
+    waits = np.zeros(len(rows), dtype=bool)
+    if graphs is not None and graphs.any():
+        rows = np.where(graphs > 0, graphs, rows)
+        waits = (graphs == 0) & (columns["sends_early"] | (rows <= CHUNK_GRAPH_ROWS[-1]))
+    row_knots = knots_for(rows[~waits], _ROW_KNOTS)
+    kv = columns["num_kv_tokens"]
+    kv_knots = [0, max(1, int(kv.max()))]
+    before = columns["before"]
+    kinds = [kind for kind in ("idle", "decode", "chunk") if (before == kind).sum() >= LEAST_SAMPLES]
+    attention = [columns[name] for name in ("num_pairs", "num_cached_tokens")]
+    in_graphs = graphs > 0 if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits) else None
+    launches = [*((before == kind) for kind in kinds), *_late_kernels(graphs, waits, before)]
+    parts = (
+        np.ones((len(rows), 1)),
+        ramps(rows, row_knots),
+        *_as_columns(attention if in_graphs is None else [column * ~in_graphs for column in attention]),
+        *_as_columns([columns["num_chunks"], columns["num_sampled"]]),
+        ramps(kv, kv_knots),
+        *_as_columns([columns["num_decodes"]]),
+        *_as_columns([] if in_graphs is None else [column * in_graphs for column in attention]),
+        *_as_columns(launches),
+    )
+    at = len(row_knots)
+    own = at + (6 if in_graphs is None else 8)  # coefficients of the step's own time
+    cool = np.concatenate(parts, axis=1)
+    ns = columns["duration_ps"] / 1000.0
+    keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
+    which = np.unique(before, return_inverse=True)[1].reshape(-1)
+    told, shared = without_shared(columns, ~waits)
+    of_told = {name: columns[name][told] for name in keys}
+    groups = (rows[told], *of_told.values(), kv[told] // 1024, which[told])
+
+    loaded_ns = _loaded_ns(columns)
+
+    def slower(share: float, after_ns: float) -> Floats:
+        return np.asarray(1 + share * np.minimum(loaded_ns / after_ns, 1.0))
+
+    def under_load(share: float, after_ns: float) -> tuple[Fitted, Floats, float]:
+        features = cool.copy()
+        features[:, :own] *= slower(share, after_ns)[:, None]
+        points = points_of(groups, features[told], ns[told])
+        found = fit_points(points, ns[told], features[told], "steps with chunks")
+        off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
+        return found, features, float((points.weights * off).sum())
+
+    share, after_ns = 0.0, _LOAD_AFTER_NS[0]
+    under = rows[told & (loaded_ns > _LOAD_AFTER_NS[0])]
+    if np.histogram(under, np.array((0, 1, 3, 4)) * rows.max() / 4)[0].min() >= _LEAST_LOADED:
+        share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
+    fitted, features, _ = under_load(share, after_ns)
+    x = fitted.coefficients
+    read_ns, by = curve_at(kv_knots, x[at + 4 : at + 5]), slower(share, after_ns)
+    rest = features @ x - read_ns(kv) * by
+    part = saved_part(columns, shared, lambda read: rest + read_ns(read) * by)
+    fitted_ns = rest + read_ns(kv_read(columns, part)) * by
+    floor, residuals = _launch_floor(ns, fitted_ns, features[:, own:] @ x[own:], waits)
+    residuals += residuals_of_shared("steps with chunks that share KV", ns, fitted_ns, shared)
+    in_graph = [None, None] if in_graphs is None else [round(float(value), 9) for value in x[at + 6 : own]]
+    pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
+    fit = ChunkFit(
+        rows=curve_fit(x[0], row_knots, x[1:at]),
+        pair_ns=pair,
+        cached_token_ns=cached_token,
+        chunk_ns=chunk,
+        sample_ns=sample,
+        mixed_kv_tokens=curve_fit(0.0, kv_knots, x[at + 4 : at + 5]),
+        mixed_decode_ns=round(float(x[at + 5]), 3),
+        graphs=graphs is not None and bool(graphs.any()),
+        launch_floor_ns=round(floor, 3),
+        graph_pair_ns=in_graph[0],
+        graph_cached_token_ns=in_graph[1],
+        shared_part=part,
+    )
+    found = [round(float(value) * 1000) for value in x[own:]]
+    shifts = {f"chunk_after_{kind}": value for kind, value in zip(kinds, found, strict=False)}
+    known = list(shifts.values())
+    for kind in ("idle", "decode", "chunk"):  # what was hardly ever seen is like what was
+        if known:
+            shifts.setdefault(f"chunk_after_{kind}", round(sum(known) / len(known)))
+    if len(found) > len(kinds):
+        shifts["kernels"] = found[-1]
+    if share:
+        shifts |= {"millionths_under_load": round(share * 1e6), "load_after": round(after_ns * 1000)}
+    return fit, [fitted.residual, *residuals], shifts
+
+
+def _as_columns(values: Sequence[NDArray[Any]]) -> list[Floats]:
+    return [each[:, None].astype(float) for each in values]
+
+
+def _tells_attention_apart(columns: dict[str, Any], in_graphs: NDArray[np.bool_], waits: NDArray[np.bool_]) -> bool:
+    """Whether prompts behind KV were seen both in graphs, which have an attention of their own, and kernel by kernel."""
+    behind = ~waits & (columns["num_cached_tokens"] >= _BEHIND)
+    found = [columns["num_cached_tokens"][behind & each] for each in (in_graphs, ~in_graphs)]
+    return min(len(each) for each in found) >= _LEAST_BEHIND and len(np.unique(found[0])) >= LEAST_SAMPLES
+
+
+def _loaded_ns(columns: dict[str, Any]) -> Floats:
+    """For how long steps with chunks had followed each other when each of these began."""
+    order = np.lexsort((columns["step"], columns["epoch"], columns["executor"], columns["session"]))
+    place = np.stack([columns[name][order] for name in ("session", "executor")], axis=1)
+    follows = (columns["before"][order] == "chunk") & np.concatenate(([False], (place[1:] == place[:-1]).all(axis=1)))
+    ends = np.cumsum(columns["duration_ps"][order] / 1000.0)
+    begins = np.concatenate(([0.0], ends[:-1]))
+    loaded = np.empty(len(order))
+    loaded[order] = begins - np.maximum.accumulate(np.where(follows, 0.0, begins))
+    return loaded
+
+
+def _best_load(error: Callable[[float, float], float]) -> tuple[float, float]:
+    """(how much longer, in proportion, steps under load are, after how many ns) where the error is least: first over a
+    coarse grid, then closer around the best share, to a thousandth. None longer where that gains less than a tenth.
+    """
+    tried = {(share, after): error(share, after) for share in (0.04, 0.08, 0.12) for after in _LOAD_AFTER_NS}
+    none = error(0.0, _LOAD_AFTER_NS[0])
+    for step in (0.02, 0.01, 0.005, 0.002, 0.001):
+        best, after = min(tried, key=lambda key: (tried[key], key))
+        for share in (best - step, best + step):
+            if 0 < share <= _MOST_SHARE and (share, after) not in tried:
+                tried[share, after] = error(share, after)
+    best, after = min(tried, key=lambda key: (tried[key], key))
+    return (round(best, 4), after) if tried[best, after] < (1 - _LEAST_GAIN) * none else (0.0, after)
+
+
+def _late_kernels(
+    graphs: NDArray[np.int64] | None, waits: NDArray[np.bool_], before: NDArray[Any]
+) -> tuple[NDArray[np.bool_], ...]:
+    """Which steps run kernel by kernel, though others are graphs, and were not launched behind decodes.
+
+    Nothing where there are none, or none of the same kind behind decodes: the rows tell of both then.
+    """
+    if graphs is None or not graphs.any():
+        return ()
+    by_kernels = graphs == 0
+    late = by_kernels & (before != "decode")
+    told = [late & ~waits, by_kernels & ~late & ~waits]
+    return (late,) if min(each.sum() for each in told) >= LEAST_SAMPLES else ()
+
+
+def _launch_floor(ns: Floats, fitted: Floats, shifts: Floats, waits: NDArray[np.bool_]) -> tuple[float, list[Residual]]:
+    """The host's time for a step that it launches kernel by kernel: what short ones take that take longer than the device."""
+    late = np.flatnonzero(waits & (ns > (1 + _WAITS) * fitted))
+    if len(late) < LEAST_SAMPLES:
+        return 0.0, []
+    own = (ns - shifts)[late]
+    kept = keep_near(own)
+    floor = float(own[kept].mean())
+    expected = floor + shifts[late][kept]
+    return floor, [residual_of_samples("short steps without a graph", ns[late][kept], expected, len(late))]
+
+
+def padded_rows(columns: dict[str, Any], multiple: int) -> NDArray[Any]:
+    rows = columns["num_chunk_tokens"] + columns["num_decodes"]
+    return np.asarray(np.where(rows <= multiple, rows, -(-rows // multiple) * multiple))
