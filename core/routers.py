@@ -107,16 +107,17 @@ def _shown(task: Task, router: RoutingPolicy) -> Request:
 
 def _in_plain_integers(answer: Routing) -> Routing:
     """The answer in Python's own integers: a policy may have read them off columns of numpy's. PolicyError if one is none."""
+    parts: Any = answer  # whose types are not what they declare: compiled code would refuse them
     if type(answer) is Route:
-        context, generation = answer.context, answer.generation
+        context, generation = parts.context, parts.generation
         if (context is None or type(context) is int) and (generation is None or type(generation) is int):
             return answer
         return Route(
             None if context is None else plain_integer(context, answer),
             None if generation is None else plain_integer(generation, answer),
         )
-    if type(answer) is RouteMixed and type(answer.executor) is not int:
-        return RouteMixed(plain_integer(answer.executor, answer))
-    if type(answer) is Hold and answer.until is not None and type(answer.until) is not int:
-        return Hold(plain_integer(answer.until, answer))
+    if type(answer) is RouteMixed and type(parts.executor) is not int:
+        return RouteMixed(plain_integer(parts.executor, answer))
+    if type(answer) is Hold and parts.until is not None and type(parts.until) is not int:
+        return Hold(plain_integer(parts.until, answer))
     return answer

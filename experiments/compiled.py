@@ -8,7 +8,8 @@ as they stand, into extension modules in a folder of their own:
 
 What is compiled is what runs for every simulated event: the cores' state machines and the simulator. Policies, and the
 structs that travel, stay Python, so that a user's policies and the event logs are the same. `compiled_caches.h` makes that
-cheap: compiled code remembers, at each place, how it read an attribute or made a struct of the type that it met there last.
+cheap: compiled code remembers, at each place, how it read an attribute or made a struct of the type that it met there last,
+and keeps integers and structs for the next use.
 """
 
 from __future__ import annotations
