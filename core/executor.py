@@ -89,6 +89,8 @@ class ExecutorCore:
         )
         self._reports = ExecutorReports(config, self.scheduler, self._reader, self._agenda)
         self._serial = 0
+        self._overlaps = config.overlap
+        self._asked_at = -1  # without overlap: how many steps had run when KV was last asked for
         self._closing = False
         self._drained = False
 
@@ -142,6 +144,8 @@ class ExecutorCore:
             self._enqueue(event, now)
         elif type(event) is KvRequested:
             self._source.requested(event, self.visits.get(event.request_id), now)
+            if not self._overlaps:
+                self.scheduler.ask_to_stop()
         elif type(event) is KvReceived:
             self._ends.kv_received(event, now)
         elif type(event) is KvTaken:
@@ -331,14 +335,35 @@ class ExecutorCore:
             return
         while scheduler.preempt():
             self._fill_places(now)  # those that came free: a later plan, at a boundary of chance, would do it otherwise
+        if not self._overlaps and self._stands_aside(now):
+            scheduler.close_epoch()
+            return
         plan, chunks = scheduler.choose(now, may_admit=self._reader.local.first() is None)
         self._begin(chunks, now)
-        self._reader.pull(now)
+        if self._overlaps:
+            self._reader.pull(now)
         scheduler.run(plan, chunks, now)
         if scheduler.running is None and not scheduler.tails:
             self._reader.withdraw()
         if plan.ask_again_at is not None:
             self._timers.set(max(plain_integer(plan.ask_again_at, plan), now + 1), "batch")
+
+    def _stands_aside(self, now: int) -> bool:
+        """Without overlap: ask for KV where no step runs, once between two steps, and say whether the next must wait.
+
+        For what comes, and for what is read here: of a context phase that is done, since its own steps are what early
+        readers wait for. KV of a request that was given up is not waited for, so that one transfer holds up nobody else.
+        """
+        reader, scheduler = self._reader, self.scheduler
+        if not scheduler.tails and (scheduler.num_steps != self._asked_at or not scheduler.has_begun):
+            self._asked_at = scheduler.num_steps
+            reader.pull(now)
+        if scheduler.tails and reader.num_pulls:
+            return True
+        return reader.is_receiving or any(
+            visit.pinned_by is not None and visit.state is State.CONTEXT_DONE and visit.doom is None
+            for visit in self.visits.values()
+        )
 
     def _begin(self, chunks: tuple[Chunk, ...], now: int) -> None:
         """Context phases whose blocks have just become their own: tell whoever waits for that."""

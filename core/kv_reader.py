@@ -54,6 +54,7 @@ class KvReader:
         self._timers = timers
         self._agenda = agenda
         self._reserve_blocks = reserve_blocks
+        self._overlaps = config.overlap
         # heap of those whose KV is elsewhere: those whose context phase is done go first
         self._pulls: list[tuple[bool, Any, int, Visit]] = []
         self._heartbeat_armed = False
@@ -72,7 +73,14 @@ class KvReader:
     @property
     def pulls_at_once(self) -> bool:
         """Whether free blocks are nobody else's: running steps take none of them, and no prompt waits for them here."""
+        if not self._overlaps:
+            return False  # between steps only
         return not self._scheduler.capacity.evicts and not self._scheduler.prompts.num_waiting
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether KV comes that is all written at its source, for a request that was not given up."""
+        return any(not visit.awaits_token and visit.doom is None for visit in self.in_flight.values())
 
     # ---- what comes and goes ----------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def bench_cluster(file: Path, options: BenchOptions, how: BenchRun, overrides: S
         with redirect_stdout(sys.stderr) if how.as_json else nullcontext():
             try:
                 runner = _runner(loaded, points, how)
-                todo = prepare_output(points, target, overwrite=how.overwrite)
+                todo = prepare_output(points, target, overwrite=how.overwrite, can_resume=False)
                 code = run_all(runner, points, todo, overwrite=how.overwrite)
             except (ModelError, PolicyError) as error:
                 raise ConfigError(str(error)) from error

@@ -63,6 +63,8 @@ def bench_engine(
         raise ConfigError("--output is where --in-run leaves its runs; allowed: both, or neither")
     _check_out(out)
     chosen = _device(device)
+    if device is None and chosen != "cuda":
+        raise ResourceError("bench engine measures a GPU; torch finds none here")
     if in_run and chosen != "cuda":
         raise ResourceError("--in-run measures a GPU; torch finds none here")
     run = _function("bench_engine", "run_engine_bench")

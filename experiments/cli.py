@@ -297,6 +297,9 @@ def leaderboard(
             help="Only these of the catalogue. Your own file comes on top: of all of it, unless you name some too.",
         ),
     ] = None,
+    kind: Annotated[
+        str, typer.Option(help="What is compared, e.g. admission or queue_order, beside each scenario's own router.")
+    ] = "routing",
     output: Annotated[Path | None, typer.Option(help="Folder of the page; default: runs/leaderboard.")] = None,
     metric: Annotated[str, typer.Option(help="What policies are ranked by, e.g. mean_ttft.")] = "slo_attainment",
     quick: Annotated[
@@ -313,7 +316,7 @@ def leaderboard(
     format: Format = "text",
     json: Json = False,
 ) -> None:
-    """Compare every routing policy, and your own, in a fixed set of scenarios: ranks with intervals, and where each loses."""
+    """Compare every policy of a kind, and your own, in a fixed set of scenarios: ranks with intervals, and where each loses."""
     from .cli_leaderboard import leaderboard as make
     from .cli_leaderboard import list_scenarios
     from .cli_run import parse_workers
@@ -332,6 +335,7 @@ def leaderboard(
         overwrite=overwrite,
         resume=resume,
         as_json=_wants_json(format, json),
+        kind=kind,
     )
     raise typer.Exit(code)
 

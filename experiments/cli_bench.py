@@ -112,7 +112,8 @@ def cluster(
 def transfer(
     quick: Quick = False,
     backend: Annotated[
-        list[str] | None, typer.Option(help="mpi, cuda_ipc or host; may be repeated; default: all that work here.")
+        list[str] | None,
+        typer.Option(help="mpi, cuda_ipc or host; may be repeated; default: all that work here; on a CPU mpi."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
     out: Out = None,

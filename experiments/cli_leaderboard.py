@@ -53,6 +53,7 @@ def leaderboard(
     overwrite: bool = False,
     resume: bool = False,
     as_json: bool = False,
+    kind: str = "routing",
 ) -> int:
     """Compute the board and write it. Returns the exit code: 1 if a policy failed somewhere, which the page tells.
 
@@ -67,7 +68,7 @@ def leaderboard(
         _check(target, overwrite=overwrite, resume=resume)
         try:
             board = _computed(
-                scenarios, policies, size or (QUICK if quick else FULL), key, quick, pool, target, overwrite
+                scenarios, policies, size or (QUICK if quick else FULL), key, quick, pool, target, overwrite, kind
             )
         except (ModelError, PolicyError) as error:
             raise ConfigError(str(error)) from error
@@ -96,8 +97,9 @@ def _computed(
     pool: Pool,
     target: Path,
     overwrite: bool,
+    kind: str,
 ) -> Board:
-    entries = entries_of(policies)
+    entries = entries_of(policies, kind)
     found, left_out = scenarios_of(scenarios)
     for line in left_out:
         print(f"warning: left out: {line}", file=sys.stderr)

@@ -357,6 +357,7 @@ def cluster_of(config: Experiment) -> OrchestratorConfig:
             transfer_timeout_per_token=per_token,
             pull_timeout=picoseconds(transceiver.pull_timeout_ms) if transceiver else 300 * PS_PER_S,
             layerwise=transceiver.layerwise if transceiver else True,
+            overlap=transceiver.overlap if transceiver else True,
             quarantine_max_blocks=transceiver.quarantine_max_blocks if transceiver else None,
             report_interval=picoseconds(cluster.report_interval_ms),
             report_on_batch_change=cluster.report_on_batch_change,

@@ -113,6 +113,9 @@ class CacheTransceiver(Keys):
     on_failure: Literal["recompute", "fail"] = "recompute"
     generation_binding: Literal["at_arrival", "at_context_start", "at_context_done"] = "at_context_done"
     layerwise: bool = Field(True, description="with early binding: send KV while the context phase computes it")
+    overlap: bool = Field(
+        True, description="steps run while KV comes or is read; off: an executor begins none during its transfers"
+    )
     lease_ms: Milliseconds = 60_000.0
     quarantine_max_blocks: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
     throttle_gb_per_s: Rate | None = Field(

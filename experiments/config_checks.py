@@ -63,6 +63,13 @@ def _unavailable(config: Experiment) -> Iterator[Problem]:
             ("cluster", "cache_transceiver", "backend"),
             f"cuda_ipc needs device: cuda, not {config.device_type}; allowed here: mpi, host, auto",
         )
+    if transceiver is not None and not transceiver.overlap and transceiver.layerwise:
+        if transceiver.generation_binding != "at_context_done":
+            yield Problem(
+                ("cluster", "cache_transceiver", "overlap"),
+                "off, and KV would be sent while the context phase computes it; allowed: layerwise: false, or"
+                " generation_binding: at_context_done",
+            )
     slo = config.slo
     if slo is not None:
         if slo.preset is not None and slo.preset not in SLO_PRESETS:

@@ -105,6 +105,7 @@ def compute(
     regrets: list[tuple[str, str, str]] = []
     for number, scenario in enumerate(scenarios):
         left_out: dict[str, str] = {}
+        no_regret = _no_regret(scenario.experiment)
         for entry in entries:
             why = entry.why_not(scenario.experiment)
             if why:
@@ -112,13 +113,14 @@ def compute(
                 continue
             config = scenario.with_entry(entry)
             runs += _runs(scenario, entry, config, size, _is_chosen(scenario, scenarios, size.stale_scenarios))
-            if _no_regret(scenario.experiment):
+            no_regret = no_regret or _no_regret(config)
+            if _no_regret(config):
                 continue
             if _is_chosen(scenario, scenarios, size.regret_scenarios):
                 short = cut_short(config, size.regret_run, -(-size.regret_run // 3))
                 text = task_text(short, entry.digest, num_requests=size.regret_requests)
                 regrets.append((scenario.name, entry.label, text))
-        board[number] = replace(board[number], left_out=left_out, no_regret=_no_regret(scenario.experiment))
+        board[number] = replace(board[number], left_out=left_out, no_regret=no_regret)
     texts = [task_text(run.experiment, run.digest) for run in runs]
     book = begin()
     answers = book.look_up(run_task, texts, "simulations", _failed, "runs")
@@ -133,7 +135,8 @@ def compute(
         for e in entries
         if any(run.place.policy == e.label for run in runs)
     ]
-    return Board(metric, quick, git_commit(), tuple(board), tuple(policies), tuple(samples), tuple(found))
+    kind = next((entry.kind for entry in entries), "routing")
+    return Board(metric, quick, git_commit(), tuple(board), tuple(policies), tuple(samples), tuple(found), kind)
 
 
 def _no_regret(config: Experiment) -> str:

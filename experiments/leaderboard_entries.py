@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..policies.interfaces import PolicyError
-from ..policies.registry import available, load
+from ..policies.registry import KINDS, available, load
+from . import leaderboard_kinds
 from .config import Experiment, validate_mapping
 from .config_loader import parse_document, read_document
 from .config_workload import TraceDataset
@@ -55,6 +56,8 @@ class Entry:
     is_oracle: bool = False
     is_own: bool = False
     digest: str = ""
+    kind: str = "routing"
+    policy: type | None = None  # None for the row without any
 
     @property
     def name(self) -> str:
@@ -63,6 +66,8 @@ class Entry:
     @property
     def partner(self) -> str:
         """Who decides at the other stage, in words; empty where it decides at every one."""
+        if self.kind != "routing":
+            return leaderboard_kinds.partner_of(self.kind, self.name)
         if self.name in CONTEXT_RULES:
             return "generation by least_kv"
         return "context by least_tokens" if self.name in GENERATION_RULES else ""
@@ -77,8 +82,16 @@ class Entry:
             found = {"context_router": {"name": "least_tokens"}, "generation_router": self.choice}
         return found
 
+    def changes(self, config: Experiment, policy: dict[str, Any]) -> dict[str, Any]:
+        """Dotted keys of the scenario's file and their values under this entry; `policy` is what it has of that name."""
+        if self.kind != "routing":
+            return leaderboard_kinds.changes_of(self.kind, self.choice, config, policy)
+        return {"policy": {k: v for k, v in policy.items() if not k.endswith("router")} | self.routers(config)}
+
     def why_not(self, config: Experiment) -> str:
         """Why it has no place in this scenario; empty if it has one."""
+        if self.kind != "routing":
+            return leaderboard_kinds.why_not(self.kind, self.choice, self.policy)
         if self.is_own:
             return ""
         roles = roles_of(config)
@@ -105,16 +118,21 @@ def domains_of(config: Experiment) -> set[str]:
     return {instance.domain for instance in config.cluster.instances or ()}
 
 
-def entries_of(asked: Sequence[str]) -> list[Entry]:
-    """The policies to run: those named, or the whole catalogue if none is; users' own files come on top of it.
+def entries_of(asked: Sequence[str], kind: str = "routing") -> list[Entry]:
+    """The policies to run: those named, or the whole catalogue of `kind` if none is; users' own files come on top of it.
 
-    `asked`: names, `file.py:Class`, or mappings in YAML with a name and parameters. Raises ConfigError.
+    `asked`: names, `file.py:Class`, or mappings in YAML with a name and parameters. What a kind of policy is compared
+    with where a run may do without one is always among them. Raises ConfigError.
     """
+    if kind not in KINDS:
+        raise ConfigError(
+            f"--kind {kind}: there is no such kind{did_you_mean(kind, KINDS)} (allowed: {', '.join(KINDS)})"
+        )
     chosen = [_choice(text) for text in asked]
     own = [choice for choice in chosen if ".py:" in str(choice["name"])]
     named = [choice for choice in chosen if ".py:" not in str(choice["name"])]
     try:
-        known = {info.name: info for info in available() if info.kind == "routing" and not _is_forced(info.policy)}
+        known = {info.name: info for info in available() if info.kind == kind and not _is_forced(info.policy)}
         for choice in named:
             name = str(choice["name"])
             if name not in known:
@@ -123,7 +141,7 @@ def entries_of(asked: Sequence[str]) -> list[Entry]:
                 kinds = [info.kind.replace("_", " ") for info in available() if info.name == name]
                 other = f"; {name} is a policy of {kinds[0]}" if kinds else did_you_mean(name, known)
                 raise ConfigError(
-                    f"--policy {name}: there is no routing policy of this name{other}"
+                    f"--policy {name}: there is no {kind.replace('_', ' ')} policy of this name{other}"
                     f" (allowed: {', '.join(known)}, or path/to/file.py:Class)"
                 )
         found = [
@@ -133,10 +151,15 @@ def entries_of(asked: Sequence[str]) -> list[Entry]:
                 known[str(choice["name"])].source,
                 known[str(choice["name"])].summary,
                 bool(getattr(known[str(choice["name"])].policy, "is_oracle", False)),
+                kind=kind,
+                policy=known[str(choice["name"])].policy,
             )
             for choice in (named or [{"name": name} for name in known])
         ]
-        found += [_own(choice) for choice in own]
+        if kind in leaderboard_kinds.WITHOUT:
+            without = leaderboard_kinds.WITHOUT[kind]
+            found.insert(0, Entry(leaderboard_kinds.NONE, {"name": leaderboard_kinds.NONE}, "", without, kind=kind))
+        found += [_own(choice, kind) for choice in own]
     except PolicyError as error:
         raise ConfigError(f"--policy: {error}") from error
     labels = [entry.label for entry in found]
@@ -160,14 +183,15 @@ def _choice(text: str) -> dict[str, Any]:
     return value
 
 
-def _own(choice: dict[str, Any]) -> Entry:
+def _own(choice: dict[str, Any], kind: str) -> Entry:
     file, _, class_name = str(choice["name"]).rpartition(":")
     path = Path(file).resolve()
     absolute = choice | {"name": f"{path}:{class_name}"}  # scenarios start their relative paths elsewhere
-    policy = load(f"{path}:{class_name}", "routing")
+    policy = load(f"{path}:{class_name}", kind)
     summary = (policy.__doc__ or "").strip().split("\n")[0]
     digest = sha256(path.read_bytes()).hexdigest()
-    return Entry(_label(choice), absolute, path.name, summary, bool(getattr(policy, "is_oracle", False)), True, digest)
+    is_oracle = bool(getattr(policy, "is_oracle", False))
+    return Entry(_label(choice), absolute, path.name, summary, is_oracle, True, digest, kind, policy)
 
 
 def _label(choice: dict[str, Any]) -> str:
@@ -192,12 +216,13 @@ class Scenario:
 
     def with_entry(self, entry: Entry) -> Experiment:
         """The scenario's experiment under `entry`. Raises ConfigError for parameters that the policy does not take."""
-        policy = {k: v for k, v in (self.data.get("policy") or {}).items() if not k.endswith("router")}
+        changes = entry.changes(self.experiment, dict(self.data.get("policy") or {}))
 
         def edit(document: Any) -> None:
             for key in ("sweep", "plan"):
                 document.data.pop(key, None)
-            document.set("policy", policy | entry.routers(self.experiment), f"--policy {entry.label}")
+            for dotted, value in changes.items():
+                document.set(dotted, value, f"--policy {entry.label}")
 
         return load_experiment(self.file, backend="simulation", edit=edit).experiment
 

@@ -135,9 +135,11 @@ class RunDirectory:
 
 
 def prepare_output(
-    points: Sequence[RunPoint], output: Path, *, overwrite: bool = False, resume: bool = False
+    points: Sequence[RunPoint], output: Path, *, overwrite: bool = False, resume: bool = False, can_resume: bool = True
 ) -> list[RunPoint]:
     """Check `output` and return the runs still to be done, all but with `resume`. Writes only a sweep's `sweep.json`.
+
+    `can_resume`: whether the command has an option for it, which is named then.
 
     Raises ConfigError for a folder that is not empty without `overwrite` or `resume`, for one that holds something other
     than runs, and, resuming, for finished runs of another configuration.
@@ -150,7 +152,8 @@ def prepare_output(
     single = len(points) == 1 and points[0].directory == output
     if output.exists() and any(output.iterdir()):
         if not (overwrite or resume):
-            raise ConfigError(f"--output {output}: is not empty; allowed: --resume, --overwrite, or another folder")
+            options = "--resume, --overwrite" if can_resume else "--overwrite"
+            raise ConfigError(f"--output {output}: is not empty; allowed: {options}, or another folder")
         if not (output / MANIFEST).is_file() and not (output / SWEEP).is_file():
             raise ConfigError(f"--output {output}: holds files and no run of disagg; it is left alone")
         if overwrite and not single:

@@ -35,7 +35,7 @@ from .event_files import STEP_ENDS, encode_step_ends, log_name
 from .planned import request_of, true_length
 from .policy_failure import policy_failure
 from .run_directory import RunDirectory
-from .run_point import Progress, RunOutcome, RunPoint
+from .run_point import Progress, RunOutcome, RunPoint, none_served
 from .workload import PlannedRequest, Workload
 
 _STEP_ENDS_NAME: Final = STEP_ENDS.removeprefix("events.")
@@ -176,11 +176,13 @@ def write_result(config: Experiment, result: HardwareResult, load: HardwareLoad,
     """Leave what a cluster said in the run's folder."""
     bursts = {row.request_id for row in result.sends if row.in_burst}
     num_failed = num_requests = 0
+    first_error: str | None = None
     for row in result.rows:
         if isinstance(row, RequestRow):
             planned = load.planned[row.request_id]
             num_requests += 1
             num_failed += row.error is not None or row.finish_reason == "rejected"
+            first_error = first_error or row.error
             writer.write(row, phase=planned.phase, excluded=planned.excluded or row.request_id in bursts)
         else:
             writer.write(row)
@@ -190,15 +192,15 @@ def write_result(config: Experiment, result: HardwareResult, load: HardwareLoad,
     for executor, epoch, at in _step_ends(result):
         step_ends.setdefault((executor, epoch), []).append(at)
     writer.add_events(_STEP_ENDS_NAME, encode_step_ends(step_ends))
-    none_served = num_requests > 0 and num_failed == num_requests
+    is_useless = num_requests > 0 and num_failed == num_requests
     hosts = sorted({result.orchestrator_host, *(rank.hostname for rank in result.ranks)})
     roles = {placement.id: placement.role.value for placement in placements_of(config)}
     return RunOutcome(
         num_requests,
         num_failed,
         load.num_cut,
-        exit_code=EXIT_RESOURCES if none_served else 0,
-        message="no request could be served" if none_served else None,
+        exit_code=EXIT_RESOURCES if is_useless else 0,
+        message=none_served(first_error) if is_useless else None,
         device=", ".join(sorted({rank.device for rank in result.ranks})),
         manifest={
             "num_hosts": len(hosts),

@@ -52,6 +52,11 @@ class RunOutcome:
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
+def none_served(first_error: str | None) -> str:
+    """The message of a run of which no request was served: with why not, since nothing of it is kept to look it up in."""
+    return f"no request could be served{f'; the first: {first_error}' if first_error else ''}"
+
+
 class Progress(Protocol):
     """How far a run is; may be called often."""
 

@@ -26,7 +26,7 @@ from .load_source import LoadSource
 from .policy_failure import policy_failure
 from .profile_file import find_engine, measured_cost
 from .run_directory import RunDirectory
-from .run_point import Progress, RunOutcome, RunPoint
+from .run_point import Progress, RunOutcome, RunPoint, none_served
 from .simulated_load import SimulatedLoad, TimeIsUpError, is_open_loop
 from .workload import Workload
 
@@ -197,13 +197,13 @@ def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, pr
             exit_code=EXIT_RUN_FAILED,
             message=f"the simulation came to rest with {missing} requests unanswered: a policy holds them for ever",
         )
-    none_served = load.num_failed == source.num_sent
+    is_useless = load.num_failed == source.num_sent
     return RunOutcome(
         source.num_sent,
         load.num_failed,
         source.num_cut,
-        exit_code=EXIT_RESOURCES if none_served else 0,
-        message="no request could be served" if none_served else _outside(cluster),
+        exit_code=EXIT_RESOURCES if is_useless else 0,
+        message=none_served(load.first_error) if is_useless else _outside(cluster),
         device=f"{device.name} ({'specification' if profile is None else 'measured'})",
         manifest={
             "simulated_s": cluster.now_s,

@@ -33,6 +33,7 @@ class SimulatedLoad:
         self.source = source
         self.planned: dict[int, PlannedRequest] = {}
         self.num_failed = 0
+        self.first_error: str | None = None
         self.num_unservable = 0
         self._form = RequestForm(config)
         self._is_open = is_open_loop(config)
@@ -75,6 +76,7 @@ class SimulatedLoad:
         self.source.ended()
         if deliver.finish_reason in (FinishReason.ERROR, FinishReason.REJECTED):
             self.num_failed += 1
+            self.first_error = self.first_error or deliver.error
         if self.source.num_ended % _PROGRESS_EVERY == 0:
             self._progress.update(self.source.num_ended, self.source.num_requests)
         cluster = self._cluster

@@ -94,6 +94,7 @@ class Board(Struct, frozen=True, dict=True):
     policies: tuple[BoardPolicy, ...]
     runs: tuple[BoardRun, ...]
     regrets: tuple[BoardRegret, ...]
+    kind: str = "routing"  # of the policies that are compared
 
     def values(
         self, scenario: str, policy: str, key: str, load: float = OWN_LOAD, report_interval_ms: float = FRESH

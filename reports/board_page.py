@@ -23,6 +23,7 @@ def as_page(board: Board) -> str:
         .render(
             metric=label_of(board.metric),
             formula=BY_KEY[board.metric].formula if board.metric in BY_KEY else "",
+            kind=board.kind.replace("_", " "),
             is_quick=board.is_quick,
             git_commit=board.git_commit,
             num_runs=len(board.runs),

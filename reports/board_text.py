@@ -129,7 +129,8 @@ def places_table(board: Board) -> list[str]:
 
 def as_markdown(board: Board) -> str:
     """Every table of the page."""
-    lines = ["# Leaderboard", "", f"Ranked by {label_of(board.metric)}. Made by `disagg leaderboard`.", ""]
+    title = "Leaderboard" if board.kind == "routing" else f"Leaderboard of {board.kind.replace('_', ' ')} policies"
+    lines = [f"# {title}", "", f"Ranked by {label_of(board.metric)}. Made by `disagg leaderboard`.", ""]
     lines += ["A place is a range where the order may be chance; bold: the best, or not distinguishable from it.", ""]
     lines += places_table(board)
     for scenario in board.scenarios:

@@ -46,7 +46,7 @@ def run_engine_bench(model: str, tp: int = 1, device: str = "cuda", quick: bool 
     if model not in PRESETS:
         raise ModelError(f"model {model!r} is unknown; allowed: {', '.join(PRESETS)}")
     if device != "cuda":
-        raise DeviceError(f"bench engine measures a GPU; device: {device} has no such kernels; allowed: cuda")
+        raise DeviceError(f"--device {device}: bench engine measures a GPU, whose kernels it has not; allowed: cuda")
     for rank in range(tp):
         check_device(f"{device}:{rank}")
     shape = PRESETS[model]

@@ -7,6 +7,7 @@ chunk and the graphs take, is given back, and the real one gets its share of wha
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -69,13 +70,28 @@ def build_stepper(
     try:
         return _on_gpu(place, weights, config, collectives, group, device, fraction, record_margins)
     except torch.cuda.OutOfMemoryError as error:
-        free, total = torch.cuda.mem_get_info(device)
-        raise DeviceError(
-            f"{device} has no memory left for the engine ({free >> 20} MiB free of {total >> 20} MiB; weights take "
-            f"{weights.nbytes >> 20} MiB): {str(error).partition('.')[0]}; lower max_num_tokens (now "
-            f"{config.scheduler.max_num_tokens}), max_batch_size (now {config.scheduler.max_batch_size}) or "
-            "kv_cache.max_tokens, or raise tensor_parallel_size"
-        ) from error
+        raise DeviceError(_out_of_memory(str(error), place, weights, config, device, fraction)) from error
+
+
+def _out_of_memory(
+    error: str, place: Place, weights: ModelWeights, config: ExecutorConfig, device: str, fraction: float | None
+) -> str:
+    """How much the engine needs and lacks on its device, and what to lower. `error` as torch words it."""
+    free, total = torch.cuda.mem_get_info(device)
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
+    parts = f"weights take {weights.nbytes >> 20} MiB"
+    cache = f"kv_cache.free_gpu_memory_fraction (now {fraction})"
+    if fraction is None:
+        num_tokens = config.num_blocks * config.tokens_per_block
+        pool = needed_bytes(place.layout, place.rank, config.num_blocks, config.tokens_per_block)
+        parts += f", the KV pool {pool >> 20} MiB"
+        cache = f"kv_cache.max_tokens (now {num_tokens})"
+    return (
+        f"{device} has no memory left for the engine: {free >> 20} MiB of {total >> 20} MiB are free, and "
+        f"{asked[1] if asked else 'more'} is needed at once; {parts}; lower max_num_tokens (now "
+        f"{config.scheduler.max_num_tokens}), max_batch_size (now {config.scheduler.max_batch_size}) or {cache}, or raise "
+        "tensor_parallel_size"
+    )
 
 
 def _on_gpu(

@@ -114,6 +114,7 @@ class ExecutorRank:
                 verify=spec.verify_kv,
                 survives_peer_loss=True,
                 throttle=throttle_of(self.roster, self.rank),
+                devices=self.roster.devices_on(self._world.hostname, self._world.hostnames),
             )
         self._transfers = RankTransfers(self.roster, self.rank, self._transport, self._on_part, spec.verify_kv)
         self._profile = KernelProfile(

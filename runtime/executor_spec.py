@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as dataclass_replace
 from pathlib import Path
@@ -131,6 +132,15 @@ class Roster:
         if self.spec.device == "cpu" or not placement.device_ids:
             return self.spec.device
         return f"{self.spec.device}:{placement.device_ids[placement.participant_ids.index(rank)]}"
+
+    def devices_on(self, host: str, hosts: Sequence[str]) -> tuple[int, ...]:
+        """The devices that ranks on `host` take; `hosts` by rank. Empty where they are not named."""
+        found = set()
+        for rank in self.executor_of:
+            _, _, index = self.device_of(rank).partition(":")
+            if index and hosts[rank] == host:
+                found.add(int(index))
+        return tuple(sorted(found))
 
 
 def check_spec(spec: HardwareSpec) -> Roster:

@@ -11,7 +11,7 @@ and the transport cuts what has become ready into segments, (layers) × (tokens)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from msgspec import Struct
@@ -149,21 +149,25 @@ def make_transport(
     survives_peer_loss: bool = True,
     min_segment_bytes: int | None = None,
     throttle: Throttle | None = None,
+    devices: Iterable[int] = (),
 ) -> KvTransport:
     """The transport that the configuration names, for this rank's `pages`, before `progress` is started.
 
+    `devices`: the GPUs that the cluster uses on this host, which alone are looked at, as they were before the world began.
     `verify` compares the checksum of every (layer, KV head, block) at both ends. A progressive send waits for
     `min_segment_bytes` to be written while something of it is on its way. Raises TransportError.
     """
     from .transport_desk import MIN_SEGMENT_BYTES
     from .transport_worker import SegmentTransport
 
-    carrier = _carrier(check_backend(backend), progress, pages.pool.device, survives_peer_loss)
+    carrier = _carrier(check_backend(backend), progress, pages.pool.device, survives_peer_loss, tuple(devices))
     least = MIN_SEGMENT_BYTES if min_segment_bytes is None else min_segment_bytes
     return SegmentTransport(progress, pages, carrier, verify=verify, min_segment_bytes=least, throttle=throttle)
 
 
-def _carrier(backend: str, progress: Progress, device: torch.device, survives_peer_loss: bool) -> Carrier:
+def _carrier(
+    backend: str, progress: Progress, device: torch.device, survives_peer_loss: bool, devices: tuple[int, ...] = ()
+) -> Carrier:
     """What carries segments between ranks of this world. Raises TransportError for what cannot work here."""
     from .transport_mpi import CpuStager, MpiCarrier
 
@@ -179,10 +183,10 @@ def _carrier(backend: str, progress: Progress, device: torch.device, survives_pe
     facts, why, pml = gather_facts(), "", pml_of()
     if backend == "auto":
         one_host = len(set(progress.hostnames)) == 1
-        backend, reason = choose_backend(facts, device.type, one_host=one_host, pml=pml)
+        backend, reason = choose_backend(facts, device.type, one_host=one_host, pml=pml, devices=devices)
         why = f", chosen because {reason}"
         capabilities = TransportCapabilities(backend != "host", survives_peer_loss)
-    problem = transport_problem(backend, facts, device.type)
+    problem = transport_problem(backend, facts, device.type, devices)
     if problem is not None:
         raise TransportError(problem)
     from .transport_cuda_ipc import cuda_carrier

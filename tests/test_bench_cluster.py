@@ -227,6 +227,26 @@ def test_wrong_options_are_refused_by_name_before_anything_starts(
     assert not output.exists()
 
 
+def test_results_that_are_there_are_left_alone_and_only_options_that_exist_are_named(
+    file: Path, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ("bench", "cluster", file, "--backend", "simulation", "--output", tmp_path / "out")
+    assert disagg(*call) == 0
+    assert disagg(*call) == 2
+    printed = capsys.readouterr().err
+    assert "is not empty; allowed: --overwrite, or another folder" in printed
+    assert disagg(*call, "--overwrite") == 0
+
+
+def test_a_benchmark_of_which_no_request_was_served_says_why(
+    file: Path, tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    never = "cluster.cache_transceiver={backend: mpi, kv_transfer_timeout_ms: 0.001, on_failure: fail}"
+    call = ("bench", "cluster", file, "--backend", "simulation", "--output", tmp_path / "out", "--set", never)
+    assert disagg(*call) == 3
+    assert "no request could be served; the first: the KV transfer took over 0 ms" in capsys.readouterr().err
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,16 @@ def test_a_gpu_that_is_not_here_is_a_missing_resource(
     assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_an_engine_without_a_device_to_run_on_is_not_told_to_take_a_gpu(
+    disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert disagg("bench", "engine") == 3
+    printed = capsys.readouterr().err
+    assert "torch finds none here" in printed
+    assert "allowed: cuda" not in printed
+
+
 @pytest.mark.parametrize(("error", "code"), [(TransportError("needs ucx"), 2), (LaunchError("no mpiexec"), 3)])
 def test_what_the_runtime_refuses_is_told_without_a_traceback(
     error: Exception,

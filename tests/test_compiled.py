@@ -133,17 +133,23 @@ def test_an_empty_folder_and_an_earlier_copy_are_made_anew(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disagg", "mypy.ini", "setup.py", compiled.SOURCES]
 
 
-_PROGRAM = """
+_COMPILED = """
 import disagg.core.executor as executor
 if executor.__file__.endswith(".py"):
     raise SystemExit(f"{executor.__file__} is not compiled")
+"""
+_PROGRAM = (
+    _COMPILED
+    + """
 from tests.simulation_helpers import main
 main()
 """
-_ROWS = """
-import tests.test_compiled as here
-if here.executor.__file__.endswith(".py"):
-    raise SystemExit(f"{here.executor.__file__} is not compiled")
-for load in here._LOADS:
-    print(here.rows_of(load))
+)
+_ROWS = (
+    _COMPILED
+    + """
+from tests.test_compiled import _LOADS, rows_of
+for load in _LOADS:
+    print(rows_of(load))
 """
+)

@@ -227,6 +227,15 @@ def test_a_failed_step_fails_what_was_in_it_and_nothing_else() -> None:
 # ---- preemption ----------------------------------------------------------------------------------------------------
 
 
+def test_who_is_promised_all_blocks_waits_where_who_takes_them_as_it_writes_begins() -> None:
+    """Five blocks of four tokens; each request may come to 18 tokens, five blocks, and its prompt takes two."""
+    for capacity, begun in (("guaranteed_no_evict", [1]), ("max_utilization", [1, 2])):
+        desk = ExecutorDesk(num_blocks=5, capacity=capacity)
+        desk.give(both(1, prompt=7, max_tokens=12), both(2, prompt=7, max_tokens=12))
+        assert desk.run is not None
+        assert [chunk.request_id for chunk in desk.run.chunks] == begun
+
+
 def test_the_youngest_is_preempted_and_recomputed_with_what_it_had_generated() -> None:
     desk = ExecutorDesk(num_blocks=5, capacity="max_utilization")
     desk.give(both(1, prompt=7, max_tokens=12), both(2, prompt=7, max_tokens=12))

@@ -73,6 +73,15 @@ def bind_early(case: Case, rng: Random) -> Case | None:
     return other(case, rng)
 
 
+def without_overlap(case: Case, rng: Random) -> Case | None:
+    """No step begins during a transfer, plans are made ahead or not, and one of the other faults."""
+    if all(executor.role is Role.MIXED for executor in case.config.executors):
+        return None
+    case = replace(case.with_executors(overlap=False), launch=(1, 2, rng.random() < 0.5))
+    other = rng.choice((bind_early, kill_context, kill_generation, cancel, kv_full, slow_transfers, short_leases))
+    return other(case, rng)
+
+
 CAMPAIGNS: list[Callable[[Case, Random], Case | None]] = [
     kill_context,
     kill_generation,
@@ -81,6 +90,7 @@ CAMPAIGNS: list[Callable[[Case, Random], Case | None]] = [
     slow_transfers,
     short_leases,
     bind_early,
+    without_overlap,
 ]
 
 

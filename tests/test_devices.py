@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from disagg.core.model_shapes import PRESETS
+from disagg.policies.vocabulary import Role
+from disagg.runtime import engine_build
+from disagg.runtime.collectives import SingleRank
 from disagg.runtime.devices import check_machine, check_weights_fit
 from disagg.runtime.executor_spec import DeviceError, ModelSource, check_spec
 from disagg.runtime.model_place import Place
 from disagg.runtime.weights import needed_weight_bytes
+from tests.core_desk import executor_config
 from tests.runtime_programs.clusters import cluster, context, generation, mixed
 from tests.tiny_models import SHAPES
 
@@ -38,3 +45,28 @@ def test_weights_that_do_not_fit_are_refused_with_what_they_need(monkeypatch: py
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed, 80 << 30))
     check_weights_fit(place, "cuda:0")
     check_weights_fit(place, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("fraction", "told"),
+    [
+        (None, r"weights take 14 MiB, the KV pool 3 MiB; lower .*kv_cache\.max_tokens \(now 4000\)"),
+        (0.9, r"weights take 14 MiB; lower .*kv_cache\.free_gpu_memory_fraction \(now 0\.9\)"),
+    ],
+)
+def test_a_device_that_runs_full_is_told_with_how_much_is_needed_and_what_to_lower(
+    monkeypatch: pytest.MonkeyPatch, fraction: float | None, told: str
+) -> None:
+    def full(*args: Any) -> None:
+        words = "CUDA out of memory. Tried to allocate 20.50 GiB. GPU 0 has a total capacity of 139.81 GiB of which"
+        raise torch.cuda.OutOfMemoryError(words)
+
+    monkeypatch.setattr(engine_build, "_on_gpu", full)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 80 << 30))
+    config = executor_config(Role.MIXED, 1000)
+    place = Place.of(SHAPES["llama"])
+    weights: Any = SimpleNamespace(nbytes=14 << 20)
+    needs = r"cuda:0 has no memory left .*3072 MiB of 81920 MiB are free, and 20\.50 GiB is needed at once"
+    with pytest.raises(DeviceError, match=f"{needs}; {told}"):
+        engine_build.build_stepper(place, weights, config, SingleRank(), None, "cuda:0", fraction, False)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 from msgspec.structs import replace
 
-from disagg.runtime import transport_world
+from disagg.runtime import transport_facts, transport_world
 from disagg.runtime.executor_spec import ModelSource, check_spec
 from disagg.runtime.launcher import LaunchError
-from disagg.runtime.transport import BACKENDS, TransportError
+from disagg.runtime.transport import BACKENDS, TransportError, _carrier
 from disagg.runtime.transport_facts import (
     TransportFacts,
     choose_backend,
@@ -84,6 +88,28 @@ def test_auto_looks_only_at_the_gpus_that_are_used() -> None:
     lonely = facts(peers=False)
     assert choose_backend(lonely, "cuda", one_host=True, pml="ob1", devices=[1, 1])[0] == "cuda_ipc"
     assert choose_backend(lonely, "cpu", one_host=True, pml="ob1")[0] == "mpi"
+
+
+def test_a_rank_looks_at_the_gpus_that_its_world_was_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three GPUs the third reads nobody, and no rank is on it."""
+    access = ((True, True, False), (True, True, False), (False, False, True))
+    here = replace(facts(), num_devices=3, peer_access=access)
+    placed = tuple(replace(p, device_ids=(n,)) for n, p in enumerate(PAIR.placements))
+    roster = check_spec(replace(PAIR, device="cuda", transport="auto", placements=placed))
+    assert world_needs(roster, one_host=True, facts=here) == WorldNeeds()
+    hosts = ("here", "here", "here")
+    assert roster.devices_on("here", hosts) == (0, 1)
+    assert roster.devices_on("there", ("here", "here", "there")) == (1,)
+
+    def carrier(device: torch.device, description: str) -> Any:
+        return description
+
+    monkeypatch.setattr(transport_facts, "gather_facts", lambda: here)
+    monkeypatch.setattr("disagg.runtime.transport_cuda_ipc.cuda_carrier", carrier)
+    progress: Any = SimpleNamespace(hostnames=hosts)
+    for backend in ("auto", "cuda_ipc"):
+        found: Any = _carrier(backend, progress, torch.device("cuda:0"), True, roster.devices_on("here", hosts))
+        assert "cuda_ipc" in found
 
 
 def test_device_memory_is_given_to_mpi_only_over_ucx_with_its_cuda_module() -> None:

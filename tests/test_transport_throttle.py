@@ -169,3 +169,24 @@ def test_one_file_with_a_throttle_gives_the_same_transfer_times_in_both_worlds(t
     for simulated, real in zip(*seconds.values(), strict=True):
         assert simulated > 1.0  # half a MB/ms: the throttle, not the machine
         assert real == pytest.approx(simulated, rel=0.10)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world", ["simulation", "hardware"])
+def test_a_transfer_that_times_out_fails_its_request_alone(tmp_path: Path, world: str) -> None:
+    """Prompts of two lengths whose transfers never meet: those of the long ones would take longer than they may."""
+    rows = "".join(f"2023-11-16 18:15:{40 + 2 * n:02}.0000000,{(40, 400)[n % 2]},4\n" for n in range(6))
+    (tmp_path / "two.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    text = THROTTLED[: THROTTLED.index("workload:")].replace(
+        "throttle_gb_per_s: 0.0005", "throttle_gb_per_s: 0.0005, kv_transfer_timeout_ms: 600, on_failure: fail"
+    )
+    phase = "{name: profiling, type: trace, requests: 6, speedup: 2}"
+    text += f"workload: {{dataset: {{type: azure, path: two.csv}}, max_tokens: 4, phases: [{phase}]}}\n"
+    (tmp_path / "late.yaml").write_text(text)
+    command = [DISAGG, "run", "late.yaml", "--backend", world, "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    requests = pd.read_parquet(tmp_path / "out" / "requests.parquet").sort_values("request_id")
+    is_long = requests["num_prompt_tokens"] == 400
+    assert requests["error"].isna().equals(~is_long)
+    assert all("the KV transfer took over" in error for error in requests["error"][is_long])
