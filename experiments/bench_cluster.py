@@ -114,7 +114,7 @@ def _runner(loaded: LoadedExperiment, points: Sequence[RunPoint], how: BenchRun)
 
 
 def _placing(how: BenchRun, num_ranks: int) -> Placing | None:
-    """The hosts to run on; None for this one, or in a world that somebody else started."""
+    """The hosts to run on; None for this one alone, which is looked at first, or in a world that somebody else started."""
     from ..runtime.hosts import HostError, Placing, check_hosts, local_first, parse_hosts, read_hostfile, slurm_hosts
     from ..runtime.launcher import LaunchError, inside_mpi
 
@@ -132,7 +132,7 @@ def _placing(how: BenchRun, num_ranks: int) -> Placing | None:
         placing = Placing(local_first(hosts), how.launch_agent)
         check_hosts(placing)
         placing.rank_hosts(num_ranks)
-        return placing
+        return None if placing.is_here else placing
     except HostError as error:
         raise ConfigError(str(error)) from error
     except LaunchError as error:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from .cli_bench import bench_app
 from .cli_calibrate import calibrate, profile_app
+from .cli_format import Format, Json, wants_json
 from .errors import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT, ConfigError, ExperimentError
 
 
@@ -49,16 +50,8 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. workload.phases.profiling.rate=4."),
 ]
-Format = Annotated[str, typer.Option("--format", help="text or json.")]
 Workers = Annotated[str, typer.Option(metavar="N|auto", help="Processes that simulate; auto: one a core.")]
 Executor = Annotated[str, typer.Option(help="Whose: processes, mpi (under mpiexec), or dask.")]
-Json = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
-
-
-def _wants_json(format: str, json: bool) -> bool:
-    if format not in ("text", "json"):
-        raise ConfigError(f"--format {format}: must be text or json")
-    return json or format == "json"
 
 
 @app.command()
@@ -126,7 +119,7 @@ def plan(
         executor=executor,
         resume=resume,
         overwrite=overwrite,
-        as_json=_wants_json(format, json),
+        as_json=wants_json(format, json),
     )
     raise typer.Exit(code)
 
@@ -160,7 +153,7 @@ def schema(format: Format = "json", json: Json = False) -> None:
     """Print the JSON Schema of the experiment file."""
     from .cli_files import print_schema
 
-    _wants_json(format, json)
+    wants_json(format, json)
     print_schema()
 
 
@@ -173,7 +166,7 @@ def list_(
     """List what an experiment file can name."""
     from .cli_files import list_names
 
-    list_names(what, as_json=_wants_json(format, json))
+    list_names(what, as_json=wants_json(format, json))
 
 
 @app.command()
@@ -225,7 +218,7 @@ def compare(
     """Say how far a simulation was off the hardware, by metric, stage and cause; two hardware runs give the floor."""
     from .cli_compare import compare_rankings, compare_runs
 
-    as_json = _wants_json(format, json)
+    as_json = wants_json(format, json)
     if len(runs) < 2 or len(runs) > (3 if ranking else 2):
         raise ConfigError(
             f"{len(runs)} folders: SIM_RUN HW_RUN are wanted, and with --ranking one more HW_RUN may follow"
@@ -254,7 +247,7 @@ def fidelity(
     """Write the table of all experiments that were simulated and run on hardware, once or twice."""
     from .cli_compare import write_fidelity
 
-    as_json = _wants_json(format, json)
+    as_json = wants_json(format, json)
     write_fidelity(
         folder, output, commit=commit, metric=metric, as_json=as_json, replay=replay, root=root, earlier=earlier
     )
@@ -269,7 +262,7 @@ def replay(
     """Feed the event logs of a run to fresh cores and check that they give the same commands."""
     from .cli_report import replay_run
 
-    replay_run(run_dir, as_json=_wants_json(format, json))
+    replay_run(run_dir, as_json=wants_json(format, json))
 
 
 @app.command()
@@ -281,7 +274,7 @@ def conform(
     """Simulate a hardware run on its own times and check that it makes the same routes and batches."""
     from .cli_report import conform_run
 
-    conform_run(run_dir, as_json=_wants_json(format, json))
+    conform_run(run_dir, as_json=wants_json(format, json))
 
 
 @app.command()
@@ -334,7 +327,7 @@ def leaderboard(
         executor=executor,
         overwrite=overwrite,
         resume=resume,
-        as_json=_wants_json(format, json),
+        as_json=wants_json(format, json),
         kind=kind,
     )
     raise typer.Exit(code)
@@ -364,7 +357,7 @@ def oracle(
         num_instances=instances,
         policies=policies or [],
         workers=parse_workers(workers),
-        as_json=_wants_json(format, json),
+        as_json=wants_json(format, json),
     )
 
 
@@ -378,7 +371,7 @@ def regret(
     """Say what the decisions of a simulated run cost: each again with every other executor, all others as they were."""
     from .cli_hindsight import regret_run
 
-    regret_run(run_dir, requests, as_json=_wants_json(format, json))
+    regret_run(run_dir, requests, as_json=wants_json(format, json))
 
 
 @app.command()
@@ -390,7 +383,7 @@ def doctor(
     """Say what MPI, UCX, torch and the devices here can do, what cannot work and why, and how fast each path is."""
     from .cli_doctor import examine
 
-    raise typer.Exit(examine(quick=quick, as_json=_wants_json(format, json)))
+    raise typer.Exit(examine(quick=quick, as_json=wants_json(format, json)))
 
 
 def main() -> None:

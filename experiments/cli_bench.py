@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_format import Format, Json, wants_json
+
 bench_app = typer.Typer(
     name="bench",
     help="Benchmarks: of a cluster, of the engine, of the KV transfer, of the two at once, of a GPU's idle time.",
@@ -14,7 +16,6 @@ bench_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Fewer sizes and repetitions.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE.json", help="Write the rows there, too.")]
 PER_INSTANCE = "One value, or one for each instance, with commas."
@@ -66,6 +67,7 @@ def cluster(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the file.")
     ] = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Run an experiment on your cluster and report what TensorRT-LLM's disaggServerBenchmark reports."""
@@ -103,7 +105,7 @@ def cluster(
         output_csv=output_csv,
         iteration_stats=iteration_stats,
         kv_transfer_time=kv_transfer_time,
-        as_json=json,
+        as_json=wants_json(format, json),
     )
     raise typer.Exit(bench_cluster(file, options, how, sets or []))
 
@@ -117,12 +119,13 @@ def transfer(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
     out: Out = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Measure KV transfers between two executors beside a plain copy of the same size."""
     from .bench_rows_table import bench_transfer
 
-    bench_transfer(device, backend or [], quick=quick, out=out, as_json=json)
+    bench_transfer(device, backend or [], quick=quick, out=out, as_json=wants_json(format, json))
 
 
 @bench_app.command()
@@ -137,13 +140,22 @@ def engine(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="With --in-run: keep the run directories there.")] = None,
     out: Out = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Measure the engine's steps beside the time that its GEMMs and its memory traffic alone need."""
     from .bench_rows_table import bench_engine
 
     bench_engine(
-        model, tp, device, quick=quick, in_run=in_run, reference=reference, output=output, out=out, as_json=json
+        model,
+        tp,
+        device,
+        quick=quick,
+        in_run=in_run,
+        reference=reference,
+        output=output,
+        out=out,
+        as_json=wants_json(format, json),
     )
 
 
@@ -157,12 +169,13 @@ def overlap(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda where there is one.")] = None,
     out: Out = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Measure decode steps while KV arrives from another GPU at full rate, and what of its arrival they cover."""
     from .bench_rows_table import bench_overlap
 
-    bench_overlap(model, programs or [], device, quick=quick, out=out, as_json=json)
+    bench_overlap(model, programs or [], device, quick=quick, out=out, as_json=wants_json(format, json))
 
 
 @bench_app.command()
@@ -178,9 +191,12 @@ def idle(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the file.")
     ] = None,
     out: Out = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Measure how much of the time a GPU runs no kernel while an experiment's sequences decode."""
     from .bench_rows_table import bench_idle
 
-    bench_idle(file, sets or [], after, window, output=output, timeout_s=timeout, out=out, as_json=json)
+    bench_idle(
+        file, sets or [], after, window, output=output, timeout_s=timeout, out=out, as_json=wants_json(format, json)
+    )

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_format import Format, Json, wants_json
 from .errors import EXIT_OK, EXIT_RUN_FAILED, ConfigError
 
 profile_app = typer.Typer(
@@ -17,7 +18,6 @@ profile_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Named = Annotated[
     str, typer.Argument(metavar="PROFILE", help="A shipped profile's name, or a file.", show_default=False)
 ]
@@ -37,6 +37,7 @@ def calibrate(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the file.")
     ] = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Measure the cluster of an experiment file, and write the profile that simulations of it take their times from."""
@@ -49,7 +50,7 @@ def calibrate(
             overwrite=overwrite,
             timeout_s=timeout,
             overrides=sets or [],
-            as_json=json,
+            as_json=wants_json(format, json),
         )
     )
 
@@ -58,12 +59,13 @@ def calibrate(
 def show(
     profile: Named,
     plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Write plots of measured against fitted.")] = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Print what a profile was measured for, its costs, and the residuals of each family of samples."""
     from .profile_show import show_profile
 
-    show_profile(profile, plots, as_json=json)
+    show_profile(profile, plots, as_json=wants_json(format, json))
 
 
 @profile_app.command()
@@ -73,12 +75,13 @@ def diff(
     limit: Annotated[
         float | None, typer.Option(metavar="SHARE", help="Exit 1 if mean step times differ by more, e.g. 0.02.")
     ] = None,
+    format: Format = "text",
     json: Json = False,
 ) -> None:
     """Compare what two profiles predict for the same steps: mean and largest relative difference."""
     from .profile_diff import print_diff
 
-    worst = print_diff(first, second, as_json=json)
+    worst = print_diff(first, second, as_json=wants_json(format, json))
     if limit is not None and worst > limit:
         raise typer.Exit(EXIT_RUN_FAILED)
 

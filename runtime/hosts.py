@@ -45,6 +45,11 @@ class Placing(Struct, frozen=True):
     agent: str | None = None
 
     @property
+    def is_here(self) -> bool:
+        """Whether all of it is this machine, and nothing is asked to start it."""
+        return self.agent is None and all(is_local(host.name) for host in self.hosts)
+
+    @property
     def arguments(self) -> list[str]:
         """For `launch(hosts=…)`: the orchestrator's place comes on top of the first host's slots."""
         return [f"{host.name}:{host.slots + (number == 0)}" for number, host in enumerate(self.hosts)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from typer.main import get_command
 
@@ -245,6 +246,18 @@ def test_a_benchmark_of_which_no_request_was_served_says_why(
     call = ("bench", "cluster", file, "--backend", "simulation", "--output", tmp_path / "out", "--set", never)
     assert disagg(*call) == 3
     assert "no request could be served; the first: the KV transfer took over 0 ms" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_this_machine_by_its_name_is_looked_at_before_anything_starts(
+    file: Path, tmp_path: Path, disagg: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    gpu = ("--set", "device=cuda", "--set", "cluster.cache_transceiver.backend=auto")
+    assert disagg("bench", "cluster", file, "--host", "localhost:3", "--output", tmp_path / "out", *gpu) == 3
+    printed = capfd.readouterr()
+    assert "device: cuda cannot be had" in printed.err
+    assert "cannot start" not in printed.err  # no rank was there to say so
+    assert "Traceback" not in printed.err
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from disagg.core.tables import RequestRow
-from disagg.experiments import cli_run
+from disagg.experiments import cli, cli_run
 from disagg.experiments.config import Experiment
 from disagg.experiments.errors import ResourceError
 from disagg.experiments.run_directory import RunDirectory
@@ -300,3 +301,17 @@ def test_a_damaged_event_log_fails_the_replay(
     (tmp_path / "events.orchestrator.msgpack").write_bytes(b"\xff" * 10)
     assert disagg("replay", tmp_path, "--json") == 1
     assert json.loads(capsys.readouterr().out)["events.orchestrator.msgpack"]["equal"] is False
+
+
+def test_every_command_that_prints_json_takes_the_long_word_for_it_too() -> None:
+    def commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if not hasattr(command, "commands"):
+            yield name, command
+        for word, each in getattr(command, "commands", {}).items():
+            yield from commands(each, f"{name} {word}")
+
+    found = dict(commands(get_command(cli.app), "disagg"))
+    printing = [name for name, each in found.items() if any("--json" in option.opts for option in each.params)]
+    assert {"disagg bench engine", "disagg calibrate", "disagg doctor"} <= set(printing)
+    for name in printing:
+        assert any("--format" in option.opts for option in found[name].params), name
