@@ -41,6 +41,18 @@ class WaitingPrompts:
 class BatchView:
     """See `policies.interfaces.BatchView`."""
 
+    __slots__ = (
+        "begun",
+        "chunked",
+        "max_num_tokens",
+        "now",
+        "num_decodes",
+        "num_free_blocks",
+        "num_free_slots",
+        "role",
+        "waiting",
+    )
+
     def __init__(
         self,
         role: Role,

@@ -5,13 +5,15 @@ The driver obeys in order. It never needs to look into a core: what it must know
 
 from __future__ import annotations
 
+from typing import Final
+
 from msgspec import Struct
 
 from ..policies.vocabulary import FinishReason, Request
 from .events import Message
 from .tables import DecisionRow, RequestRow, StayRow, StepRow, TransferRow
 
-ORCHESTRATOR = 0  # its rank in messages; executors are numbered from 1
+ORCHESTRATOR: Final = 0  # its rank in messages; executors are numbered from 1
 
 
 class Joined(Struct, frozen=True, gc=False, array_like=True):

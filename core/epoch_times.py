@@ -6,14 +6,18 @@ As long as every step takes as much longer than the one before, T(k) is a polyno
 
 from __future__ import annotations
 
+from typing import Final
+
 from .cost import UNIT_BITS, CostModel, StepFeatures, end_of_step
 from .measured_cost import MeasuredCost
 
-_NO_NOISE = 1 << UNIT_BITS
+_NO_NOISE: Final = 1 << UNIT_BITS
 
 
 class EpochTimes:
     """The epoch whose first step has `features`; `factor` is a noise factor in 2^-20. Times since its beginning."""
+
+    __slots__ = ("_factor", "_features", "_first", "_model", "_num_steps", "_slope")
 
     def __init__(self, model: CostModel, features: StepFeatures, factor: int) -> None:
         self._model = model

@@ -7,7 +7,7 @@ no deadline ever crosses a process boundary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -185,9 +185,9 @@ class StepsDone(Struct, frozen=True, gc=False, tag="steps_done", array_like=True
     block_hashes: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
-def stops_in_order(stops: Iterable[Stopped]) -> tuple[Stopped, ...]:
-    if not stops:
-        return ()
+def stops_in_order(stops: Sequence[Stopped]) -> tuple[Stopped, ...]:
+    if len(stops) < 2:
+        return tuple(stops)
     return tuple(sorted(stops, key=lambda stop: (stop.step, stop.request_id)))
 
 

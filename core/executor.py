@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Final
 
 from ..policies import registry
-from ..policies.interfaces import BatchPolicy, QueueOrder, key_in
+from ..policies.interfaces import BatchPolicy, QueueOrder
 from ..policies.vocabulary import FinishReason, Request, RequestType, Role, plain_integer
 from .agenda import CANCELLED, Agenda
 from .commands import ORCHESTRATOR, Chunk, Drained, ExecutorCommand, Send
@@ -43,6 +43,7 @@ from .executor_reports import ExecutorReports
 from .kv_reader import KvReader
 from .kv_source import KvSource
 from .life_cycle import FINAL, Cause, State
+from .queue_orders import hears_of_served, key_in
 from .refusal import refusal
 from .scheduler import Scheduler
 from .tails import Prefilled
@@ -52,6 +53,7 @@ from .visit_ends import VisitEnds
 
 # what a timer of a visit limits: how long it is in that state
 _LIMITS: Final = {"lease": State.CONTEXT_DONE, "transfer": State.KV_IN_FLIGHT, "pull": State.GENERATION_QUEUED}
+_NO_TOKENS: Final[dict[int, int]] = {}  # of a simulation
 
 
 class ExecutorCore:
@@ -68,6 +70,7 @@ class ExecutorCore:
         self._order: QueueOrder = registry.create(
             scheduler.queue_order.name, "queue_order", scheduler.queue_order.params, seed=seed, root=policy_root
         )
+        self._tells_order = hears_of_served(self._order)
         batching: BatchPolicy = registry.create(
             scheduler.batching.name, "batching", scheduler.batching.params, seed=seed, root=policy_root
         )
@@ -231,7 +234,7 @@ class ExecutorCore:
                 ends.move(visit, now)
             else:
                 ends.fail(visit, event.error or visit.doom or "", now)
-        tokens = dict(event.first_tokens)
+        tokens = dict(event.first_tokens) if event.first_tokens else _NO_TOKENS
         for prefilled in over.prefilled:
             self._prefilled(prefilled, tokens.get(prefilled.visit.id), now)
 
@@ -318,13 +321,14 @@ class ExecutorCore:
         scheduler = self.scheduler
         if scheduler.is_idle and not self._reader.has_queued:
             return
-        leaving = scheduler.doomed()
-        for visit in leaving:
-            if visit.doom is not None:
-                self._ends.fail(visit, visit.doom, now)
-        for visit in leaving:
-            if visit.doom is None:
-                self._ends.move(visit, now)
+        if scheduler.has_doomed:
+            leaving = scheduler.doomed()
+            for visit in leaving:
+                if visit.doom is not None:
+                    self._ends.fail(visit, visit.doom, now)
+            for visit in leaving:
+                if visit.doom is None:
+                    self._ends.move(visit, now)
         self._fill_places(now)
         if scheduler.must_wait():
             scheduler.close_epoch()
@@ -365,7 +369,7 @@ class ExecutorCore:
         """Context phases whose blocks have just become their own: tell whoever waits for that."""
         for chunk in chunks:
             visit = self.visits[chunk.request_id]
-            if visit.started_at == now:  # its first, whatever comes of it
+            if visit.started_at == now and self._tells_order:  # its first, whatever comes of it
                 self._order.on_served(visit.request, visit.order_key, now)
             if visit.announces_start:
                 visit.announces_start = False
@@ -379,8 +383,9 @@ class ExecutorCore:
             while (hopeless := self._reader.take_over(now)) is not None:
                 visit, why = hopeless
                 self._ends.fail(visit, why, now, recomputable=True)
-        for visit in self.scheduler.fill_places():
-            self._reader.joined(visit)
+        if self.scheduler.joining or self.scheduler.ready:
+            for visit in self.scheduler.fill_places():
+                self._reader.joined(visit)
 
     def _flush(self, now: int) -> None:
         """Answers and reports, whether all is done, and the next wake-up."""

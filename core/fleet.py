@@ -29,6 +29,17 @@ def _write(row: ExecutorRow, places: slice, cells: tuple[int, ...]) -> None:
         row.write(places.start, cells)
 
 
+class _Unread:
+    """What an executor has reported since the view was last asked for: how often, and the last report with its instant."""
+
+    __slots__ = ("at", "last", "number")
+
+    def __init__(self) -> None:
+        self.last: Report | None = None
+        self.at = 0
+        self.number = 0
+
+
 class Fleet:
     """Owns the cells of the view. One write per cell and update; a policy only reads."""
 
@@ -50,7 +61,8 @@ class Fleet:
         self._sent: dict[int, list[int]] = {}  # executor: [requests, tokens] ever sent
         self._gone: set[int] = set()
         # what was received since the view was last asked for: the last report of each executor, when, and how many there were
-        self._unread: dict[int, tuple[Report, int, int]] = {}
+        self._unread: list[_Unread] = []
+        self._heard = {e.id: _Unread() for e in executors}
         self.prefixes = PrefixIndex(
             {e.id: e.num_blocks for e in executors}, [e.id for e in executors if e.enable_block_reuse]
         )
@@ -121,14 +133,19 @@ class Fleet:
     def reported(self, report: Report, now: int) -> None:
         """A report was received. It is written into the view when that is asked for: a third are followed by another first."""
         executor = report.executor
-        before = self._unread.get(executor)
-        self._unread[executor] = (report, now, 1 if before is None else before[2] + 1)
+        heard = self._heard[executor]
+        if not heard.number:
+            self._unread.append(heard)
+        heard.number += 1
+        heard.last, heard.at = report, now
         if report.cache_events and executor not in self._gone:  # what was on its way when it died is of no use
             self.prefixes.heard(executor, report.cache_events)
 
     def _read(self) -> None:
-        for report, now, number in self._unread.values():
-            self._write(report, now, number)
+        for heard in self._unread:
+            if heard.last is not None:
+                self._write(heard.last, heard.at, heard.number)
+            heard.last, heard.number = None, 0
         self._unread.clear()
 
     def _write(self, report: Report, now: int, number: int) -> None:
@@ -156,7 +173,7 @@ class Fleet:
                 row[_NUM_REPORTS] + number,
             ),
         )
-        self._set_healthy(executor, report.healthy and executor not in self._gone)
+        self._set_healthy(executor, report.healthy and not (self._gone and executor in self._gone))
 
     def lost(self, executor: int) -> None:
         """It is gone for good."""

@@ -19,6 +19,7 @@ from .events import KvWithdrawn, LeaseRenewed
 from .life_cycle import Cause, State
 from .local_kv import LocalKv
 from .prefix_cache import PrefixCache
+from .queue_orders import hears_of_served
 from .scheduler import Scheduler
 from .timers import Timers
 from .visit import Visit, is_canned, params_of
@@ -49,6 +50,7 @@ class KvReader:
         self._blocks = scheduler.blocks
         self._visits = visits
         self._order = order
+        self._tells_order = hears_of_served(order)
         self._timers = timers
         self._agenda = agenda
         self._reserve_blocks = reserve_blocks
@@ -239,7 +241,8 @@ class KvReader:
             self._limit_transfer(visit, now)
 
     def _taken_up(self, visit: Visit, now: int) -> None:
-        self._order.on_served(visit.request, visit.order_key, now)
+        if self._tells_order:
+            self._order.on_served(visit.request, visit.order_key, now)
         self.num_pulls -= 1
         visit.advance(Cause.PULL)
         visit.transfer_start_at = now

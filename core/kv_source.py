@@ -8,6 +8,7 @@ pin: from then on the blocks belong to the reader too, until KvTaken or PeerDown
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from typing import Final
 
 from ..policies.vocabulary import RequestType
 from .blocks import BlockManager
@@ -16,7 +17,7 @@ from .events import KvRequested, KvWithdrawn
 from .life_cycle import State
 from .visit import Visit
 
-_NOT_DONE = (State.QUEUED, State.CONTEXT_RUNNING)
+_NOT_DONE: Final = (State.QUEUED, State.CONTEXT_RUNNING)
 
 
 class KvSource:

@@ -118,7 +118,8 @@ class MeasuredCost:
         if not chunks:
             kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
             return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
-        return self.time_of_sums(n, kv, len(chunks), *chunk_sums(chunks), features.num_shared_kv)
+        tokens, pairs, cached, sampled = chunk_sums(chunks)
+        return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, sampled, features.num_shared_kv)
 
     def time_of_sums(
         self,

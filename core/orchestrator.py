@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..policies.interfaces import AdmissionPolicy, MigrationPolicy, PolicyError, QueueOrder, RolePolicy, key_in
+from ..policies.interfaces import AdmissionPolicy, MigrationPolicy, PolicyError, QueueOrder, RolePolicy
 from ..policies.views import ExecutorPool
 from ..policies.vocabulary import (
     Admit,
@@ -49,6 +49,7 @@ from .links import Links
 from .moves import TIMER as MOVES
 from .moves import Moves
 from .prediction import TablePredictor
+from .queue_orders import hears_of_served, key_in
 from .roles import TIMER as ROLES
 from .roles import Roles
 from .routers import Routers, make_policy
@@ -79,6 +80,7 @@ class OrchestratorCore:
         self.routers = Routers(config, self.fleet)
         self._admission: AdmissionPolicy = make_policy(config, config.admission, "admission", "admission")
         self._order: QueueOrder = make_policy(config, config.queue_order, "queue_order", "queue")
+        self._tells_order = hears_of_served(self._order)
         self.tasks: dict[int, Task] = {}
         announces = config.generation_binding == AT_CONTEXT_START
         self._dispatches = Dispatches(config, self.fleet, self.routers, announces, self._emit)
@@ -111,10 +113,11 @@ class OrchestratorCore:
         if event is not None:
             self._take(event, now)
         if not more:
-            if self._roles.ask(now, bool(self.tasks)):
+            if self._roles.policy is not None and self._roles.ask(now, bool(self.tasks)):
                 self._num_changes += 1
-            for move in self._moves.ask(now, bool(self.tasks)):
-                self._move(move, now)
+            if self._moves.policy is not None:
+                for move in self._moves.ask(now, bool(self.tasks)):
+                    self._move(move, now)
             if len(self._held):
                 self._try_held(now)
             if self._closing and not self._drained and not self.tasks:
@@ -504,7 +507,8 @@ class OrchestratorCore:
                 raise PolicyError(f"a generation phase cannot be routed by {answer!r}")
 
     def _send_context(self, task: Task, stage: Stage, executor: int, now: int) -> None:
-        self._order.on_served(task.shown, task.order_key, now)
+        if self._tells_order:
+            self._order.on_served(task.shown, task.order_key, now)
         self._dispatches.send_context(task, stage, executor, now)
 
     def _send_generation(self, task: Task, executor: int, now: int) -> None:

@@ -35,22 +35,6 @@ class LaunchGaps(Struct, frozen=True):
     millionths_under_load: int = 0
     load_after: int = 0
 
-    def of(
-        self, before: str, has_chunks: bool, num_joined: int, num_left: int, num_decodes: int, by_kernels: bool = False
-    ) -> int:
-        """`before`: idle, decode or chunk. `by_kernels`: the step has chunks, and no graph runs it."""
-        if has_chunks:
-            if before == "decode":
-                return self.chunk_after_decode
-            gap = self.kernels if by_kernels else 0
-            return gap + (self.chunk_after_chunk if before == "chunk" else self.chunk_after_idle)
-        gap = self.joined * num_joined + self.left * num_left
-        if before == "decode":
-            return gap + self.decode_after_decode
-        if before == "chunk":
-            return gap + self.decode_after_chunk + self.sequence_after_chunk * num_decodes
-        return gap + self.decode_after_idle
-
     def slower(self, under_load: int) -> int:
         """Millionths that a step with chunks takes longer where only such steps have run for `under_load` ps before it."""
         if under_load >= self.load_after:

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from ..policies import registry
 from ..policies.interfaces import PolicyError, RoutingPolicy
 from ..policies.views import FleetView
-from ..policies.vocabulary import Request, Role, Routing, Stage, in_plain_integers
+from ..policies.vocabulary import Hold, Request, Role, Route, RouteMixed, Routing, Stage, plain_integer
 from .config import OrchestratorConfig, PolicySpec
 from .events import Report
 from .fleet import Fleet
@@ -44,21 +44,21 @@ class Routers:
 
     def route_context(self, task: Task, fleet: FleetView) -> Routing:
         router = self.by_stage[Stage.CONTEXT]
-        return in_plain_integers(router.route_context(_shown(task, router), fleet))
+        return _in_plain_integers(router.route_context(_shown(task, router), fleet))
 
     def route_generation(self, task: Task, fleet: FleetView) -> Routing:
         """Its context phase is done."""
         router = self.by_stage[Stage.GENERATION]
         fleet.context_executor = task.context_executor
         told = replace(_shown(task, router), context_phase_params=task.params)
-        return in_plain_integers(router.route_generation(told, fleet))
+        return _in_plain_integers(router.route_generation(told, fleet))
 
     def bind_generation(self, task: Task, context_executor: int, fleet: FleetView) -> Routing:
         """Its context phase is still to be done, by `context_executor`."""
         router = self.by_stage[Stage.GENERATION]
         fleet.context_executor = context_executor
         told = _shown(task, router)
-        return in_plain_integers(router.route_generation(told, fleet))
+        return _in_plain_integers(router.route_generation(told, fleet))
 
     def checked(self, executor: int, roles: tuple[Role, ...], answer: Routing) -> int:
         """The executor that a policy named; PolicyError if it is none of those roles, or not healthy."""
@@ -103,3 +103,21 @@ def _make_routers(config: OrchestratorConfig) -> dict[Stage, RoutingPolicy]:
 def _shown(task: Task, router: RoutingPolicy) -> Request:
     """The request as `router` sees it: without tokens, and without its true output length unless it is an oracle."""
     return task.told_oracle if router.is_oracle else task.shown
+
+
+def _in_plain_integers(answer: Routing) -> Routing:
+    """The answer in Python's own integers: a policy may have read them off columns of numpy's. PolicyError if one is none."""
+    parts: Any = answer  # whose types are not what they declare: compiled code would refuse them
+    if type(answer) is Route:
+        context, generation = parts.context, parts.generation
+        if (context is None or type(context) is int) and (generation is None or type(generation) is int):
+            return answer
+        return Route(
+            None if context is None else plain_integer(context, answer),
+            None if generation is None else plain_integer(generation, answer),
+        )
+    if type(answer) is RouteMixed and type(parts.executor) is not int:
+        return RouteMixed(plain_integer(parts.executor, answer))
+    if type(answer) is Hold and parts.until is not None and type(parts.until) is not int:
+        return Hold(plain_integer(parts.until, answer))
+    return answer

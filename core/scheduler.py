@@ -22,10 +22,15 @@ from .events import StepsCommitted, StepsDone, Stopped
 from .life_cycle import Cause, State
 from .prefix_cache import PrefixCache
 from .prompts import Prompts, Room
-from .tails import Over, Prefilled, Stop, Tail, ended_at
-from .visit import Visit
+from .tails import Ended, Over, Prefilled, Stop, Tail, ended_at
+from .visit import Visit, serial_of
 
 _NO_CHUNKS: Final = BatchPlan()
+_NOBODY: Final[frozenset[int]] = frozenset()
+
+
+def _serial_of_end(end: Ended) -> int:
+    return end.visit.serial
 
 
 class Scheduler:
@@ -186,7 +191,7 @@ class Scheduler:
         if event.error is not None:
             return Over(run, [], [], [])
         self._note_stops(event.stopped, event.num_steps, self.batch.step, self.num_steps)
-        stopped = {stop.request_id for stop in event.stopped}
+        stopped = {stop.request_id for stop in event.stopped} if event.stopped else _NOBODY
         ended = [ended_at(visit, self.batch.step, self.num_steps) for visit in self._pop_ended()]
         prefilled = [
             Prefilled(v, v.id in stopped)
@@ -215,7 +220,7 @@ class Scheduler:
                     self.tails[-1].take(visit, has_ended=True)
                 else:
                     over.ended.append(ended_at(visit, self.batch.step, self.num_steps))
-            over.ended.sort(key=lambda end: end.visit.serial)
+            over.ended.sort(key=_serial_of_end)
         return over
 
     def _fail_after(self, tail: Tail, error: str) -> None:
@@ -257,10 +262,12 @@ class Scheduler:
     def _pop_ended(self) -> list[Visit]:
         """Out of the batch with those that the world ended and those that have reached `max_tokens`."""
         stopped, ended = self._stopped, self.batch.pop_finished()
-        if stopped:
+        if stopped and not ended:
+            ended = list(stopped.values())
+        elif stopped:
             ended = [*stopped.values(), *[visit for visit in ended if visit.id not in stopped]]
         if len(ended) > 1:
-            ended.sort(key=lambda v: v.serial)
+            ended.sort(key=serial_of)
         for visit in ended:
             self._leave_batch(visit)
         return ended
@@ -269,9 +276,9 @@ class Scheduler:
 
     def fill_places(self) -> list[Visit]:
         """Prompts finished here enter the decode batch, then requests whose KV is ready; those latter."""
-        entered: list[Visit] = []
         if not self.joining and not self.ready:
-            return entered
+            return []
+        entered: list[Visit] = []
         for visit in self.joining:
             self.batch.join(visit)
         self.joining.clear()
@@ -298,12 +305,13 @@ class Scheduler:
 
         Never from a context phase whose blocks an early reader is at.
         """
+        return self.capacity.evicts and self._preempt()
+
+    def _preempt(self) -> bool:
         preempted = False
-        if not self.capacity.evicts:
-            return False
         while self.batch.members and self.batch.blocks_for(1) > self.blocks.num_free:
             prompts = (visit for visit in self.prefilling.values() if visit.pinned_by is None and not visit.is_read)
-            victim = max((*self.batch.members.values(), *prompts), key=lambda v: v.serial)
+            victim = max((*self.batch.members.values(), *prompts), key=serial_of)
             if victim.id in self.batch.members:
                 self._leave_batch(victim)
             else:
@@ -361,7 +369,9 @@ class Scheduler:
                 if self.cache is not None:  # what is evicted for a step that is not run would be lost for nothing
                     num_empty = max(self.cache.num_empty, batch.blocks_for(1))
                     num_steps = batch.steps_until_out_of_blocks(num_empty, num_steps)
-        joined = tuple([Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in self.batch.joined.values()])
+        joined: tuple[Joined, ...] = ()
+        if batch.joined:
+            joined = tuple([Joined(v.id, v.num_kv_tokens, self.blocks.blocks_of(v.id)) for v in batch.joined.values()])
         appended = self.capacity.append(num_steps) if self.capacity.evicts and running else ()
         self._plan_number += 1
         kv = self.shown_kv
@@ -371,7 +381,7 @@ class Scheduler:
             epoch.number,
             done + 1,
             done + num_steps,
-            tuple(self.batch.left),
+            tuple(batch.left) if batch.left else (),
             joined,
             chunks,
             appended,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..policies.vocabulary import FinishReason
 from .commands import RunSteps
 from .epochs import Epoch
-from .visit import Visit
+from .visit import Visit, serial_of
 
 
 class Stop:
@@ -85,9 +85,11 @@ class Tail:
         """The plan has ended. A stop found meanwhile goes before whatever else was known of a sequence."""
         ended: list[Ended] = []
         given_up: list[Visit] = []
+        if not self.leaving:
+            return Over(self.run, ended, [], given_up)
         leaving = list(self.leaving.values())
         if len(leaving) > 1:
-            leaving.sort(key=lambda v: v.serial)
+            leaving.sort(key=serial_of)
         for visit in leaving:
             if visit.id in self.given_up and visit.stop is None:
                 given_up.append(visit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from msgspec.structs import replace
 
@@ -10,6 +10,8 @@ from ..policies.vocabulary import ContextPhaseParams, FinishReason, Request, Sta
 from .events import Response
 from .life_cycle import Cause, State, advance
 from .tables import RequestRow
+
+_REASONS: Final[dict[FinishReason, str]] = {reason: reason.value for reason in FinishReason}
 
 
 class Task:
@@ -111,7 +113,7 @@ class Task:
             request.num_prompt_tokens,
             request.max_tokens,
             self.num_tokens,
-            reason.value,
+            _REASONS[reason],
             error,
             self.attempts,
             self.prompt_executor if self.prompt_executor is not None else self.context_executor,

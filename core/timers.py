@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import Final
 
 from .commands import WakeAt
+
+_NONE: Final = -1  # no instant: an integer, which compiled code keeps without an object
 
 
 class Timers:
@@ -19,8 +22,8 @@ class Timers:
         self._matters = matters
         self._heap: list[tuple[int, int, str, int]] = []  # (deadline, serial, what, id)
         self._serial = 0
-        self._asked: int | None = None  # what the driver knows: the next wake-up, and the next report
-        self._asked_report: int | None = None
+        self._asked = _NONE  # what the driver knows: the next wake-up, and the next report
+        self._asked_report = _NONE
 
     def set(self, deadline: int, what: str, subject: int = 0) -> None:
         self._serial += 1
@@ -36,20 +39,20 @@ class Timers:
 
     def woken(self) -> None:
         """The driver gave its wake-up: none is outstanding."""
-        self._asked = self._asked_report = None
+        self._asked = self._asked_report = _NONE
 
     def wake_up(self, report_at: int | None = None) -> WakeAt | None:
         """What to ask of the driver now, with a report due at `report_at`; None if it knows that."""
         heap, matters = self._heap, self._matters
-        if self._asked is None and matters is not None:
+        asked = self._asked
+        if asked == _NONE and matters is not None:
             while heap and not matters(heap[0][2], heap[0][3]):
                 heapq.heappop(heap)
-        first = heap[0][0] if heap else None
-        if self._asked is not None and (first is None or self._asked < first):
-            first = self._asked  # a spurious one does no harm
-        if report_at is not None and first is not None and first <= report_at:
-            report_at = None
-        if first == self._asked and report_at == self._asked_report:
+        first = heap[0][0] if heap else _NONE
+        if asked != _NONE and (first == _NONE or asked < first):
+            first = asked  # a spurious one does no harm
+        report = _NONE if report_at is None or (first != _NONE and first <= report_at) else report_at
+        if first == asked and report == self._asked_report:
             return None
-        self._asked, self._asked_report = first, report_at
-        return WakeAt(first, report_at)
+        self._asked, self._asked_report = first, report
+        return WakeAt(None if first == _NONE else first, None if report == _NONE else report)

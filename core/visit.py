@@ -105,6 +105,11 @@ class Visit:
         return self.num_to_compute - self.num_kv_tokens
 
 
+def serial_of(visit: Visit) -> int:
+    """To sort by order of arrival."""
+    return visit.serial
+
+
 def params_of(request: Request) -> ContextPhaseParams:
     """The parameters of a generation-only request; one without was refused when it came."""
     if request.context_phase_params is None:

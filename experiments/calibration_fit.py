@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.launch_gaps import gap_of
 from ..core.measured_range import Measured
 from ..core.overheads import LaunchGaps
 from ..core.step_sizes import graph_sizes
@@ -157,7 +158,7 @@ def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int
         return gaps, []
     found = LaunchGaps(**gaps)
     beside = zip(columns["before"][told], columns["num_decodes"][told].tolist(), strict=True)
-    with_gap = fitted_ns[told] + [found.of(before, False, 0, 0, decodes) / 1000 for before, decodes in beside]
+    with_gap = fitted_ns[told] + [gap_of(found, before, False, 0, 0, decodes) / 1000 for before, decodes in beside]
     num_first = int((columns["kind"] == FIRST).sum())
     return gaps, [residual_of_samples("first decode steps of plans", ns[told], with_gap, num_first)]
 

@@ -8,7 +8,8 @@ as they stand, into extension modules in a folder of their own:
 
 What is compiled is what runs for every simulated event: the cores' state machines and the simulator. Policies, and the
 structs that travel, stay Python, so that a user's policies and the event logs are the same. `compiled_caches.h` makes that
-cheap: compiled code remembers, at each place, how it read an attribute or made a struct of the type that it met there last.
+cheap: compiled code remembers, at each place, how it read an attribute or made a struct of the type that it met there last,
+and keeps integers and structs for the next use.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ FLOORS: Final = ("policies", "core", "simulator", "runtime", "reports", "experim
 MODULES: Final = {
     "core": (
         "agenda batch_view blocks capacity chunk_sums decisions decode_batch dispatches epoch_times epochs executor"
-        " executor_reports fleet free_blocks grants held_tasks kv_reader kv_source life_cycle local_kv measured_cost"
-        " moves orchestrator prefix_cache prefix_index prompts refusal roles routers scheduler step_sizes tails task"
-        " timers unbound_kv visit visit_ends visit_rows"
+        " executor_reports fleet free_blocks grants held_tasks kv_reader kv_source launch_gaps life_cycle local_kv"
+        " measured_cost moves orchestrator prefix_cache prefix_index prompts queue_orders refusal roles routers scheduler"
+        " step_sizes tails task timers unbound_kv visit visit_ends visit_rows"
     ),
     "simulator": "calendar cluster executor layerwise link sequences timing",
-    "experiments": "load_source planned simulated_load",
+    "experiments": "arrivals lengths load_source planned simulated_load synthetic",
 }
 
 _SETUP: Final = """
@@ -67,6 +68,7 @@ mypy_path = .
 
 
 CACHES: Final = "compiled_caches.h"  # beside this module: C that goes behind mypyc's own library
+HEADERS: Final = "compiled_*.h"  # it, and what it includes
 _BEHIND: Final = "#include <function_wrapper.c>\n"
 
 # functions of the one library call each other, and Python, directly, and may be inlined: a twentieth faster
@@ -82,7 +84,8 @@ def digest_of_sources() -> str:
     for floor in FLOORS:
         for path in sorted((PACKAGE / floor).rglob("*.py")):
             digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())
-    digest.update(Path(__file__).with_name(CACHES).read_bytes())
+    for path in sorted(Path(__file__).parent.glob(HEADERS)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -9,6 +9,7 @@
  */
 #if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000 && !defined(Py_GIL_DISABLED) && defined(__GNUC__)
 #include <structmember.h>
+#include "compiled_integers.h"
 
 /* ---- attributes that lie in the object: __slots__, and the fields of structs ------------------------------------- */
 
@@ -48,12 +49,100 @@ static inline PyObject *attribute_of(PyObject *object, PyObject *name, attribute
 #undef CPyObject_GetAttr
 #define CPyObject_GetAttr(object, name) ({ static attribute_cache cache_; attribute_of(object, name, &cache_); })
 
+/* ---- structs that are free: the next of their type takes their place ------------------------------------------------ */
+
+#define MOST_TYPES 256 /* a power of two, and never half full */
+#define MOST_FREE 64   /* of each type */
+#define DEEPEST 50     /* structs that die with a struct that dies … */
+
+typedef struct {
+    PyTypeObject *type;
+    Py_ssize_t num_fields;
+    PyObject *names; /* of the fields, as they lie */
+    PyObject *free;  /* the first field of each is the next */
+    int num_free;
+} struct_pool;
+
+static struct_pool pools[MOST_TYPES];
+static int num_pools;
+static destructor dealloc_of_structs; /* msgspec's, for what the collector does not look at */
+
+static inline struct_pool *place_of_pool(PyTypeObject *type) {
+    size_t i = (size_t)type >> 5 & (MOST_TYPES - 1);
+    while (pools[i].type != type && pools[i].type != NULL) {
+        i = (i + 1) & (MOST_TYPES - 1);
+    }
+    return &pools[i];
+}
+
+/* A struct of this pool, whose fields are still to be filled; NULL with an exception. */
+static inline PyObject *struct_of(PyTypeObject *type, struct_pool *pool) {
+    PyObject *made = pool == NULL ? NULL : pool->free;
+    if (likely(made != NULL)) {
+        pool->free = *(PyObject **)((char *)made + sizeof(PyObject));
+        pool->num_free--;
+        Py_SET_REFCNT(made, 1);
+        return made;
+    }
+    return _PyObject_New(type);
+}
+
+static void struct_dealloc(PyObject *self) {
+    static int depth;
+    struct_pool *pool = place_of_pool(Py_TYPE(self));
+    if (unlikely(pool->type == NULL || pool->num_free == MOST_FREE || depth == DEEPEST)) {
+        dealloc_of_structs(self);
+        return;
+    }
+    PyObject **fields = (PyObject **)((char *)self + sizeof(PyObject));
+    depth++;
+    for (Py_ssize_t i = 0; i < pool->num_fields; i++) {
+        Py_XDECREF(fields[i]);
+    }
+    depth--;
+    fields[0] = pool->free;
+    pool->free = self; /* which keeps its reference to its type */
+    pool->num_free++;
+}
+
+/* The pool of a type whose structs are a head and `num_fields` references; NULL if it may have none. */
+static struct_pool *pool_of(PyTypeObject *type, Py_ssize_t num_fields, PyObject *names, const Py_ssize_t *offsets) {
+    struct_pool *pool = place_of_pool(type);
+    if (pool->type != NULL) {
+        return pool;
+    }
+    if (num_fields == 0 || num_pools == MOST_TYPES / 2 || (dealloc_of_structs != NULL && type->tp_dealloc != dealloc_of_structs)) {
+        return NULL;
+    }
+    PyObject *as_they_lie = PyTuple_New(num_fields);
+    if (as_they_lie == NULL) {
+        PyErr_Clear();
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < num_fields; i++) { /* Python orders slots by their names */
+        PyTuple_SET_ITEM(as_they_lie, (offsets[i] - sizeof(PyObject)) / sizeof(PyObject *), Py_NewRef(PyTuple_GET_ITEM(names, i)));
+    }
+    num_pools++;
+    pool->num_fields = num_fields;
+    pool->names = as_they_lie;
+    pool->type = (PyTypeObject *)Py_NewRef(type);
+    dealloc_of_structs = type->tp_dealloc;
+    type->tp_dealloc = struct_dealloc;
+    return pool;
+}
+
 /* ---- structs of msgspec's that the collector of cycles does not look at ------------------------------------------- */
 
 #define MOST_FIELDS 32
 
+typedef enum { ANY, HEAPPUSH, HEAPPOP, BISECT_LEFT, BISECT_RIGHT, WRITE_LIST, REPLACE } special_kind;
+
 typedef struct {
     PyTypeObject *type; /* NULL: nothing known yet */
+    struct_pool *pool;   /* NULL for none */
+    PyObject *callable;  /* what was called here last that made no such struct */
+    special_kind kind;   /* which it is of those done in place */
+    int num_tries;       /* to learn how a struct is made here */
     unsigned int version;
     PyObject *names; /* of the arguments given by keyword, as the compiled code has them; NULL for none */
     Py_ssize_t num_given;
@@ -123,6 +212,7 @@ static void learn_struct(struct_cache *cache, PyTypeObject *type, PyObject *made
         cache->value[filled] = value; /* the type keeps it */
         cache->offset[filled++] = offsets[i];
     }
+    cache->pool = pool_of(type, num_fields, fields, offsets);
     cache->version = type->tp_version_tag;
     cache->names = Py_XNewRef(names);
     cache->num_given = num_given;
@@ -135,169 +225,121 @@ done:
     PyErr_Clear();
 }
 
-/* ---- heapq's functions on lists of tuples that begin with numbers -------------------------------------------------- */
+#include "compiled_heaps.h"
 
-/* As heapq has it in C, with the comparisons of tuples and of integers done here. Any other comparison is Python's. */
+/* ---- methods of Python's own types: deque's, dict's, set's ----------------------------------------------------------- */
 
-static inline int integer_order(PyObject *a, PyObject *b) { /* below 0, 0 or above 0 */
-#if PY_VERSION_HEX < 0x030C0000
-    Py_ssize_t size = Py_SIZE(a);
-    if (size != Py_SIZE(b)) {
-        return size < Py_SIZE(b) ? -1 : 1;
-    }
-    for (Py_ssize_t i = Py_ABS(size); --i >= 0;) {
-        digit x = ((PyLongObject *)a)->ob_digit[i], y = ((PyLongObject *)b)->ob_digit[i];
-        if (x != y) {
-            return (x < y) == (size > 0) ? -1 : 1;
+typedef struct {
+    PyTypeObject *type;
+    unsigned int version;
+    PyObject *function; /* the type keeps it */
+} method_cache;
+
+static PyObject *method_missed(PyObject *name, PyObject *const *arguments, size_t flags, PyObject *names, method_cache *cache) {
+    PyTypeObject *type = Py_TYPE(arguments[0]);
+    if (type->tp_getattro == PyObject_GenericGetAttr && type->tp_dictoffset == 0
+        && !(type->tp_flags & Py_TPFLAGS_MANAGED_DICT)) { /* nothing of the object's own goes before its type's */
+        PyObject *found = _PyType_Lookup(type, name);
+        if (found != NULL && Py_IS_TYPE(found, &PyMethodDescr_Type) && type->tp_version_tag != 0
+            && PyType_IsSubtype(type, PyDescr_TYPE(found))) {
+            cache->type = type;
+            cache->version = type->tp_version_tag;
+            cache->function = found;
         }
     }
-    return 0;
-#else
-    int overflow_a, overflow_b;
-    long long x = PyLong_AsLongLongAndOverflow(a, &overflow_a), y = PyLong_AsLongLongAndOverflow(b, &overflow_b);
-    if (overflow_a || overflow_b) {
-        return PyObject_RichCompareBool(a, b, Py_LT) ? -1 : PyObject_RichCompareBool(b, a, Py_LT);
-    }
-    return x < y ? -1 : x > y;
-#endif
+    return PyObject_VectorcallMethod(name, arguments, flags, names);
 }
 
-static int entry_is_less(PyObject *a, PyObject *b) { /* -1: an exception */
-    Py_ssize_t size = Py_MIN(PyTuple_GET_SIZE(a), PyTuple_GET_SIZE(b));
-    for (Py_ssize_t i = 0; i < size; i++) {
-        PyObject *x = PyTuple_GET_ITEM(a, i), *y = PyTuple_GET_ITEM(b, i);
-        if (x == y) {
-            continue;
-        }
-        if (PyLong_CheckExact(x) && PyLong_CheckExact(y)) {
-            int order = integer_order(x, y);
-            if (order != 0) {
-                return order < 0;
-            }
-            continue;
-        }
-        int is_equal = PyObject_RichCompareBool(x, y, Py_EQ);
-        if (is_equal != 1) {
-            return is_equal < 0 ? -1 : PyObject_RichCompareBool(x, y, Py_LT);
-        }
+static inline PyObject *method_called(PyObject *name, PyObject *const *arguments, size_t flags, PyObject *names,
+                                      method_cache *cache) {
+    PyTypeObject *type = Py_TYPE(arguments[0]);
+    if (unlikely(type != cache->type || type->tp_version_tag != cache->version || names != NULL)) {
+        return method_missed(name, arguments, flags, names, cache);
     }
-    return PyTuple_GET_SIZE(a) < PyTuple_GET_SIZE(b);
+    PyMethodDef *method = ((PyMethodDescrObject *)cache->function)->d_method;
+    Py_ssize_t number = PyVectorcall_NARGS(flags);
+    int kind = method->ml_flags & (METH_VARARGS | METH_FASTCALL | METH_NOARGS | METH_O | METH_KEYWORDS | METH_METHOD);
+    if (kind == METH_NOARGS && number == 1) {
+        return method->ml_meth(arguments[0], NULL);
+    }
+    if (kind == METH_O && number == 2) {
+        return method->ml_meth(arguments[0], arguments[1]);
+    }
+    if (kind == METH_FASTCALL) {
+        return ((_PyCFunctionFast)(void (*)(void))method->ml_meth)(arguments[0], arguments + 1, number - 1);
+    }
+    return (PyObject_Vectorcall)(cache->function, arguments, (size_t)number, NULL);
 }
 
-/* What no integer decides is asked of Python, which may change the heap: hence references of our own. */
-static int heap_asks(PyListObject *heap, Py_ssize_t size, PyObject *a, PyObject *b) {
-    Py_INCREF(a);
-    Py_INCREF(b);
-    int is_less = PyTuple_CheckExact(a) && PyTuple_CheckExact(b) ? entry_is_less(a, b) : PyObject_RichCompareBool(a, b, Py_LT);
-    Py_DECREF(a);
-    Py_DECREF(b);
-    if (is_less >= 0 && Py_SIZE(heap) != size) {
-        PyErr_SetString(PyExc_RuntimeError, "list changed size during iteration");
-        return -1;
-    }
-    return is_less;
-}
+#undef PyObject_VectorcallMethod
+#define PyObject_VectorcallMethod(name, arguments, flags, names) \
+    ({ static method_cache cache_; method_called(name, arguments, flags, names, &cache_); })
 
-static inline int heap_is_less(PyListObject *heap, Py_ssize_t size, PyObject *a, PyObject *b) {
-    if (PyTuple_CheckExact(a) && PyTuple_CheckExact(b) && PyTuple_GET_SIZE(a) > 0 && PyTuple_GET_SIZE(b) > 0) {
-        PyObject *x = PyTuple_GET_ITEM(a, 0), *y = PyTuple_GET_ITEM(b, 0);
-        if (PyLong_CheckExact(x) && PyLong_CheckExact(y)) {
-            int order = integer_order(x, y);
-            if (order != 0) {
-                return order < 0;
-            }
-        }
-    }
-    return heap_asks(heap, size, a, b);
-}
+/* ---- msgspec's replace, of a struct whose type has a pool ----------------------------------------------------------- */
 
-static int heap_sift_down(PyListObject *heap, Py_ssize_t start, Py_ssize_t at) {
-    Py_ssize_t size = Py_SIZE(heap);
-    while (at > start) {
-        Py_ssize_t parent = (at - 1) >> 1;
-        int is_less = heap_is_less(heap, size, heap->ob_item[at], heap->ob_item[parent]);
-        if (is_less <= 0) {
-            return is_less;
-        }
-        PyObject **items = heap->ob_item, *item = items[at];
-        items[at] = items[parent];
-        items[parent] = item;
-        at = parent;
-    }
-    return 0;
-}
-
-static int heap_sift_up(PyListObject *heap) {
-    Py_ssize_t size = Py_SIZE(heap), at = 0;
-    while (at < size >> 1) {
-        Py_ssize_t child = 2 * at + 1;
-        if (child + 1 < size) {
-            int is_less = heap_is_less(heap, size, heap->ob_item[child], heap->ob_item[child + 1]);
-            if (is_less < 0) {
-                return -1;
-            }
-            child += !is_less;
-        }
-        PyObject **items = heap->ob_item, *item = items[child];
-        items[child] = items[at];
-        items[at] = item;
-        at = child;
-    }
-    return heap_sift_down(heap, 0, at);
-}
-
-static PyObject *heap_push(PyObject *heap, PyObject *item) {
-    if (PyList_Append(heap, item) < 0 || heap_sift_down((PyListObject *)heap, 0, PyList_GET_SIZE(heap) - 1) < 0) {
+static PyObject *replaced(PyObject *old, PyObject *const *values, PyObject *names) { /* NULL without an exception: cannot say */
+    struct_pool *pool = place_of_pool(Py_TYPE(old));
+    if (pool->type == NULL) {
         return NULL;
     }
-    return Py_NewRef(Py_None);
-}
-
-static PyObject *heap_pop(PyObject *heap) { /* of a heap that is not empty */
-    Py_ssize_t last = PyList_GET_SIZE(heap) - 1;
-    PyObject *item = Py_NewRef(PyList_GET_ITEM(heap, last));
-    if (PyList_SetSlice(heap, last, last + 1, NULL) < 0) {
-        Py_DECREF(item);
+    Py_ssize_t places[MOST_FIELDS], num_names = PyTuple_GET_SIZE(names);
+    if (num_names > MOST_FIELDS) {
         return NULL;
     }
-    if (last == 0) {
-        return item;
+    for (Py_ssize_t i = 0; i < num_names; i++) {
+        Py_ssize_t place = 0;
+        while (place < pool->num_fields && PyTuple_GET_ITEM(pool->names, place) != PyTuple_GET_ITEM(names, i)) {
+            place++;
+        }
+        if (place == pool->num_fields) {
+            return NULL;
+        }
+        places[i] = place;
     }
-    PyObject *least = PyList_GET_ITEM(heap, 0);
-    PyList_SET_ITEM(heap, 0, item);
-    if (heap_sift_up((PyListObject *)heap) < 0) {
-        Py_DECREF(least);
+    PyObject *made = struct_of(pool->type, pool);
+    if (made == NULL) {
+        PyErr_Clear();
         return NULL;
     }
-    return least;
+    PyObject **to = (PyObject **)((char *)made + sizeof(PyObject)), **from = (PyObject **)((char *)old + sizeof(PyObject));
+    for (Py_ssize_t i = 0; i < pool->num_fields; i++) {
+        to[i] = Py_XNewRef(from[i]);
+    }
+    for (Py_ssize_t i = 0; i < num_names; i++) {
+        PyObject *before = to[places[i]];
+        to[places[i]] = Py_NewRef(values[i]);
+        Py_XDECREF(before);
+    }
+    return made;
 }
 
-/* ---- bisect's functions on a tuple or list of integers ------------------------------------------------------------ */
+/* ---- some cells of a list, written in their place: list.__setitem__ of a slice and as many items ----------------------- */
 
-/* The place of `item`, behind those equal to it if `is_right`; -1: not only integers, or an exception. */
-static Py_ssize_t place_among_integers(PyObject *items, PyObject *item, int is_right) {
-    if (!(PyTuple_CheckExact(items) || PyList_CheckExact(items)) || !PyLong_CheckExact(item)) {
-        return -1;
+static int written_in_place(PyObject *list, PyObject *places, PyObject *items) { /* false: nothing was done */
+    if (!PyList_Check(list) || !PySlice_Check(places) || !PyTuple_CheckExact(items)
+        || ((PySliceObject *)places)->step != Py_None) {
+        return 0;
     }
-    PyObject **all = PySequence_Fast_ITEMS(items); /* integers are compared without calling anything that may change it */
-    Py_ssize_t low = 0, high = PySequence_Fast_GET_SIZE(items);
-    while (low < high) {
-        Py_ssize_t middle = (low + high) >> 1;
-        if (!PyLong_CheckExact(all[middle])) {
-            return -1;
-        }
-        if (is_right ? integer_order(item, all[middle]) < 0 : integer_order(all[middle], item) >= 0) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
+    PyObject *first_ = ((PySliceObject *)places)->start, *end_ = ((PySliceObject *)places)->stop;
+    if (!PyLong_CheckExact(first_) || !PyLong_CheckExact(end_)) {
+        return 0;
     }
-    return low;
+    Py_ssize_t first = PyLong_AsSsize_t(first_), end = PyLong_AsSsize_t(end_);
+    if (first < 0 || end > PyList_GET_SIZE(list) || end - first != PyTuple_GET_SIZE(items)) {
+        PyErr_Clear();
+        return 0;
+    }
+    for (Py_ssize_t i = first; i < end && i < PyList_GET_SIZE(list); i++) {
+        PyObject *before = PyList_GET_ITEM(list, i);
+        PyList_SET_ITEM(list, i, Py_NewRef(PyTuple_GET_ITEM(items, i - first)));
+        Py_DECREF(before);
+    }
+    return 1;
 }
 
 /* ---- calls ---------------------------------------------------------------------------------------------------------- */
 
-static PyObject *heappush_, *heappop_, *bisect_left_, *bisect_right_; /* as Python knows them */
+static PyObject *heappush_, *heappop_, *bisect_left_, *bisect_right_, *replace_, *write_list_; /* as Python knows them */
 
 static PyObject *function_of(const char *module_name, const char *name) {
     PyObject *function = NULL, *module = PyImport_ImportModule(module_name);
@@ -309,7 +351,7 @@ static PyObject *function_of(const char *module_name, const char *name) {
     return function;
 }
 
-static void find_functions(void) {
+static special_kind kind_of(PyObject *callable) {
     static int is_sought = 0;
     if (!is_sought) {
         is_sought = 1;
@@ -317,30 +359,61 @@ static void find_functions(void) {
         heappop_ = function_of("_heapq", "heappop");
         bisect_left_ = function_of("_bisect", "bisect_left");
         bisect_right_ = function_of("_bisect", "bisect_right");
+        replace_ = function_of("msgspec._core", "replace");
+        write_list_ = PyObject_GetAttrString((PyObject *)&PyList_Type, "__setitem__");
+        PyErr_Clear();
     }
+    return callable == heappush_       ? HEAPPUSH
+           : callable == heappop_      ? HEAPPOP
+           : callable == bisect_left_  ? BISECT_LEFT
+           : callable == bisect_right_ ? BISECT_RIGHT
+           : callable == write_list_   ? WRITE_LIST
+           : callable == replace_      ? REPLACE
+                                       : ANY;
 }
 
 static PyObject *call_missed(PyObject *callable, PyObject *const *arguments, size_t flags, PyObject *names,
                              struct_cache *cache) {
-    if (PyCFunction_CheckExact(callable) && names == NULL) {
-        Py_ssize_t number = PyVectorcall_NARGS(flags);
-        find_functions();
-        if (callable == heappush_ && number == 2 && PyList_CheckExact(arguments[0])) {
+    if (unlikely(callable != cache->callable)) { /* those done in place are kept, so that their addresses stay theirs */
+        cache->kind = kind_of(callable);
+        cache->callable = callable;
+    }
+    Py_ssize_t number = PyVectorcall_NARGS(flags), place;
+    PyObject *made;
+    switch (names == NULL || cache->kind == REPLACE ? cache->kind : ANY) {
+    case HEAPPUSH:
+        if (number == 2 && PyList_CheckExact(arguments[0])) {
             return heap_push(arguments[0], arguments[1]);
         }
-        if (callable == heappop_ && number == 1 && PyList_CheckExact(arguments[0]) && PyList_GET_SIZE(arguments[0]) > 0) {
+        break;
+    case HEAPPOP:
+        if (number == 1 && PyList_CheckExact(arguments[0]) && PyList_GET_SIZE(arguments[0]) > 0) {
             return heap_pop(arguments[0]);
         }
-        if ((callable == bisect_left_ || callable == bisect_right_) && number == 2) {
-            Py_ssize_t place = place_among_integers(arguments[0], arguments[1], callable == bisect_right_);
-            if (place >= 0) {
-                return PyLong_FromSsize_t(place);
-            }
+        break;
+    case BISECT_LEFT:
+    case BISECT_RIGHT:
+        if (number == 2 && (place = place_among_integers(arguments[0], arguments[1], cache->kind == BISECT_RIGHT)) >= 0) {
+            return boxed((CPyTagged)place << 1);
         }
+        break;
+    case WRITE_LIST:
+        if (number == 3 && written_in_place(arguments[0], arguments[1], arguments[2])) {
+            return Py_NewRef(Py_None);
+        }
+        break;
+    case REPLACE:
+        if (number == 1 && names != NULL && (made = replaced(arguments[0], arguments + 1, names)) != NULL) {
+            return made;
+        }
+        break;
+    default:
+        break;
     }
-    PyObject *made = PyObject_Vectorcall(callable, arguments, flags, names);
-    if (made != NULL && cache->type == NULL && PyType_Check(callable) && strcmp(Py_TYPE(callable)->tp_name, "msgspec._core.StructMeta") == 0
+    made = PyObject_Vectorcall(callable, arguments, flags, names);
+    if (made != NULL && cache->type == NULL && cache->num_tries < 8 && PyType_Check(callable) && strcmp(Py_TYPE(callable)->tp_name, "msgspec._core.StructMeta") == 0
         && Py_IS_TYPE(made, (PyTypeObject *)callable)) {
+        cache->num_tries++;
         learn_struct(cache, (PyTypeObject *)callable, made, arguments, PyVectorcall_NARGS(flags), names);
     }
     return made;
@@ -356,7 +429,7 @@ static inline PyObject *called(PyObject *callable, PyObject *const *arguments, s
     if (unlikely(type->tp_version_tag != cache->version || names != cache->names || num_given != cache->num_given)) {
         return PyObject_Vectorcall(callable, arguments, flags, names);
     }
-    PyObject *made = _PyObject_New(type);
+    PyObject *made = struct_of(type, cache->pool);
     if (unlikely(made == NULL)) {
         return NULL;
     }

@@ -7,7 +7,8 @@ each member of an enum up in its class, every time. A module-level `Final` is a 
                                                 _c_Send: Final = Send
     def f(self): self._out.append(Send(…))      def f(self): self._out.append(_c_Send(…))
 
-and `State.QUEUED` and `heapq.heappush` alike. Nothing else changes; the source stays as it reads.
+and `State.QUEUED` and `heapq.heappush` alike. And of a class with `__slots__` and no other base, which is made and dropped all
+the time, the object that was dropped last is kept for the next. Nothing else changes; the source stays as it reads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Set
 from typing import Any, Final
 
 _PREFIX: Final = "_c_"
+_ATTRIBUTE: Final = "    from mypy_extensions import mypyc_attr as _mypyc_attr"
 # they take types, or names of types, that the type checker must be able to read
 _OF_TYPES: Final = frozenset({"cast", "isinstance", "issubclass", "TypeVar"})
 
@@ -44,9 +46,14 @@ def bind_names(source: str, compiled: Set[str] = frozenset()) -> str:
             owners |= {alias.asname or alias.name for alias in node.names if alias.asname or "." not in alias.name}
     binder = _Binder(names, owners)
     body = [binder.visit(node) if isinstance(node, ast.FunctionDef | ast.ClassDef) else node for node in tree.body]
-    if not binder.bound:
+    keeps = [node for node in body if isinstance(node, ast.ClassDef) and _is_value(node)]
+    if not binder.bound and not keeps:
         return source
+    for node in keeps:
+        node.decorator_list = [ast.parse("_mypyc_attr(free_list_len=1)", mode="eval").body]
     lines = ["from typing import Final as _Final"]
+    if keeps:
+        lines += ["from typing import TYPE_CHECKING as _CHECKING", "if _CHECKING:", _ATTRIBUTE]
     lines += [f"{name}: _Final = {expression}" for name, expression in sorted(binder.bound.items())]
     body[last:last] = ast.parse("\n".join(lines)).body
     tree.body = body
@@ -118,6 +125,14 @@ class _Binder(ast.NodeTransformer):
     def _bind(self, name: str, expression: str) -> ast.Name:
         self.bound[name] = expression
         return ast.Name(name, ast.Load())
+
+
+def _is_value(node: ast.ClassDef) -> bool:
+    """Whether its objects are all that it says in `__slots__`."""
+    if node.bases or node.keywords or node.decorator_list:
+        return False
+    targets = [item.targets[0] for item in node.body if isinstance(item, ast.Assign)]
+    return any(isinstance(target, ast.Name) and target.id == "__slots__" for target in targets)
 
 
 def _locals_of(function: ast.FunctionDef) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from ..core.launch_gaps import gap_of
 from ..core.measured_cost import UNITS_PER_NS, MeasuredCost
 from .calibration_samples import FIRST, FOLLOWING, NOTHING, Samples, StepSample, TransferSample, as_arrays, read_samples
 from .errors import ConfigError
@@ -160,7 +161,7 @@ def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -
         if row["kind"] == FIRST:
             joined, left, decodes = (int(row[name]) for name in ("num_joined", "num_left", "num_decodes"))
             by_kernels = bool(chunks[0]) and own.runs_by_kernels(num_decodes, chunks[0], chunks[1])
-            gap = entry.gaps.of(row["before"], bool(row["num_chunks"]), joined, left, decodes, by_kernels)
+            gap = gap_of(entry.gaps, row["before"], bool(row["num_chunks"]), joined, left, decodes, by_kernels)
         elif row["kind"] != FOLLOWING:
             gap = entry.gaps.continued
         found.append(units / UNITS_PER_NS + gap / 1000)

@@ -52,7 +52,7 @@ class SimulatedLoad:
         cluster = self._cluster
         if cluster is None:
             return
-        now = cluster.env.now
+        now = cluster.now
         # in an open loop, whose sends depend on nothing, a request is looked at when it reaches the orchestrator
         behind = self._dispatch_delay if self._is_open else 0
         for planned in self.source.take(now - behind):
@@ -81,9 +81,9 @@ class SimulatedLoad:
             self._progress.update(self.source.num_ended, self.source.num_requests)
         cluster = self._cluster
         following = self.source.next_send()
-        if cluster is not None and not self._is_open and following is not None and following <= cluster.env.now:
+        if cluster is not None and not self._is_open and following is not None and following <= cluster.now:
             # the user sends its next request as soon as it has read this answer, after this instant's messages
-            cluster.env.calendar.call_at(cluster.env.now + 1, MESSAGE, self._send, None)
+            cluster.env.calendar.call_at(cluster.now + 1, MESSAGE, self._send, None)
 
 
 def is_open_loop(config: Experiment) -> bool:

@@ -114,7 +114,7 @@ class ScoringPolicy(SelectingPolicy):
         turn = self._turn.get(pool.role, 0)
         index = self._least_vectorised(request, pool, turn) if pool.vectorised else self._least(request, pool, turn)
         self._turn[pool.role] = index + 1
-        return pool[index]
+        return pool.rows[index]
 
     def _least(self, request: Request, pool: ExecutorPool, turn: int) -> int:
         best: Any = None
@@ -179,19 +179,6 @@ class QueueOrder:
 
     def on_served(self, request: Request, key: Any, now: int) -> None:
         """`request`, whose key is `key`, has left the queue: for an executor, or there for its first step or its KV."""
-
-
-def key_in(order: QueueOrder, request: Request, now: int) -> Any:
-    """The key of `request`; PolicyError if it is none that keys can be put in order by (NaN, None)."""
-    key = order.key(request, now)
-    if type(key) is not int:
-        try:
-            is_ordered = bool(key <= key)  # false for NaN
-        except (TypeError, ValueError):
-            is_ordered = False
-        if not is_ordered:
-            raise PolicyError(f"{type(order).__name__} gave the key {key!r}, which has no place in an order")
-    return key
 
 
 class WaitingPrompt(Protocol):

@@ -10,7 +10,6 @@ an expression such as `x.queued_requests + x.running_requests` is true of both `
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final, Protocol
@@ -294,7 +293,7 @@ def _cell(name: str) -> Any:
     return property(itemgetter(PLACES[name]), doc=COLUMNS[name])
 
 
-class ExecutorRow(ABC):
+class ExecutorRow:
     """One executor of a pool: each column of the pool as a number. `index` is its row in the pool."""
 
     __slots__ = ()
@@ -361,13 +360,13 @@ class ExecutorRow(ABC):
 
     # for the owner of the view
 
-    @abstractmethod
     def __getitem__(self, place: int) -> Any:
         """The cell at this place (`PLACES`)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def write(self, first: int, cells: Sequence[Any]) -> None:
         """Write these cells, from the place `first` on (`PLACES`)."""
+        raise NotImplementedError
 
     def values(self) -> list[Any]:
         """All cells, as Python's own numbers."""

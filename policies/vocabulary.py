@@ -157,32 +157,12 @@ class Reject(Struct, frozen=True, gc=False, tag=True):
 Routing = Route | RouteMixed | Hold | Reject
 
 
-def in_plain_integers(answer: Routing) -> Routing:
-    """The answer in Python's own integers: a policy may have read them off columns of numpy's. PolicyError if one is none."""
-    if type(answer) is Route:
-        context, generation = answer.context, answer.generation
-        if type(context) in _PLAIN and type(generation) in _PLAIN:
-            return answer
-        return Route(
-            None if context is None else plain_integer(context, answer),
-            None if generation is None else plain_integer(generation, answer),
-        )
-    if type(answer) is RouteMixed and type(answer.executor) is not int:
-        return RouteMixed(plain_integer(answer.executor, answer))
-    if type(answer) is Hold and type(answer.until) not in _PLAIN:
-        return Hold(plain_integer(answer.until, answer))
-    return answer
-
-
 def plain_integer(number: Any, answer: Any) -> int:
     """`number`, which is a part of a policy's `answer`, as Python's own integer; PolicyError if it is no whole number."""
     try:
         return index(number)
     except TypeError:
         raise PolicyError(f"{answer!r}: {number!r} is no whole number") from None
-
-
-_PLAIN: Final = (int, type(None))
 
 
 class Admit(Struct, frozen=True, gc=False, tag=True):

@@ -30,7 +30,7 @@ from .layerwise import LayerwiseSends
 from .link import Link
 from .timing import ModelTiming, Timing
 
-_WAKE = Wake()
+_WAKE: Final = Wake()
 _ENDLESS: Final = 1 << 60  # the length of a sequence that nobody waits for any more
 _LARGE: Final = 100  # executors
 
@@ -91,6 +91,9 @@ class SimulatedCluster:
         self._ended_now: dict[int, Deliver] = {}  # of the instant of the latest end
         self._ended_at = -1
         self.is_drained = False
+        # bound once: compiled code would make an object of a method at every use
+        self._call_tell: Callable[[tuple[int, Any]], None] = self._tell
+        self._call_served: Callable[[tuple[int, ServeKv]], None] = self._served
         sink = log_sink(ORCHESTRATOR) if log_sink is not None else None
         core: Any = OrchestratorCore(config)
         self._is_holding = core.is_holding
@@ -107,6 +110,11 @@ class SimulatedCluster:
             self.executors[executor.id] = SimulatedExecutor(executor, core, self, ahead)
 
     # ---- for users --------------------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> int:
+        """Picoseconds since the start."""
+        return self._calendar.now
 
     @property
     def now_s(self) -> float:
@@ -379,7 +387,7 @@ class SimulatedCluster:
         if to == ORCHESTRATOR and self._can_wait(message):
             heappush(self._late, (at, MESSAGE + place, calendar.next_serial(), message))
         else:
-            calendar.call_at(at, MESSAGE + place, self._tell, (to, message))
+            calendar.call_at(at, MESSAGE + place, self._call_tell, (to, message))
 
     def tell(self, core: int, event: Any) -> None:
         """Give `event` to a core now, as if the world had seen it happen."""
@@ -391,13 +399,14 @@ class SimulatedCluster:
             self.executors[core].give(event)
 
     def _tell(self, item: tuple[int, Any]) -> None:
-        self.tell(*item)
+        core, event = item
+        self.tell(core, event)
 
     def serve_kv(self, source: int, command: ServeKv) -> None:
         if not command.ok:
             self.send(source, command.reader, KvReceived(command.reader_id, False, command.error), self.env.now)
             return
-        ends = self.timing.transfer_ends(source, command)
+        ends = None if self.model is not None else self.timing.transfer_ends(source, command)  # a model has no such
         if ends is None and command.is_early:
             link = self.link(source, command.reader)
             self.layerwise.begin(source, command, link, self.executors[source].running_step)
@@ -405,14 +414,15 @@ class SimulatedCluster:
         if ends is None:
             num_bytes = command.num_tokens * self._kv_bytes_per_token
             link = self.link(source, command.reader)
-            link.transfer(num_bytes, self._served, (source, command), len(command.blocks))
+            link.transfer(num_bytes, self._call_served, (source, command), len(command.blocks))
             return
         events = (command.reader, KvReceived(command.reader_id, True)), (source, KvTaken(command.request_id))
         for (at, place), item in zip(ends, events, strict=True):
             self._calendar.call_at(at, MESSAGE + place, self._tell, item)
 
     def _served(self, item: tuple[int, ServeKv]) -> None:
-        self._transfer_over(*item, None)
+        source, command = item
+        self._transfer_over(source, command, None)
 
     def _transfer_over(self, source: int, command: ServeKv, error: str | None) -> None:
         """The end of a transfer: the reader has its KV and the source is rid of its pin, at one instant."""

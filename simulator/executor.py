@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from ..core.commands import (
     AbortKv,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ..core.executor import ExecutorCore
     from .cluster import SimulatedCluster
 
-_WAKE = Wake()
+_WAKE: Final = Wake()
 BlockHashes = tuple[tuple[int, tuple[int, ...]], ...]  # as in StepsDone
 
 
@@ -95,6 +95,11 @@ class SimulatedExecutor:
         self._wake_due = 0  # the instant of that call
         self._report_at: int | None = None  # a wake-up for nothing but a report, which may be given late
         self._sequences = Sequences(cluster.true_length)
+        # bound once: compiled code would make an object of a method at every use
+        self._call_end: Callable[[int], None] = self._end
+        self._call_commit: Callable[[int], None] = self._commit_at
+        self._call_grant_ends: Callable[[None], None] = self._grant_ends
+        self._call_wake: Callable[[None], None] = self._wake
 
     # ---- into the core ----------------------------------------------------------------------------------------------
 
@@ -183,7 +188,7 @@ class SimulatedExecutor:
                 return  # the call that is outstanding asks for another if it comes too early
             self._calendar.take_back(self._wake_serial)
         self._wake_due = at
-        self._wake_serial = self._calendar.call_at(at, MESSAGE + place, self._wake, None)
+        self._wake_serial = self._calendar.call_at(at, MESSAGE + place, self._call_wake, None)
 
     def _wake(self, _: None) -> None:
         self._wake_serial = 0
@@ -267,7 +272,7 @@ class SimulatedExecutor:
             return
         self._take_back_wake()
         self._wake_at = self._wake_due = at
-        self._wake_serial = self._calendar.call_at(at, MESSAGE + self.id, self._wake, None)
+        self._wake_serial = self._calendar.call_at(at, MESSAGE + self.id, self._call_wake, None)
 
     # ---- out of the core --------------------------------------------------------------------------------------------
 
@@ -358,11 +363,11 @@ class SimulatedExecutor:
         `surplus`: its grants that have to be reported before it may be committed, less one.
         """
         step = self._end_step
-        call: Callable[[int], None] = self._end
+        call = self._call_end
         if may_commit(self._plan_ahead, self._depth, bool(run.chunks), 0):
             reported = run.first_step + (surplus + 1) * self._steps_per_grant - 1
             if reported < step:
-                call, step = self._commit_at, reported
+                call, step = self._call_commit, reported
         at = max(self._end_of_step(step), self._calendar.now)
         if at < after:
             return False
@@ -380,8 +385,9 @@ class SimulatedExecutor:
         own = 0
         if run is not None:
             own = grants_out(run.first_step - 1, run.first_step, self._end_step, self._steps_per_grant)
-        for tail in self._tails:
-            own += len(tail.grant_ends)
+        if self._tails:
+            for tail in self._tails:
+                own += len(tail.grant_ends)
         return own
 
     def _stop(self) -> None:
@@ -500,7 +506,7 @@ class SimulatedExecutor:
         """Grants are reported in order: one call at a time."""
         if not self._grant_serial:
             at = self._tails[0].grant_ends[0]
-            self._grant_serial = self._calendar.call_at(at, STEP_END + self.id, self._grant_ends, None)
+            self._grant_serial = self._calendar.call_at(at, STEP_END + self.id, self._call_grant_ends, None)
 
     def _end_of(self, tail: _Tail) -> StepsDone:
         stopped = stops_in_order(tail.stopped) if tail.stopped else ()

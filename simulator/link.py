@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from ..core.cost import UNIT_BITS, UNITS_PER_S
 from .calls import MESSAGE, Environment
 
-_ALMOST_UNIT = (1 << UNIT_BITS) - 1
+_ALMOST_UNIT: Final = (1 << UNIT_BITS) - 1
 
 
 class Link:
@@ -38,6 +38,7 @@ class Link:
         self._serial = 0
         self._due = 0  # serial of the outstanding call, 0 for none
         self._due_at = 0
+        self._call_look: Callable[[None], None] = self._look  # bound once: see SimulatedExecutor
 
     def __len__(self) -> int:
         """Transfers that take bandwidth now."""
@@ -74,7 +75,7 @@ class Link:
             self._due = 0
         if at is not None:
             self._due_at = at
-            self._due = self._calendar.call_at(at, self._priority, self._look, None)
+            self._due = self._calendar.call_at(at, self._priority, self._call_look, None)
 
     def _next_end(self) -> int | None:
         """When the first active transfer ends, or when something begins that changes this in a way not foreseen."""

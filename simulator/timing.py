@@ -13,6 +13,7 @@ from typing import Protocol
 from ..core.commands import ORCHESTRATOR, RunSteps, ServeKv
 from ..core.cost import UNIT_BITS, CostModel, StepFeatures
 from ..core.epoch_times import EpochTimes
+from ..core.launch_gaps import gap_of
 from ..core.measured_cost import MeasuredCost
 from ..core.overheads import NO_GAPS, LaunchGaps, MessageLatency
 
@@ -79,7 +80,7 @@ class _Clock:
         if run.chunks and gaps.kernels and self.measured is not None:
             num_tokens = sum([chunk.length for chunk in run.chunks])
             by_kernels = self.measured.runs_by_kernels(run.num_decodes, len(run.chunks), num_tokens)
-        return gaps.of(before, bool(run.chunks), len(run.joined), len(run.left), run.num_decodes, by_kernels)
+        return gap_of(gaps, before, bool(run.chunks), len(run.joined), len(run.left), run.num_decodes, by_kernels)
 
 
 class ModelTiming:
@@ -119,7 +120,9 @@ class ModelTiming:
         if run.first_step > 1:
             clock.began += clock.gaps.continued
             return
-        chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
+        chunks: tuple[tuple[int, int, bool], ...] = ()
+        if run.chunks:
+            chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
         features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks, run.num_shared_kv)
         factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
         self.num_epochs += 1

@@ -7,11 +7,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from disagg.experiments import compiled
+from disagg.experiments.config import validate_mapping
+from disagg.experiments.load_source import LoadSource
+from disagg.experiments.run_point import NoProgress
+from disagg.experiments.run_simulation import build_cluster
+from disagg.experiments.simulated_load import SimulatedLoad
+from disagg.experiments.workload import Workload
 from tests.simulation_helpers import random_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +48,67 @@ def test_random_worlds_leave_the_same_logs_compiled_and_not(tmp_path: Path) -> N
     assert done.stdout.split("\n")[:-1] == [f"{seed} {random_world(seed).run().digest()}" for seed in range(40)]
 
 
+# beyond what random worlds are: pools of numpy columns, whose numbers policies answer with, and every way to draw a load
+_LOADS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "40 executors": (20, {"isl": 900, "osl": 30}, {"type": "poisson", "rate": 90}),
+    "sessions": (
+        1,
+        {
+            "isl": {"type": "uniform", "min": 20, "max": 400},
+            "osl": {"type": "lognormal", "mean": 20, "stddev": 9, "max": 60},
+            "sessions": {"turns": 3, "concurrent": 2},
+            "shared_prefixes": {"groups": 3, "length": 64},
+        },
+        {"type": "gamma", "rate": 9, "burstiness": 0.5},
+    ),
+    "a closed loop": (1, {"isl": 100, "osl": 20}, {"type": "concurrency", "concurrency": 3}),
+}
+
+
+def rows_of(load: str) -> str:
+    """A digest of every row of a small experiment."""
+    number, dataset, phase = _LOADS[load]
+    servers = {"num_instances": number, "kv_cache": {"enable_block_reuse": load == "sessions"}}
+    config = validate_mapping(
+        {
+            "schema_version": 1,
+            "name": "compiled",
+            "seed": 1,
+            "model": {"id": "llama-3.1-8b"},
+            "cluster": {
+                "profile": "h200-llama-3.1-8b",
+                "context_servers": servers,
+                "generation_servers": servers,
+                "cache_transceiver": {"backend": "auto"},
+            },
+            "policy": {"context_router": "least_tokens", "generation_router": "least_kv"},
+            "workload": {
+                "dataset": {"type": "synthetic", **dataset},
+                "max_tokens": 64,
+                "phases": [{"name": "all", "requests": 40, **phase}],
+            },
+        },
+        {},
+    )
+    rows: list[Any] = []
+    users = SimulatedLoad(LoadSource(Workload(config)), config, NoProgress())
+    cluster = build_cluster(config, records=rows.append, delivered=users.delivered)
+    users.start(cluster)
+    cluster.run()
+    return f"{load}: {len(rows)} rows, {blake2b(repr(rows).encode()).hexdigest()}"
+
+
+def test_experiments_leave_the_same_rows_compiled_and_not(tmp_path: Path) -> None:
+    copy = copy_of_the_sources(tmp_path / "compiled")
+    path = os.pathsep.join((str(copy), str(ROOT)))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _ROWS], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [rows_of(load) for load in _LOADS]
+
+
 def test_a_folder_that_holds_anything_but_a_copy_is_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,10 +133,23 @@ def test_an_empty_folder_and_an_earlier_copy_are_made_anew(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disagg", "mypy.ini", "setup.py", compiled.SOURCES]
 
 
-_PROGRAM = """
+_COMPILED = """
 import disagg.core.executor as executor
 if executor.__file__.endswith(".py"):
     raise SystemExit(f"{executor.__file__} is not compiled")
+"""
+_PROGRAM = (
+    _COMPILED
+    + """
 from tests.simulation_helpers import main
 main()
 """
+)
+_ROWS = (
+    _COMPILED
+    + """
+from tests.test_compiled import _LOADS, rows_of
+for load in _LOADS:
+    print(rows_of(load))
+"""
+)

@@ -83,3 +83,11 @@ def test_every_bound_name_of_a_hot_module_is_defined_once_and_before_its_use(mod
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id.startswith("_c_")}
     assert used == {name for name in defined if name.startswith("_c_")}
     assert len(defined) == len(set(defined))
+
+
+def test_a_class_of_slots_alone_keeps_the_object_dropped_last_for_the_next() -> None:
+    source = "class {head}:\n    {body}\n"
+    slots = "__slots__ = ('a', 'b')"
+    assert "@_mypyc_attr(free_list_len=1)\nclass Value:" in bind_names(source.format(head="Value", body=slots))
+    for head, body in (("Value(Base)", slots), ("Value(metaclass=Kind)", slots), ("Value", "a = 1")):
+        assert bind_names(source.format(head=head, body=body)) == source.format(head=head, body=body)
