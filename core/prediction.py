@@ -18,6 +18,7 @@ from ..policies.prediction import decode_tokens, pending_prompt_tokens
 from .cost import UNIT_BITS, CostModel, StepFeatures
 
 _MOST_TOKENS: Final = 1 << 24
+_MOST_TIME: Final = 1 << 62  # picoseconds, seven weeks: what an event log can hold, and no prompt is waited for
 _FAR: Final = 8192  # tokens before a chunk, or of KV, at which slopes are taken
 
 
@@ -81,13 +82,14 @@ def step_times(cost: CostModel, max_num_tokens: int, max_batch_size: int) -> Ste
         {round(2 ** (i / 8)) for i in range(8 * 24 + 1) if 2 ** (i / 8) <= max_batch_size} | {max_batch_size}
     )
     width = min(max_num_tokens, 1024)
+    prompts = [(n, time) for n in lengths if n <= _MOST_TOKENS and (time := prompt(n)) < _MOST_TIME]
 
     def decode(batch: int, kv: int) -> int:
         return cost.step_time(StepFeatures(batch, kv)) >> UNIT_BITS
 
     return StepTimes(
-        prefill_knots=tuple(n for n in lengths if n <= _MOST_TOKENS),
-        prefill=tuple(prompt(n) for n in lengths if n <= _MOST_TOKENS),
+        prefill_knots=tuple(n for n, _ in prompts),
+        prefill=tuple(time for _, time in prompts),
         prefill_pair=max(chunk(_FAR, width) - chunk(0, width), 0) / (_FAR * width),
         decode_knots=tuple(batches),
         decode=tuple(decode(batch, 0) for batch in batches),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +46,14 @@ def test_a_prompt_s_predicted_time_is_the_cost_model_s(length: int) -> None:
     cost = roofline(preset("llama-3.1-8b"), DEVICES["h200"])
     predictor, view = predictor_of(cost)
     assert predictor.prefill_time(view.context[0], length) == pytest.approx(prompt_time(cost, length, 8192), rel=0.02)
+
+
+@pytest.mark.parametrize("d", [10**7, 3 * 10**12])  # picoseconds a token
+def test_times_that_no_event_log_could_hold_are_left_to_the_last_slope(d: int) -> None:
+    predictor, view = predictor_of(ConstantCost(a=0, d=d), max_num_tokens=64)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(predictor._config), type=PredictionConfig) == predictor._config
+    length = 1 << 26
+    assert predictor.prefill_time(view.context[0], length) == pytest.approx(length * d, rel=1e-6)
 
 
 def test_what_is_cached_is_not_computed_but_attended_to() -> None:
