@@ -50,9 +50,8 @@ class ExecutorConfig(Struct, frozen=True):
     quarantine_max_blocks: int | None = None  # more than this in quarantine: the executor reports itself unhealthy
     pull_reserve_blocks: int = 0  # blocks that admitting a transfer leaves free
     layerwise: bool = True  # KV that was asked for early is sent as it is computed; off: once all of it is
-    overlap: bool = (
-        True  # steps run while KV comes or is read; off: none begins then, and KV is asked for between steps
-    )
+    # Steps run while KV comes or is read; off: none begins then, and KV is asked for between steps.
+    overlap: bool = True
     report_interval: int = 10 * PS_PER_MS
     report_on_batch_change: bool = True
     max_span_steps: int = 1 << 20

@@ -14,7 +14,9 @@ def gap_of(
     num_decodes: int,
     by_kernels: bool = False,
 ) -> int:
-    """`before`: idle, decode or chunk. `by_kernels`: the step has chunks, and no graph runs it."""
+    """Picoseconds. `before`: idle, decode or chunk, what ran before the step, which has `num_decodes` decodes, of which
+    `num_joined` are new; `num_left` are gone since. `by_kernels`: the step has chunks, and no graph runs it.
+    """
     if has_chunks:
         if before == "decode":
             return gaps.chunk_after_decode

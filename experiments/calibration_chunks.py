@@ -33,9 +33,8 @@ _BEHIND: Final = 512  # cached tokens: fewer are lost among what a step takes
 _LEAST_BEHIND: Final = 40  # steps of either kind: fewer told pairs from cached tokens badly
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
 _LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
-_LEAST_LOADED: Final = (
-    20  # samples of small, of middling and of large steps, to tell what a load does from what rows do
-)
+# Samples of small, of middling and of large steps, to tell what a load does from what rows do.
+_LEAST_LOADED: Final = 20
 _MOST_SHARE: Final = 0.25
 _LEAST_GAIN: Final = 0.1  # of the fit's error
 
