@@ -7,6 +7,7 @@
 #   pair       two GPUs: the 1p1_* files (four minutes a time)
 #   routers    two GPUs: the 2_mixed* files (six minutes a time)
 #   singles    two GPUs, a lane each: the queues beside the other 1_mixed_* files (4 minutes a time)
+#   single     one GPU: all 1_mixed_* files (seven minutes a time)
 #   lanes      four GPUs: the 1p1_* files beside the 2_mixed_* ones (seven minutes for two times); the default
 #   four       four GPUs: the 4gpu_* files (five minutes for two times)
 #
@@ -51,6 +52,9 @@ singles)
     lane 1 $here/1_mixed_{qwen,near,closed,azure,bursty,prefixes,short}.yaml &
     wait
     ;;
+single)
+    lane 0 $here/1_mixed_{near,closed,azure,bursty,prefixes,short,long,queues,qwen}.yaml
+    ;;
 lanes)
     lane 0,1 $here/1p1_{short,long,bursty,azure,near,closed,25gbps,5gbps}.yaml &
     lane 2,3 $here/2_mixed_routers.yaml $here/2_mixed.yaml $here/1p1_qwen.yaml &
@@ -60,7 +64,7 @@ four)
     lane 0,1,2,3 $here/4gpu_{2c2g,1c3g,4_mixed}.yaml
     ;;
 *)
-    echo "PART $part; allowed: calibrate, pair, routers, singles, lanes, four" >&2
+    echo "PART $part; allowed: calibrate, pair, routers, singles, single, lanes, four" >&2
     exit 2
     ;;
 esac
