@@ -76,8 +76,9 @@ class LeastKv(ScoringPolicy):
 
     def score(self, request: Request, executors: Any) -> Any:
         x = executors
+        total = x.kv_blocks_total
         on_the_wire = x.wire_tokens / x.tokens_per_block
-        return (x.kv_blocks_total - x.kv_blocks_free + on_the_wire) / x.kv_blocks_total
+        return (total - x.kv_blocks_free + on_the_wire) / total
 
 
 def tokens_ahead(executors: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from ..core.commands import Chunk, ServeKv
 from .calls import MESSAGE, Environment
@@ -18,12 +18,15 @@ from .link import Link
 LAYER_GROUPS: Final = 8
 
 
-class RunningStep(NamedTuple):
+class RunningStep:
     """The step under way, its instants in picoseconds. Of an executor at rest there is none."""
 
-    start: int
-    end: int
-    chunks: tuple[Chunk, ...]
+    __slots__ = ("chunks", "end", "start")
+
+    def __init__(self, start: int, end: int, chunks: tuple[Chunk, ...]) -> None:
+        self.start = start
+        self.end = end
+        self.chunks = chunks
 
 
 @dataclass(slots=True)
