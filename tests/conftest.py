@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+def pytest_sessionfinish() -> None:
+    if (warm := sys.modules.get("tests.warm_world")) is not None:
+        warm.close_warm_world()
 
 
 @pytest.fixture
