@@ -49,6 +49,18 @@ workload:
 """
 
 
+def children(pid: int) -> list[int]:
+    """Processes that a process has started, by any of its threads, and that have not ended."""
+    try:
+        return [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:  # it ended meanwhile
+        return []
+
+
 class Run:
     """`disagg run`, from outside."""
 
@@ -67,15 +79,9 @@ class Run:
     def ranks(self) -> dict[int, int]:
         """Process ids of the ranks that run now."""
         found = {}
-        ours = {self.process.pid}
-        entries = sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
-        for _ in range(3):  # disagg, mpiexec, ranks
-            for pid in entries:
+        for mpiexec in children(self.process.pid):
+            for pid in children(mpiexec):
                 try:
-                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                    if int(fields[1]) not in ours or fields[0] == "Z":
-                        continue
-                    ours.add(pid)
                     environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
                 except OSError:
                     continue
