@@ -9,7 +9,7 @@ from .blocks import BlockManager
 from .commands import RunSteps
 from .config import ExecutorConfig
 from .decode_batch import DecodeBatch
-from .visit import Visit
+from .visit import Visit, total_kv_tokens
 
 
 class Capacity:
@@ -31,7 +31,7 @@ class Capacity:
         request = visit.request
         if request.request_type is RequestType.CONTEXT_ONLY or self.evicts:
             return self.blocks_for(visit.num_to_compute)
-        return self.blocks_for(request.total_kv_tokens)
+        return self.blocks_for(total_kv_tokens(request))
 
     def append(self, num_steps: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Give each decode the blocks that it writes to in the next steps (max_utilization)."""

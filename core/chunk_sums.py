@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def chunk_sums(chunks: Sequence[tuple[int, int, bool]]) -> tuple[int, int, int, int]:
-    """Tokens of the chunks, their (query, key) pairs, tokens cached before them, tokens that they yield."""
-    tokens, pairs, cached, sampled = 0, 0, 0, 0
+def chunk_sums(chunks: Sequence[tuple[int, int, bool]]) -> tuple[int, int, int, int, int]:
+    """Tokens of the chunks, their (query, key) pairs, tokens cached before them, in all and the most before one of them,
+    tokens that they yield.
+    """
+    tokens, pairs, cached, longest, sampled = 0, 0, 0, 0, 0
     for before, length, yields in chunks:
         tokens += length
         pairs += chunk_pairs(before, length)
         cached += before
+        if before > longest:
+            longest = before
         sampled += yields
-    return tokens, pairs, cached, sampled
+    return tokens, pairs, cached, longest, sampled
 
 
 def chunk_pairs(before: int, length: int) -> int:

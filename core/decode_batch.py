@@ -62,8 +62,10 @@ class DecodeBatch:
 
     def told(self) -> None:
         """The driver knows who has joined and left."""
-        self.left.clear()
-        self.joined.clear()
+        if self.left:
+            self.left.clear()
+        if self.joined:
+            self.joined.clear()
 
     def advance(self, num_steps: int) -> None:
         if self.members:

@@ -79,7 +79,7 @@ class ExecutorCore:
         self.blocks = self.scheduler.blocks
         self.batch = self.scheduler.batch
         self.visits: dict[int, Visit] = {}
-        self._timers = Timers(self._timer_matters)
+        self._timers = Timers(self.visits, _LIMITS)
         self._gone: set[int] = set()  # executors that will never answer again
         self._source = KvSource(self.blocks, self._gone, self._agenda.emit, config.layerwise, config.tokens_per_block)
         reserve = max(config.pull_reserve_blocks, batching.pull_reserve_blocks)
@@ -283,13 +283,6 @@ class ExecutorCore:
         self._timers.woken()
         for what, subject in self._timers.due(now):
             self._fire(what, subject, now)
-
-    def _timer_matters(self, what: str, subject: int) -> bool:
-        """False for one of a visit that has gone past what it limits."""
-        if what not in _LIMITS:
-            return True
-        visit = self.visits.get(subject)
-        return visit is not None and visit.doom is None and visit.state is _LIMITS[what]
 
     def _fire(self, what: str, subject: int, now: int) -> None:
         visit = self.visits.get(subject)

@@ -48,7 +48,7 @@ class ExecutorReports:
             reader.num_coming + scheduler.prompts.num_waiting,
             len(scheduler.prefilling) + len(scheduler.joining) + len(scheduler.batch),
             scheduler.prompts.num_queued_tokens,
-            sum(visit.num_tokens_left for visit in scheduler.prefilling.values()),
+            scheduler.prompts.num_begun_tokens,
             scheduler.shown_kv + reader.num_kv_tokens,
             free,
             reserved,
@@ -72,7 +72,8 @@ class ExecutorReports:
                 agenda.out.append(Send(ORCHESTRATOR, response))
             agenda.out.append(Send(ORCHESTRATOR, replace(last, report=self.report())))
             self._reported(now)
-            agenda.responses.clear()
+            if agenda.responses:
+                agenda.responses.clear()
         elif scheduler.has_changed and self.config.report_on_batch_change:
             self._send(now)
         if not agenda.has_news:

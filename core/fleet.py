@@ -153,22 +153,23 @@ class Fleet:
         executor = report.executor
         row = self._rows[executor]
         sent = self._sent[executor]
+        told: Any = report  # most of its numbers go into the row as the objects that they are
         _write(
             row,
             _REPORTED,
             (  # in the order of COLUMNS
                 sent[0] - report.seen_requests,
                 sent[1] - report.seen_tokens,
-                report.queued_requests,
-                report.running_requests,
-                report.queued_prefill_tokens,
-                report.inflight_prefill_tokens,
-                report.decode_kv_tokens,
+                told.queued_requests,
+                told.running_requests,
+                told.queued_prefill_tokens,
+                told.inflight_prefill_tokens,
+                told.decode_kv_tokens,
                 report.blocks_free + report.blocks_cached,
-                report.blocks_used,
-                report.blocks_reserved,
-                report.blocks_held,
-                report.step_time,
+                told.blocks_used,
+                told.blocks_reserved,
+                told.blocks_held,
+                told.step_time,
                 now,
                 row[_NUM_REPORTS] + number,
             ),

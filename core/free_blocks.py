@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 
 class FreeBlocks:
@@ -12,16 +12,25 @@ class FreeBlocks:
         self._num_blocks = num_blocks
         self._first_fresh = 0  # this one and those above it were never given out
         self._returned: list[int] = []
+        # freed after those, each as it came: mostly the next request takes as many as the last one gave back
+        self._tables: list[tuple[int, ...]] = []
+        self._num_in_tables = 0
 
     def __len__(self) -> int:
-        return len(self._returned) + self._num_blocks - self._first_fresh
+        return len(self._returned) + self._num_in_tables + self._num_blocks - self._first_fresh
 
     def __iter__(self) -> Iterator[int]:
+        self._take_apart()
         yield from self._returned
         yield from range(self._first_fresh, self._num_blocks)
 
     def take(self, n: int) -> tuple[int, ...]:
         """`n` blocks, of which there must be so many."""
+        if self._tables:
+            if len(self._tables[-1]) == n:
+                self._num_in_tables -= n
+                return self._tables.pop()
+            self._take_apart()
         returned = self._returned
         num_fresh = n - len(returned)
         if num_fresh <= 0:
@@ -36,7 +45,17 @@ class FreeBlocks:
         return taken
 
     def append(self, block: int) -> None:
+        self._take_apart()
         self._returned.append(block)
 
-    def extend(self, blocks: Sequence[int]) -> None:
-        self._returned.extend(blocks)
+    def extend(self, blocks: tuple[int, ...]) -> None:
+        """The last of them is taken first."""
+        if blocks:
+            self._tables.append(blocks)
+            self._num_in_tables += len(blocks)
+
+    def _take_apart(self) -> None:
+        for table in self._tables:
+            self._returned.extend(table)
+        self._tables.clear()
+        self._num_in_tables = 0

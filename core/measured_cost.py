@@ -85,9 +85,10 @@ class MeasuredCost:
     KV tokens it reads, `decode` a sequence. A step with chunks: `chunk_rows` of all its tokens, padded to a multiple of
     `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them, `chunk` and
     `sample` for each chunk and each token that one yields, `mixed_kv` and `mixed_decode` for the decodes that run along.
-    With `chunk_graphs` steps with short prompts run as graphs, padded to their rows, where attention is another kernel:
-    `graph_pair` and `graph_cached_token` are in the place of `pair` and `cached_token`, but for -1. A step with chunks that
-    runs kernel by kernel takes `launch_floor` at least, which is the host's time.
+    With `chunk_graphs` steps with short prompts run as graphs, padded to their rows, where attention is another kernel, in
+    which all chunks are walked through side by side: it takes `graph_pair` a pair, or `graph_cached_token` a token of the
+    longest KV before a chunk where that is more (-1: `pair` and `cached_token` hold there, too). A step with chunks that runs
+    kernel by kernel takes `launch_floor` at least, which is the host's time.
 
     A KV token that is read again, since sequences share its block, is nearer at hand: `decode_shared` and `mixed_shared`
     are the parts of reading one, in 2^-20, that it does not cost.
@@ -118,8 +119,8 @@ class MeasuredCost:
         if not chunks:
             kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
             return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
-        tokens, pairs, cached, sampled = chunk_sums(chunks)
-        return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, sampled, features.num_shared_kv)
+        tokens, pairs, cached, longest, sampled = chunk_sums(chunks)
+        return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, longest, sampled, features.num_shared_kv)
 
     def time_of_sums(
         self,
@@ -129,23 +130,25 @@ class MeasuredCost:
         num_tokens: int,
         pairs: int,
         cached: int,
+        longest: int,
         sampled: int,
         num_shared_kv: int = 0,
     ) -> int:
         """`step_time` by the sums over a step's chunks: their tokens, their (query, key) pairs, tokens cached before
-        them, tokens that they yield.
+        them, in all and the most before one, tokens that they yield.
         """
         if not num_chunks:
             return self.step_time(StepFeatures(num_decodes, num_kv, (), num_shared_kv))
         graph = self._chunk_graph(num_decodes, num_chunks, num_tokens)
         rows = padded_rows(num_decodes + num_tokens, self.row_multiple) if graph is None else graph[1]
-        pair, cached_token = self.pair, self.cached_token
+        attention = pairs * self.pair + cached * self.cached_token
         if graph is not None and self.graph_pair >= 0:
-            pair, cached_token = self.graph_pair, self.graph_cached_token
+            attention, walk = pairs * self.graph_pair, longest * self.graph_cached_token
+            if walk > attention:
+                attention = walk
         time = (
             self.chunk_rows.at(rows)
-            + pairs * pair
-            + cached * cached_token
+            + attention
             + num_chunks * self.chunk
             + sampled * self.sample
             + self.mixed_kv.at(num_kv - (num_shared_kv * self.mixed_shared >> UNIT_BITS))
@@ -185,7 +188,7 @@ class MeasuredCost:
         most = self.measured
         if not chunks:
             return n <= most.decodes and kv <= most.kv_tokens
-        tokens, pairs, cached, _ = chunk_sums(chunks)
+        tokens, pairs, cached, _, _ = chunk_sums(chunks)
         graph = self._chunk_graph(n, len(chunks), tokens)
         return (
             (graph is not None or padded_rows(n + tokens, self.row_multiple) <= most.rows)

@@ -50,6 +50,15 @@ class Prompts:
         self._tokens_per_block = config.tokens_per_block
         self._waiting: list[tuple[int, Any, int, Visit]] = []  # heap: preempted first, then the queue order
 
+    @property
+    def num_begun_tokens(self) -> int:
+        """Of those that have begun, what is still to be computed."""
+        num_tokens = 0
+        if self.begun:
+            for visit in self.begun.values():
+                num_tokens += visit.num_tokens_left
+        return num_tokens
+
     # ---- what comes and goes ----------------------------------------------------------------------------------------
 
     def queue(self, visit: Visit, rank: int = 1) -> None:

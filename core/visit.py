@@ -117,6 +117,11 @@ def params_of(request: Request) -> ContextPhaseParams:
     return request.context_phase_params
 
 
+def total_kv_tokens(request: Request) -> int:
+    """What policies read off the request itself; compiled code calls this one directly."""
+    return request.num_prompt_tokens + request.max_tokens - 1
+
+
 def is_canned(request: Request) -> bool:
     """Whether its context phase was skipped: it goes on from KV of nothing, which must not become anybody else's."""
     params = request.context_phase_params

@@ -37,6 +37,8 @@ _LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has follo
 _LEAST_LOADED: Final = 20
 _MOST_SHARE: Final = 0.25
 _LEAST_GAIN: Final = 0.1  # of the fit's error
+# (query, key) pairs that take as long as one token of the longest KV before a chunk, in a graph's attention.
+_WALKS: Final = (100, 150, 200, 250, 300, 350, 400, 450, 500, 600, 700, 850, 1000, 1300, 1700, 2200, 3000)
 
 
 def graph_rows(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
@@ -68,6 +70,7 @@ def fit_chunks(
     kinds = [kind for kind in ("idle", "decode", "chunk") if (before == kind).sum() >= LEAST_SAMPLES]
     attention = [columns[name] for name in ("num_pairs", "num_cached_tokens")]
     in_graphs = graphs > 0 if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits) else None
+    longest, tells = _longest_cached(columns)
     launches = [*((before == kind) for kind in kinds), *_late_kernels(graphs, waits, before)]
     parts = (
         np.ones((len(rows), 1)),
@@ -76,16 +79,16 @@ def fit_chunks(
         *_as_columns([columns["num_chunks"], columns["num_sampled"]]),
         ramps(kv, kv_knots),
         *_as_columns([columns["num_decodes"]]),
-        *_as_columns([] if in_graphs is None else [column * in_graphs for column in attention]),
+        *_as_columns([] if in_graphs is None else [np.zeros(len(rows))]),
         *_as_columns(launches),
     )
     at = len(row_knots)
-    own = at + (6 if in_graphs is None else 8)  # coefficients of the step's own time
+    own = at + (6 if in_graphs is None else 7)  # coefficients of the step's own time
     cool = np.concatenate(parts, axis=1)
     ns = columns["duration_ps"] / 1000.0
     keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
-    told, shared = without_shared(columns, ~waits)
+    told, shared = without_shared(columns, ~waits if in_graphs is None else ~waits & (tells | ~in_graphs))
     of_told = {name: columns[name][told] for name in keys}
     groups = (rows[told], *of_told.values(), kv[told] // 1024, which[told])
 
@@ -103,6 +106,15 @@ def fit_chunks(
         return found, features, float((points.weights * off).sum())
 
     share, after_ns = 0.0, _LOAD_AFTER_NS[0]
+    walk = 0
+    if in_graphs is not None:
+
+        def error_of(walk: int) -> float:
+            cool[:, own - 1] = np.maximum(columns["num_pairs"], walk * longest) * in_graphs
+            return under_load(share, after_ns)[2]
+
+        walk = min(_WALKS, key=error_of)
+        error_of(walk)
     under = rows[told & (loaded_ns > _LOAD_AFTER_NS[0])]
     if np.histogram(under, np.array((0, 1, 3, 4)) * rows.max() / 4)[0].min() >= _LEAST_LOADED:
         share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
@@ -114,7 +126,7 @@ def fit_chunks(
     fitted_ns = rest + read_ns(kv_read(columns, part)) * by
     floor, residuals = _launch_floor(ns, fitted_ns, features[:, own:] @ x[own:], waits)
     residuals += residuals_of_shared("steps with chunks that share KV", ns, fitted_ns, shared)
-    in_graph = [None, None] if in_graphs is None else [round(float(value), 9) for value in x[at + 6 : own]]
+    in_graph = [None, None] if in_graphs is None else [round(float(x[own - 1]) * by, 9) for by in (1, walk)]
     pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
     fit = ChunkFit(
         rows=curve_fit(x[0], row_knots, x[1:at]),
@@ -141,6 +153,13 @@ def fit_chunks(
     if share:
         shifts |= {"millionths_under_load": round(share * 1e6), "load_after": round(after_ns * 1000)}
     return fit, [fitted.residual, *residuals], shifts
+
+
+def _longest_cached(columns: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The most tokens cached before a chunk of each step, and which steps tell: older samples do so of single chunks only."""
+    told, cached = columns["longest_cached"], columns["num_cached_tokens"]
+    tells = (told >= 0) | (columns["num_chunks"] <= 1) | (cached < _BEHIND)
+    return np.where(told >= 0, told, cached), np.asarray(tells)
 
 
 def _as_columns(values: Sequence[NDArray[Any]]) -> list[Floats]:

@@ -42,6 +42,15 @@ _TOO_MANY: Final = (3 * CHUNK_SLOTS // 2, 4)  # prompts of so many tokens: more 
 _SHARED: Final = ((1024, 4), (2048, 2), (4096, 8))  # prefixes of so many tokens, each of so many sequences
 _MOST_ALIKE: Final = 48  # sequences that share prefixes
 _BEHIND: Final = 512  # tokens of a prompt behind its prefix, at most
+# (cached tokens, prompts at once, tokens of each behind them)
+_CACHED: Final = tuple(
+    (cached, count, own)
+    for cached in (1024, 3072, 8192)
+    for count, own in (
+        *((1, 32), (1, 128), (1, 256), (1, 384), (1, 512), (1, 896)),
+        *((2, 64), (2, 256), (3, 192), (4, 128), (8, 48)),
+    )
+)
 _MOST_NAMES: Final = 1 << 24  # blocks of one prompt
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
@@ -116,6 +125,7 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
     plans = [
         *_contexts(cluster, effort, cost),
         *_launches(cluster, effort, cost),
+        *_cached(cluster, effort, cost),
         *_decodes(cluster, effort),
         *_shared(cluster, effort, cost),
         *_serving(config, cluster, effort, cost),
@@ -184,6 +194,30 @@ def _launches(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
             for _ in range(cluster.num_prefilling)
         ]
         yield _Plan("more contexts than a graph holds", bursts, None)
+
+
+def _cached(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+    """Prompts behind prefixes that were computed before, one and several at once: steps with few rows behind much KV."""
+    most = min(cluster.longest, effort.most_tokens)
+    asks: list[_Ask] = []
+    at = 0.0
+    computed: set[int] = set()
+    for _ in range(-(-effort.repeats // 2) if cluster.may_share else 0):
+        for cached, count, own in _CACHED[:: effort.share]:
+            prefix = min(cached, most // 2) // cluster.tokens_per_block * cluster.tokens_per_block
+            count = min(count, cluster.context_batch)
+            taken = cluster.rounded(prefix) * len({*computed, prefix}) + cluster.rounded(own) * (count + 1)
+            if not prefix or prefix + own > most or own > cluster.step_tokens or taken > cluster.kv_tokens // 2:
+                continue
+            if prefix not in computed:
+                computed.add(prefix)
+                asks += [_Ask(prefix + 1, 1, at, (prefix, prefix))] * cluster.num_prefilling
+                at += 1.5 * cost.step_time(StepFeatures(0, 0, ((0, prefix + 1, True),))) / UNITS_PER_S + 0.01
+            # the first one runs alone, while the others come
+            asks += [_Ask(prefix + own, 1, at, (prefix, prefix))] * ((count + 1) * cluster.num_prefilling)
+            at += 2.5 * (count + 1) * cost.step_time(StepFeatures(0, 0, ((prefix, own, True),))) / UNITS_PER_S + 0.01
+    if asks:
+        yield _Plan("contexts behind cached tokens", asks, None, shares=True)
 
 
 def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:

@@ -58,6 +58,7 @@ class StepSample(Struct, frozen=True, array_like=True):
     in_transfer: bool  # KV came or went meanwhile
     sends_early: bool = False  # KV might be asked for early: a step with chunks told of its layers, and was no graph
     num_shared_kv: int = 0  # of the KV tokens, those that are read again, from blocks that sequences share
+    longest_cached: int = -1  # the most tokens cached before one chunk; -1: a sample of a time that did not tell
 
 
 class MessageSample(Struct, frozen=True, array_like=True):
@@ -190,6 +191,7 @@ def _step(
         len(run.left) if kind != FOLLOWING else 0,
         any(a < end and start < b for a, b in busy),
         num_shared_kv=run.num_shared_kv if num_decodes else 0,
+        longest_cached=max((chunk.start for chunk in run.chunks), default=0),
     )
 
 

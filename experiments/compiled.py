@@ -3,7 +3,7 @@
 The Python source is the source; nothing needs this. mypyc (which comes with mypy) and a C compiler turn the modules below,
 as they stand, into extension modules in a folder of their own:
 
-    python -m disagg.experiments.compiled            # into build/compiled, a minute or two
+    python -m disagg.experiments.compiled            # into build/compiled, some minutes
     PYTHONPATH=build/compiled disagg run FILE        # the same results, faster
 
 What is compiled is what runs for every simulated event: the cores' state machines and the simulator. Policies, and the
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -40,6 +42,7 @@ MODULES: Final = {
 }
 
 _SETUP: Final = """
+import subprocess
 import sys
 from pathlib import Path
 
@@ -57,7 +60,21 @@ for source in {{Path(name).resolve() for module in modules for name in module.so
         cached += 1
 if not cached:
     print("this mypyc's C begins otherwise: compiled without caches", file=sys.stderr)
-setup(name="compiled", packages=[], ext_modules=modules)
+
+
+def compile_all(*flags):
+    for module, (compiler, linker) in zip(modules, own_flags):
+        module.extra_compile_args, module.extra_link_args = [*compiler, *flags], [*linker, *flags]
+    setup(name="compiled", packages=[], ext_modules=modules)
+
+
+own_flags = [(list(module.extra_compile_args), list(module.extra_link_args)) for module in modules]
+if {training!r}:
+    compile_all("-fprofile-generate")
+    subprocess.run([sys.executable, *{training!r}], check=True)
+    compile_all(*{by_profile!r})
+else:
+    compile_all()
 """
 _MYPY: Final = """[mypy]
 strict = True
@@ -74,6 +91,11 @@ _BEHIND: Final = "#include <function_wrapper.c>\n"
 # functions of the one library call each other, and Python, directly, and may be inlined: a twentieth faster
 _C_FLAGS: Final = "-g0 -fno-semantic-interposition -fvisibility=hidden -fno-plt"
 
+# A request runs through more code than the processor's cache for instructions holds. GCC, told by a run which code that is,
+# puts it together, and what hardly ever happens elsewhere; what did not run is compiled as if nothing were known of it.
+_TRAINING: Final = ("-m", "disagg.experiments.compiled_training")
+_BY_PROFILE: Final = ("-fprofile-use", "-fprofile-partial-training", "-Wno-missing-profile")
+
 SOURCES: Final = "sources.blake2b"  # in the output: what it was made from
 BEGUN: Final = "sources.unfinished"  # in an output whose compiler has not ended, or failed
 
@@ -89,8 +111,10 @@ def digest_of_sources() -> str:
     return digest.hexdigest()
 
 
-def build(output: Path, opt_level: int = 3) -> None:
+def build(output: Path, opt_level: int = 2) -> None:
     """Copy the package to `output`/disagg and compile the hot modules there. CalledProcessError if that fails.
+
+    Twice, where the C compiler is GCC and optimises: the first copy is run, to learn which code is used.
 
     What is there is removed. FileExistsError if that is anything but an empty folder or an earlier copy.
     """
@@ -115,21 +139,39 @@ def build(output: Path, opt_level: int = 3) -> None:
     compiled = {Path(file).stem for file in files}
     for file in files:
         (output / file).write_text(bind_names((output / file).read_text(), compiled))
-    compile_modules(output, files, opt_level)
+    compile_modules(output, files, opt_level, _TRAINING if opt_level and _has_gcc() else ())
     (output / SOURCES).write_text(digest)
     (output / BEGUN).unlink()
 
 
-def compile_modules(folder: Path, files: Sequence[str], opt_level: int = 3) -> None:
+def _has_gcc() -> bool:
+    """Whether Python's extension modules are compiled by GCC, which others call themselves, too."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return "Free Software Foundation" in done.stdout
+
+
+def compile_modules(folder: Path, files: Sequence[str], opt_level: int = 2, training: Sequence[str] = ()) -> None:
     """Compile these Python files of `folder`, whose root it is, in their place. CalledProcessError if that fails.
 
     `opt_level` is the C compiler's: what is computed does not depend on it, how fast does; 0 takes half the time.
+    `training`: arguments for Python to run what was compiled; GCC then compiles it again, by what has run.
     """
     include = f'#include "{Path(__file__).with_name(CACHES)}"\n'
-    setup = _SETUP.format(files=list(files), opt_level=opt_level, behind=_BEHIND, caches=include)
+    setup = _SETUP.format(
+        files=list(files),
+        opt_level=opt_level,
+        behind=_BEHIND,
+        caches=include,
+        training=list(training),
+        by_profile=list(_BY_PROFILE),
+    )
     (folder / "setup.py").write_text(setup)
     (folder / "mypy.ini").write_text(_MYPY)
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count() or 1}"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force", f"-j{os.cpu_count() or 1}"]
     flags = f"{os.environ.get('CFLAGS', '')} {_C_FLAGS}"
     environment = {**os.environ, "PYTHONPATH": str(folder), "CFLAGS": flags}
     subprocess.run(command, cwd=folder, check=True, env=environment)

@@ -13,6 +13,17 @@ static struct {
 } boxes[1 << BOX_BITS] = {{1, NULL}}; /* no value is at its own place yet: that of 0 is the first, that of 1 another */
 
 static CPy_NOINLINE PyObject *boxed_anew(Py_ssize_t value, size_t place) {
+#if PY_VERSION_HEX < 0x030C0000
+    PyObject *kept = boxes[place].object;
+    if (kept != NULL && Py_REFCNT(kept) == 1 && Py_SIZE(kept) == 2 && value >> PyLong_SHIFT > 0
+        && value >> 2 * PyLong_SHIFT == 0) { /* nobody else has it any more, and it is as large: it becomes the new one */
+        digit *digits = ((PyLongObject *)kept)->ob_digit;
+        digits[0] = (digit)(value & PyLong_MASK);
+        digits[1] = (digit)(value >> PyLong_SHIFT);
+        boxes[place].value = value;
+        return Py_NewRef(kept);
+    }
+#endif
     PyObject *object = PyLong_FromSsize_t(value);
     if (object == NULL) {
         CPyError_OutOfMemory();

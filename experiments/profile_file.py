@@ -59,7 +59,11 @@ class DecodeFit(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of steps with chunks of prompts. `graph_…`: where they run as graphs, if those were told apart."""
+    """Of steps with chunks of prompts. `graph_…`: where they run as graphs, if those were told apart.
+
+    Kernel by kernel, attention takes `pair_ns` a pair and `cached_token_ns` a token before the chunks; in a graph
+    `graph_pair_ns` a pair, or `graph_cached_token_ns` a token of the longest KV before one of them, whichever is more.
+    """
 
     rows: CurveFit
     pair_ns: float

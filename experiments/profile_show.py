@@ -29,6 +29,7 @@ _SUMS: Final = (
     "num_chunk_tokens",
     "num_pairs",
     "num_cached_tokens",
+    "longest_cached",
     "num_sampled",
     "num_shared_kv",
 )
@@ -154,6 +155,8 @@ def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -
     launched = replace(cost, chunk_graphs=False)
     for i in range(len(columns["duration_ps"])):
         row = {name: column[i] for name, column in columns.items()}
+        if row["longest_cached"] < 0:  # an older sample: nearly all have one chunk behind cached KV
+            row["longest_cached"] = row["num_cached_tokens"]
         num_decodes, num_kv, *chunks = (int(row[name]) for name in _SUMS)
         own = launched if row["sends_early"] else cost
         units = own.time_of_sums(num_decodes, num_kv, *chunks)

@@ -148,7 +148,7 @@ class Workload:
             return segment_hashes(row.segments, row.num_prompt_tokens, tokens_per_block)
         if row.token_ids:
             return token_hashes(row.token_ids[: row.num_prompt_tokens], tokens_per_block)
-        return block_hashes(row.hash_ids, row.num_prompt_tokens, tokens_per_block)
+        return block_hashes(row.hash_ids, row.num_prompt_tokens, tokens_per_block) if row.hash_ids else ()
 
     @property
     def tokens_per_block(self) -> int:

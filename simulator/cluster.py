@@ -407,7 +407,7 @@ class SimulatedCluster:
             self.send(source, command.reader, KvReceived(command.reader_id, False, command.error), self.env.now)
             return
         ends = None if self.model is not None else self.timing.transfer_ends(source, command)  # a model has no such
-        if ends is None and command.is_early:
+        if ends is None and command.num_written is not None:
             link = self.link(source, command.reader)
             self.layerwise.begin(source, command, link, self.executors[source].running_step)
             return

@@ -427,7 +427,11 @@ class SimulatedExecutor:
                     hashes += self._cluster.output_hashes(((chunk.request_id, generated),))
         self.give(
             StepsDone(
-                run.plan, run.epoch, self._end_step, stops_in_order(stopped) if stopped else (), block_hashes=hashes
+                run.plan,
+                run.epoch,
+                self._end_step,
+                stops_in_order(stopped) if len(stopped) > 1 else tuple(stopped),
+                block_hashes=hashes,
             )
         )
 
@@ -482,7 +486,9 @@ class SimulatedExecutor:
         self._tails.append(_Tail(run, last, ends, late, hashes))
         if ends[0] == now:  # in this very instant, before the core plans
             self._call_at_grant()
-        return StepsCommitted(run.plan, run.epoch, last, stops_in_order(stopped) if stopped else ())
+        return StepsCommitted(
+            run.plan, run.epoch, last, stops_in_order(stopped) if len(stopped) > 1 else tuple(stopped)
+        )
 
     def _await_grant(self) -> None:
         """The next grant to be reported is of the first committed plan. Where nobody can act upon it, it is told late.
@@ -509,7 +515,7 @@ class SimulatedExecutor:
             self._grant_serial = self._calendar.call_at(at, STEP_END + self.id, self._call_grant_ends, None)
 
     def _end_of(self, tail: _Tail) -> StepsDone:
-        stopped = stops_in_order(tail.stopped) if tail.stopped else ()
+        stopped = stops_in_order(tail.stopped) if len(tail.stopped) > 1 else tuple(tail.stopped)
         return StepsDone(tail.run.plan, tail.run.epoch, tail.num_steps, stopped, block_hashes=tail.block_hashes)
 
     def _grant_ends(self, _: None) -> None:

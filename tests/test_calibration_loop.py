@@ -32,6 +32,7 @@ WANTED = (
     "decodes at 4096",
     "contexts one at a time",
     "contexts in",
+    "contexts behind",
     "serving",
 )
 
@@ -57,7 +58,7 @@ COST = MeasuredCost(
     mixed_decode=0,
     measured=Measured(),
     chunk_graphs=True,
-    graph_pair=round(0.2 * UNITS_PER_NS),
+    graph_pair=2 * UNITS_PER_NS,
     graph_cached_token=900 * UNITS_PER_NS,
     decode_shared=round(0.4 * (1 << UNIT_BITS)),
     mixed_shared=round(0.5 * (1 << UNIT_BITS)),
@@ -123,6 +124,6 @@ def test_what_kv_costs_that_is_read_again_comes_out_as_it_is(fit: EngineFit) -> 
 def test_attention_behind_cached_kv_comes_out_as_it_is_in_graphs_and_kernel_by_kernel(fit: EngineFit) -> None:
     assert fit.chunks is not None
     assert fit.chunks.graph_cached_token_ns == pytest.approx(900, rel=0.03)
-    assert fit.chunks.graph_pair_ns == pytest.approx(0.2, abs=0.05)
+    assert fit.chunks.graph_pair_ns == pytest.approx(2, rel=0.03)
     assert fit.chunks.cached_token_ns == pytest.approx(400, rel=0.1)
     assert fit.chunks.pair_ns == pytest.approx(1.5, rel=0.05)

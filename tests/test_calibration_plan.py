@@ -111,6 +111,8 @@ def test_sequences_of_some_sessions_share_prefixes_that_were_computed_before_the
     sharing = [
         s for s in sessions_of(name, [], STANDARD) if any(e.enable_block_reuse for e in s.orchestrator.executors)
     ]
+    cached, *sharing = sharing
+    assert cached.name == "contexts behind cached tokens"
     assert [s.name.split(",")[0] for s in sharing] == [f"decodes that share {n} tokens" for n in (1024, 2048, 4096)]
     for session in sharing:
         before = {}
@@ -124,6 +126,26 @@ def test_sequences_of_some_sessions_share_prefixes_that_were_computed_before_the
         alone = [s for s in session.phases[0].submissions if s.output_length == 1]
         assert len(alone) == len(before)
         assert len(before) < len(session.phases[0].submissions) / 2
+
+
+@pytest.mark.parametrize("name", ["calibrate_1p1", "calibrate_mixed"])
+def test_prompts_behind_cached_kv_come_alone_and_several_at_once_after_what_they_share_was_computed(name: str) -> None:
+    (session,) = [s for s in sessions_of(name, [], STANDARD) if s.name == "contexts behind cached tokens"]
+    assert all(executor.enable_block_reuse for executor in session.orchestrator.executors)
+    known: set[int] = set()
+    at_once: dict[int | None, list[tuple[int, int]]] = {}
+    for submission in session.phases[0].submissions:
+        hashes = submission.request.block_hashes
+        shared = sum(name in known for name in hashes) * 32
+        assert hashes[: shared // 32] == tuple(name for name in hashes if name in known)  # a prefix, nothing behind it
+        at_once.setdefault(submission.offset, []).append((shared, submission.request.num_prompt_tokens - shared))
+        known.update(name for name in hashes if name > 0)
+    first = [own for asks in at_once.values() for shared, own in asks if not shared]
+    assert first == [1025, 3073, 8193]
+    behind = {(asks[0][0], len(asks) - 1, asks[0][1]) for asks in at_once.values() if asks[0][0]}
+    assert {shared for shared, _, _ in behind} == {1024, 3072, 8192}
+    assert {count for _, count, _ in behind} == {1, 2, 3, 4, 8}
+    assert {own for _, _, own in behind} >= {32, 128, 256, 512, 896}
 
 
 def test_one_plan_is_the_same_every_time() -> None:

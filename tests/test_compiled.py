@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from disagg.experiments import compiled
+from disagg.experiments import compiled, compiled_training
 from disagg.experiments.config import validate_mapping
+from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.load_source import LoadSource
 from disagg.experiments.run_point import NoProgress
 from disagg.experiments.run_simulation import build_cluster
@@ -130,8 +131,18 @@ def test_an_empty_folder_and_an_earlier_copy_are_made_anew(
         (tmp_path / left).touch()
         (tmp_path / "old").touch()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: None)  # the compiler
+    monkeypatch.setattr(compiled, "_has_gcc", lambda: True)
     compiled.build(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disagg", "mypy.ini", "setup.py", compiled.SOURCES]
+
+
+def test_a_copy_is_compiled_by_loads_that_are_there_and_run() -> None:
+    files = compiled_training.training_files()
+    assert {path.stem for path in files} >= {"sessions", "shared_prefixes", "aggregated", "disaggregated"}
+    for path in files:
+        assert load_experiment(path).experiment.backend == "simulation"
+    small = load_experiment(files[-1], ["workload.phases.1.requests=20"]).experiment
+    assert compiled_training.simulate(small) > 20
 
 
 _COMPILED = """

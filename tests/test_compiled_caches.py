@@ -288,6 +288,19 @@ def test_an_integer_is_what_it_was_however_often_others_were_made_meanwhile(smal
         assert type(thing) is int
 
 
+def test_an_integer_that_somebody_has_stays_as_it_is_when_others_take_its_place(small: Any) -> None:
+    random = Random(3)
+    kept: list[tuple[Any, str]] = []
+    for _ in range(20_000):  # twenty for each place at which one is remembered
+        number = random.choice([1, -1]) * random.getrandbits(random.choice([3, 29, 30, 31, 45, 59, 60, 61, 62, 70]))
+        made = small.as_object(number)
+        assert str(made) == str(number)
+        if random.random() < 0.5:
+            kept.append((made, str(number)))
+        del made
+    assert [str(made) for made, _ in kept] == [text for _, text in kept]
+
+
 def test_products_and_comparisons_of_integers_of_any_size_are_pythons(small: Any) -> None:
     for a in _NUMBERS:
         for b in _NUMBERS:

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from disagg.core.blocks import BlockManager
 from disagg.core.decode_batch import DecodeBatch
 from disagg.core.errors import BlockError
+from disagg.core.free_blocks import FreeBlocks
 from disagg.core.life_cycle import State
 from disagg.core.visit import Visit
 from disagg.policies.vocabulary import Request
@@ -112,6 +113,29 @@ class BlocksMachine(RuleBasedStateMachine):
 
 TestBlocks = BlocksMachine.TestCase
 TestBlocks.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["take", "give back", "give back one"]), st.integers(0, TOTAL)), max_size=30))
+def test_blocks_are_given_out_last_freed_first_and_fresh_ones_from_the_lowest_on(moves: list[tuple[str, int]]) -> None:
+    free, stack = FreeBlocks(TOTAL), [*reversed(range(TOTAL))]  # the last of which goes first
+    taken: list[tuple[int, ...]] = []
+    for move, number in moves:
+        if move == "take" and number <= len(stack):
+            cut = len(stack) - number
+            expected = tuple(stack[cut:])
+            del stack[cut:]
+            taken.append(free.take(number))
+            assert taken[-1] == expected
+        elif move == "give back" and taken:
+            table = taken.pop(number % len(taken))
+            free.extend(table)
+            stack += table
+        elif move == "give back one" and taken and taken[-1]:
+            free.append(taken[-1][0])
+            stack.append(taken[-1][0])
+            taken[-1] = taken[-1][1:]
+        assert len(free) == len(stack)
+    assert sorted(free) == sorted(stack)
 
 
 def test_the_check_sees_a_block_that_was_lost() -> None:

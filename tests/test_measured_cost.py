@@ -141,6 +141,47 @@ def test_a_step_with_short_prompts_costs_the_rows_of_its_graph_and_one_without_a
     assert rows(0, (4096, 2000)) == 2048
 
 
+def test_chunks_of_a_graph_are_walked_through_side_by_side_and_kernel_by_kernel_one_after_another() -> None:
+    rows, zero = Curve.line(0, 0), Curve.line(0, 0)
+    cost = MeasuredCost(
+        graph_sizes=graph_sizes(64),
+        row_multiple=64,
+        decode_rows=zero,
+        decode_kv=zero,
+        decode=0,
+        chunk_rows=rows,
+        pair=1,
+        cached_token=100,
+        chunk=0,
+        sample=0,
+        mixed_kv=zero,
+        mixed_decode=0,
+        measured=Measured(),
+        chunk_graphs=True,
+        graph_pair=2,
+        graph_cached_token=300,
+    )
+
+    def time(*chunks: tuple[int, int]) -> int:
+        return cost.step_time(StepFeatures(0, 0, tuple((before, length, True) for before, length in chunks)))
+
+    assert time((1000, 10)) == 300 * 1000
+    assert time((1000, 10), (400, 10)) == time((1000, 10), (1000, 10)) == 300 * 1000
+    assert time((1000, 400)) == 2 * chunk_pairs(1000, 400)
+    assert time((1000, 90), (1000, 90)) == 2 * 2 * chunk_pairs(1000, 90)
+    assert time((1000, 1000), (1000, 100)) == sum(chunk_pairs(1000, n) + 100 * 1000 for n in (1000, 100))
+
+
+@given(costs().map(with_graphs), st.integers(1, 400), st.integers(0, 5000), st.integers(1, 5000), st.integers(0, 3000))
+def test_in_a_graph_no_step_gets_cheaper_by_kv_before_its_chunks(
+    cost: MeasuredCost, length: int, before: int, more: int, other: int
+) -> None:
+    def time(before: int) -> int:
+        return cost.step_time(StepFeatures(0, 0, ((before, length, True), (other, 7, False))))
+
+    assert time(before) <= time(before + more)
+
+
 def test_a_decode_batch_runs_as_the_next_graph_and_chunks_in_whole_rows() -> None:
     rows = Curve.line(0, 1)
     zero = Curve.line(0, 0)

@@ -157,7 +157,7 @@ def test_a_simulated_run_takes_dispatch_messages_launch_and_link_from_its_profil
     (tmp_path / "experiment.yaml").write_text(EXPERIMENT.replace("requests: 20", "requests: 1"), encoding="utf-8")
     assert run_file(tmp_path / "experiment.yaml", output=tmp_path / "run") == 0
     row = pd.read_parquet(tmp_path / "run" / "requests.parquet").iloc[0]
-    chunk = measured_cost(profile, profile.engines[0], 8).time_of_sums(0, 0, 1, 100, 5050, 0, 1) / (1 << 20)
+    chunk = measured_cost(profile, profile.engines[0], 8).time_of_sums(0, 0, 1, 100, 5050, 0, 0, 1) / (1 << 20)
     assert row.dispatch_s - row.arrival_s == pytest.approx(0.3e-3, abs=1e-9)
     assert row.context_start_s - row.dispatch_s == pytest.approx(1e-3, abs=1e-9)
     assert row.first_token_s - row.context_start_s == pytest.approx(chunk / 1e12 + 4e-3 + 2e-3, abs=1e-9)
