@@ -26,6 +26,13 @@ def _is_of_the_warm_world(item: pytest.Item) -> bool:
     return any(getattr(value, "__module__", None) == "tests.warm_world" for value in names)
 
 
+def pytest_collection_finish() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
+        from tests.quick_interpreter import make_quick
+
+        make_quick()
+
+
 def pytest_sessionfinish() -> None:
     if (warm := sys.modules.get("tests.warm_world")) is not None:
         warm.close_warm_world()
