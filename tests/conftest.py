@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,28 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on the warm world comes first: of several workers, which begin with a part each, one starts it then."""
+    items.sort(key=lambda item: not _is_of_the_warm_world(item))
+
+
+def _is_of_the_warm_world(item: pytest.Item) -> bool:
+    names = vars(getattr(item, "module", object)).values()
+    return any(getattr(value, "__module__", None) == "tests.warm_world" for value in names)
+
+
+def pytest_collection_finish() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in sys.modules:
+        from tests.quick_interpreter import make_quick
+
+        make_quick()
+
+
+def pytest_sessionfinish() -> None:
+    if (warm := sys.modules.get("tests.warm_world")) is not None:
+        warm.close_warm_world()
 
 
 @pytest.fixture

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COPY = Path(os.environ.get("DISAGG_COMPILED", ROOT / "build" / "compiled"))
 
 
-def copy_of_the_sources(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled copy; in CI, where a C compiler is, one that is made for the purpose."""
     if (COPY / compiled.SOURCES).is_file() and (COPY / compiled.SOURCES).read_text() == compiled.digest_of_sources():
         return COPY
@@ -35,13 +36,13 @@ def copy_of_the_sources(folder: Path) -> Path:
         pytest.skip("nothing was compiled of these sources: make compiled")
     if not shutil.which("cc") or not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         pytest.skip("there is no C compiler, or no header of Python, to compile with")
+    folder = tmp_path_factory.mktemp("copy") / "compiled"
     compiled.build(folder, opt_level=0)
     return folder
 
 
 @pytest.mark.timeout(900)  # half a minute of one core, which several whole suites at once make minutes of
-def test_random_worlds_leave_the_same_logs_compiled_and_not(tmp_path: Path) -> None:
-    copy = copy_of_the_sources(tmp_path / "compiled")
+def test_random_worlds_leave_the_same_logs_compiled_and_not(copy: Path) -> None:
     command = [sys.executable, "-P", "-c", _PROGRAM, "0", "40"]
     path = os.pathsep.join((str(copy), str(ROOT)))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
@@ -99,8 +100,8 @@ def rows_of(load: str) -> str:
     return f"{load}: {len(rows)} rows, {blake2b(repr(rows).encode()).hexdigest()}"
 
 
-def test_experiments_leave_the_same_rows_compiled_and_not(tmp_path: Path) -> None:
-    copy = copy_of_the_sources(tmp_path / "compiled")
+@pytest.mark.timeout(900)
+def test_experiments_leave_the_same_rows_compiled_and_not(copy: Path) -> None:
     path = os.pathsep.join((str(copy), str(ROOT)))
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(

@@ -1,15 +1,13 @@
 """Executors of several ranks give the tokens of one rank, which test_model_engine.py holds equal to transformers'.
 
-Run as a program under mpiexec, this file is one rank of the MPI tests below.
+`main` is what a rank of the MPI tests below does.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,10 @@ from disagg.runtime.collectives import MpiCollectives
 from disagg.runtime.engine import Engine
 from disagg.runtime.kv_pages import KvPages, needed_bytes
 from disagg.runtime.model_place import Place
+from disagg.runtime.mpi_world import MpiWorld
 from disagg.runtime.weights import load_weights, needed_weight_bytes, write_random_checkpoint
 from tests.tiny_models import BLOCK, MIN_MARGIN, SHAPES, Script, Threads, make_engine, prompts
+from tests.warm_world import warm_world
 
 NUM_TOKENS = 12
 ONE = (1, 1, None)
@@ -125,18 +125,7 @@ def mpi_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
     folder = tmp_path_factory.mktemp("mpi")
     for name in SHAPES:
         write_random_checkpoint(folder / name, SHAPES[name], seed=3)
-    environment = os.environ | {
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-    }
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    command = [str(mpiexec), "-n", "4", "--map-by", ":oversubscribe", "--mca", "pml", "ob1", "--timeout", "200"]
-    done = subprocess.run(
-        [*command, sys.executable, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    warm_world().run(__name__, [str(folder)], 4)
     results: dict[str, list[dict[str, Any]]] = {}
     for wave in WAVES:
         for executor, (_, tp, pp, _, _) in wave.items():
@@ -174,19 +163,15 @@ def test_no_process_allocates_the_kv_or_weights_of_another(mpi_results: dict[str
                 assert result["weight_bytes"] == needed_weight_bytes(place)
 
 
-def _rank_main(folder: Path) -> None:
-    import mpi4py
-
-    mpi4py.rc.thread_level = "multiple"
-    from mpi4py import MPI
-
-    world = MPI.COMM_WORLD
+def main(world: MpiWorld, args: Sequence[str]) -> None:
+    """What each rank does. Argument: the folder of the checkpoints, and of what is found."""
+    folder = Path(args[0])
     for wave in WAVES:
         for executor, (name, tp, pp, layers, first) in wave.items():
             members = range(first, first + tp * pp)
-            if world.Get_rank() not in members:
+            if world.rank not in members:
                 continue
-            comm = world.Create_group(world.Get_group().Incl(list(members)))
+            comm = world.group(members)
             shape = SHAPES[name]
             if executor == "bfloat16":
                 from msgspec.structs import replace
@@ -206,7 +191,7 @@ def _rank_main(folder: Path) -> None:
             (folder / f"{executor}.{place.rank}.json").write_text(json.dumps(result))
             collectives.free()
             comm.Free()
-        world.Barrier()
+        world.control.Barrier()
 
 
 def _generate(script: Script, texts: list[tuple[int, ...]]) -> None:
@@ -214,8 +199,3 @@ def _generate(script: Script, texts: list[tuple[int, ...]]) -> None:
         script.prefill(request, text, 5, len(text) + NUM_TOKENS)
         script.run(joined=[request])
     script.run(num_steps=NUM_TOKENS - 2)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    _rank_main(Path(sys.argv[1]))

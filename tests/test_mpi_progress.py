@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 
 from disagg.runtime.launcher import launch
+from tests.warm_world import warm_world
 
 PROGRAMS = Path(__file__).parent / "mpi_programs"
 
 pytestmark = pytest.mark.mpi
 
 
-def test_each_pair_of_ranks_keeps_its_order(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch(str(PROGRAMS / "ordering.py"), (), 4, timeout_s=120) == 0
-    assert capfd.readouterr().out.count("6000 frames in order") == 4
+def test_each_pair_of_ranks_keeps_its_order() -> None:
+    assert warm_world().run("tests.mpi_programs.ordering", [], 4).count("6000 frames in order") == 4
 
 
-def test_a_rank_busy_in_python_does_not_stall_its_peers_transfers(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch(str(PROGRAMS / "busy_rank.py"), (), 2, timeout_s=120) == 0
-    assert "while rank 0 was busy" in capfd.readouterr().out
+def test_a_rank_busy_in_python_does_not_stall_its_peers_transfers() -> None:
+    assert "while rank 0 was busy" in warm_world().run("tests.mpi_programs.busy_rank", [], 2)
 
 
 @pytest.mark.parametrize("how", ["kill", "raise"])

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from disagg.core.kv_layout import KvLayout, Piece, transfer_plan
 from disagg.runtime.kv_pages import KvPages
-from disagg.runtime.launcher import launch
 from disagg.runtime.transport import (
     KvTransport,
     TransferOutcome,
@@ -19,8 +16,8 @@ from disagg.runtime.transport import (
     ranges_of,
 )
 from disagg.runtime.transport_local import LocalHub, LocalKvTransport
+from tests.warm_world import warm_world
 
-PROGRAMS = Path(__file__).parent / "mpi_programs"
 WHOLE = [Piece(0, 0, (0, 2), (0, 2))]
 
 
@@ -178,10 +175,9 @@ def test_a_plan_between_layouts_moves_every_page_once_through_the_local_transpor
 
 
 @pytest.mark.mpi
-def test_many_transfers_in_both_directions_arrive_whole(capfd: pytest.CaptureFixture[str]) -> None:
+def test_many_transfers_in_both_directions_arrive_whole() -> None:
     ways = ["mpi:verify", "peer_read:verify", "peer_read:plain", "staged:plain"]
-    assert launch(str(PROGRAMS / "transfers.py"), (",".join(ways),), 4, timeout_s=120) == 0
-    out = capfd.readouterr().out
+    out = warm_world().run("tests.mpi_programs.transfers", [",".join(ways)], 4)
     for way in ways:
         lines = [line for line in out.splitlines() if f", {way}: 160 transfers" in line]
         assert len(lines) == 4, out
@@ -189,9 +185,8 @@ def test_many_transfers_in_both_directions_arrive_whole(capfd: pytest.CaptureFix
 
 
 @pytest.mark.mpi
-def test_a_transfer_that_cannot_be_fails_alone_and_with_words(capfd: pytest.CaptureFixture[str]) -> None:
-    assert launch(str(PROGRAMS / "failing_transfers.py"), (), 2, timeout_s=120) == 0
-    assert capfd.readouterr().out.count("1: None") == 2
+def test_a_transfer_that_cannot_be_fails_alone_and_with_words() -> None:
+    assert warm_world().run("tests.mpi_programs.failing_transfers", [], 2).count("1: None") == 2
 
 
 @pytest.mark.mpi
@@ -204,23 +199,17 @@ def test_a_transfer_that_cannot_be_fails_alone_and_with_words(capfd: pytest.Capt
         ("mpi", "1 2 4 4 2 4 2"),  # to twice as many ranks as KV heads
     ],
 )
-def test_kv_sent_while_it_is_computed_arrives_whole_in_any_layout(
-    ways: str, layouts: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_kv_sent_while_it_is_computed_arrives_whole_in_any_layout(ways: str, layouts: str) -> None:
     args = [ways, *layouts.split()]
     ranks = sum(int(args[i]) * len(args[i + 1].split(",")) for i in (1, 4))
-    assert launch(str(PROGRAMS / "progressive.py"), args, ranks, timeout_s=120) == 0
-    out = capfd.readouterr().out
+    out = warm_world().run("tests.mpi_programs.progressive", args, ranks)
     for way in ways.split(","):
         assert out.count(f", {way}: progressive transfers") == ranks, out
 
 
 @pytest.mark.mpi
-def test_a_transfer_given_up_half_way_fails_alone_and_a_busy_sender_delays_nobody(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_a_transfer_given_up_half_way_fails_alone_and_a_busy_sender_delays_nobody() -> None:
     ways = ["mpi", "staged_host", "peer_read"]
-    assert launch(str(PROGRAMS / "cut_short.py"), (",".join(ways),), 2, timeout_s=120) == 0
-    out = capfd.readouterr().out
+    out = warm_world().run("tests.mpi_programs.cut_short", [",".join(ways)], 2)
     for way in ways:
         assert out.count(f", {way}: cut short") == 2, out

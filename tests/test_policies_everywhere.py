@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -291,15 +291,11 @@ slo: {ttft_ms: 100000, tpot_ms: 100000}
 
 
 @pytest.mark.mpi
-def test_every_policy_decides_in_one_run_on_real_executors(tmp_path: Path) -> None:
+def test_every_policy_decides_in_one_run_on_real_executors(disagg: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "every_policy.py").write_text((ROOT / "tests" / "every_policy.py").read_text())
     (tmp_path / "experiment.yaml").write_text(EXPERIMENT)
     for backend in ("simulation", "hardware"):
-        done = subprocess.run(
-            [DISAGG, "run", "experiment.yaml", "--backend", backend, "--output", backend],
-            cwd=tmp_path, capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert disagg("run", tmp_path / "experiment.yaml", "--backend", backend, "--output", tmp_path / backend) == 0
         requests = pd.read_parquet(tmp_path / backend / "requests.parquet")
         assert len(requests) == 75
         assert set(requests["finish_reason"]) == {"stop"}
@@ -309,7 +305,4 @@ def test_every_policy_decides_in_one_run_on_real_executors(tmp_path: Path) -> No
         assert {"mixed", "generation", "context"} & set(decisions[decisions["stage"] == "role"]["answer"])
         assert set(requests["session"].value_counts()) <= {1, 2, 3}
     for command in ("replay", "conform"):
-        done = subprocess.run(
-            [DISAGG, command, "hardware", "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert disagg(command, tmp_path / "hardware", "--json") == 0

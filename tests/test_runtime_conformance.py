@@ -10,10 +10,11 @@ from msgspec.structs import replace
 from disagg.core.config import PolicySpec, SchedulerConfig
 from disagg.policies.vocabulary import PS_PER_MS, Request
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import HardwareResult, LoadPhase, PlannedSubmission, run_cluster
+from disagg.runtime.hardware_run import HardwareResult, LoadPhase, PlannedSubmission
 from disagg.simulator.recorded import ConformanceDifference, Recording, conform
 from tests.runtime_programs.clusters import cluster, context, generation, num_instants
 from tests.tiny_models import SHAPES, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 SHAPE = SHAPES["llama"]

@@ -20,11 +20,12 @@ from disagg.core.executor import ExecutorCore
 from disagg.core.tables import RequestRow, TransferRow
 from disagg.policies.vocabulary import PS_PER_MS, Request
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, run_cluster
+from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission
 from disagg.simulator.recorded import Recording, conform
 from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import Layout, cluster, context, generation, num_instants, submissions
 from tests.tiny_models import SHAPES, Script, make_engine, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 SHAPE = SHAPES["llama"]

@@ -11,13 +11,14 @@ from disagg.core.config import PolicySpec
 from disagg.core.event_log import replay
 from disagg.core.tables import DecisionRow, StayRow, TransferRow
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import HardwareResult, run_cluster
+from disagg.runtime.hardware_run import HardwareResult
 from disagg.runtime.launcher import launch
 from disagg.simulator.recorded import Recording, conform
 from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import cluster, context, generation, num_instants, submissions
 from tests.test_runtime_conformance import step_ends
 from tests.tiny_models import SHAPES, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 GRANTS, DEPTH = 2, 2

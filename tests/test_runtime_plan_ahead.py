@@ -16,12 +16,13 @@ from disagg.core.events import StepsCommitted, StepsDone
 from disagg.core.executor import ExecutorCore
 from disagg.policies.vocabulary import PS_PER_MS, Request
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, run_cluster
+from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission
 from disagg.runtime.weights import write_random_checkpoint
 from disagg.simulator.recorded import ConformanceDifference, Recording, conform
 from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import Layout, cluster, context, generation, mixed, num_instants
 from tests.tiny_models import SHAPES, oracle, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 SHAPE = SHAPES["llama"]

@@ -15,7 +15,7 @@ from disagg.core.executor import ExecutorCore
 from disagg.core.prefix_names import token_hashes
 from disagg.core.tables import RequestRow, TransferRow
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import HardwareResult, run_cluster
+from disagg.runtime.hardware_run import HardwareResult
 from disagg.runtime.weights import write_random_checkpoint
 from disagg.simulator.recorded import Recording, conform
 from tests.runtime_programs.clusters import (
@@ -30,6 +30,7 @@ from tests.runtime_programs.clusters import (
 )
 from tests.test_runtime_conformance import step_ends
 from tests.tiny_models import SHAPES, oracle, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 SHAPE = SHAPES["llama"]

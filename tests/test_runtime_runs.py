@@ -20,10 +20,11 @@ from disagg.core.orchestrator import OrchestratorCore
 from disagg.core.tables import RequestRow, StayRow
 from disagg.policies.vocabulary import PS_PER_MS, Request
 from disagg.runtime.executor_spec import ModelSource
-from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, SendRow, run_cluster
+from disagg.runtime.hardware_run import Fault, HardwareResult, LoadPhase, PlannedSubmission, SendRow
 from tests.run_until_shown import run_until_shown
 from tests.runtime_programs.clusters import NUM_BLOCKS, Layout, cluster, context, generation, mixed, submissions
 from tests.tiny_models import SHAPES, Script, make_engine, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 SHAPE = SHAPES["llama"]

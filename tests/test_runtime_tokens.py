@@ -11,10 +11,11 @@ from disagg.core.event_log import read_log, replay
 from disagg.core.model_shapes import ModelShape
 from disagg.core.tables import StepRow, TransferRow
 from disagg.runtime.executor_spec import HardwareSpec, ModelSource, check_spec
-from disagg.runtime.hardware_run import HardwareResult, run_cluster
+from disagg.runtime.hardware_run import HardwareResult
 from disagg.runtime.weights import write_random_checkpoint
 from tests.runtime_programs.clusters import BLOCK, NUM_BLOCKS, Layout, cluster, context, generation, mixed, submissions
 from tests.tiny_models import MIN_MARGIN, SHAPES, oracle, prompts
+from tests.warm_world import run_cluster
 
 pytestmark = pytest.mark.mpi
 NUM_TOKENS = 14

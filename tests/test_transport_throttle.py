@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -16,7 +15,6 @@ from disagg.simulator.calls import Environment
 from disagg.simulator.link import Link
 
 PS_PER_NS = 1000
-DISAGG = Path(sys.executable).with_name("disagg")
 THROTTLED = """
 schema_version: 1
 name: throttled
@@ -142,12 +140,10 @@ DOMAINS = THROTTLED.replace(
 
 
 @pytest.mark.mpi
-def test_between_two_domains_kv_takes_longer_in_both_worlds(tmp_path: Path) -> None:
+def test_between_two_domains_kv_takes_longer_in_both_worlds(disagg: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "domains.yaml").write_text(DOMAINS)
     for world in ("simulation", "hardware"):
-        command = [DISAGG, "run", "domains.yaml", "--backend", world, "--output", world]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert disagg("run", tmp_path / "domains.yaml", "--backend", world, "--output", tmp_path / world) == 0
         rows = pd.read_parquet(tmp_path / world / "transfers.parquet")
         assert rows["ok"].all()
         seconds = (rows["end_s"] - rows["start_s"]).groupby(rows["reader"]).mean()
@@ -156,13 +152,13 @@ def test_between_two_domains_kv_takes_longer_in_both_worlds(tmp_path: Path) -> N
 
 
 @pytest.mark.mpi
-def test_one_file_with_a_throttle_gives_the_same_transfer_times_in_both_worlds(tmp_path: Path) -> None:
+def test_one_file_with_a_throttle_gives_the_same_transfer_times_in_both_worlds(
+    disagg: Callable[..., int], tmp_path: Path
+) -> None:
     (tmp_path / "throttled.yaml").write_text(THROTTLED)
     seconds = {}
     for world in ("simulation", "hardware"):
-        command = [DISAGG, "run", "throttled.yaml", "--backend", world, "--output", world]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert disagg("run", tmp_path / "throttled.yaml", "--backend", world, "--output", tmp_path / world) == 0
         rows = pd.read_parquet(tmp_path / world / "transfers.parquet").sort_values("request_id")
         assert rows["ok"].all()
         seconds[world] = (rows["end_s"] - rows["start_s"]).tolist()
@@ -173,7 +169,9 @@ def test_one_file_with_a_throttle_gives_the_same_transfer_times_in_both_worlds(t
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("world", ["simulation", "hardware"])
-def test_a_transfer_that_times_out_fails_its_request_alone(tmp_path: Path, world: str) -> None:
+def test_a_transfer_that_times_out_fails_its_request_alone(
+    disagg: Callable[..., int], tmp_path: Path, world: str
+) -> None:
     """Prompts of two lengths whose transfers never meet: those of the long ones would take longer than they may."""
     rows = "".join(f"2023-11-16 18:15:{40 + 2 * n:02}.0000000,{(40, 400)[n % 2]},4\n" for n in range(6))
     (tmp_path / "two.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
@@ -183,9 +181,7 @@ def test_a_transfer_that_times_out_fails_its_request_alone(tmp_path: Path, world
     phase = "{name: profiling, type: trace, requests: 6, speedup: 2}"
     text += f"workload: {{dataset: {{type: azure, path: two.csv}}, max_tokens: 4, phases: [{phase}]}}\n"
     (tmp_path / "late.yaml").write_text(text)
-    command = [DISAGG, "run", "late.yaml", "--backend", world, "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert disagg("run", tmp_path / "late.yaml", "--backend", world, "--output", tmp_path / "out") == 0
     requests = pd.read_parquet(tmp_path / "out" / "requests.parquet").sort_values("request_id")
     is_long = requests["num_prompt_tokens"] == 400
     assert requests["error"].isna().equals(~is_long)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +47,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def disagg_there(
+    folder: Path, disagg: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process and that folder: its exit code, what it printed, and what it said of errors."""
+    monkeypatch.chdir(folder)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        return disagg(*arguments), *capsys.readouterr()
+
+    return call
+
+
 def test_the_readme_s_policy_has_about_ten_lines_of_code() -> None:
     lines = [line for line in block("python", "my_policy.py").splitlines() if line.strip() and line[0] != "#"]
     assert len(lines) <= 10
@@ -76,24 +90,36 @@ def test_both_runs_have_the_same_configuration_and_the_same_columns(folder: Path
 
 
 @pytest.mark.parametrize("world", ["simulated", "real"])
-def test_the_event_logs_replay_to_identical_commands(folder: Path, world: str) -> None:
-    told = json.loads(run(DISAGG, "replay", world, "--json", cwd=folder).stdout)
+def test_the_event_logs_replay_to_identical_commands(
+    disagg_there: Callable[..., tuple[int, str, str]], world: str
+) -> None:
+    code, out, _ = disagg_there("replay", world, "--json")
+    assert code == 0
+    told = json.loads(out)
     assert len(told) == 4
     assert all(log["equal"] for log in told.values())
 
 
-def test_the_simulator_on_the_hardware_s_times_makes_the_hardware_s_decisions(folder: Path) -> None:
-    told = json.loads(run(DISAGG, "conform", "real", "--json", cwd=folder).stdout)
+def test_the_simulator_on_the_hardware_s_times_makes_the_hardware_s_decisions(
+    disagg_there: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, _ = disagg_there("conform", "real", "--json")
+    assert code == 0
+    told = json.loads(out)
     assert told["equal"]
     assert told["instants"] > 100
 
 
-def test_conforming_to_a_simulated_run_is_refused(folder: Path) -> None:
-    assert "only hardware runs" in run(DISAGG, "conform", "simulated", cwd=folder, code=2).stderr
+def test_conforming_to_a_simulated_run_is_refused(disagg_there: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = disagg_there("conform", "simulated")
+    assert code == 2
+    assert "only hardware runs" in said
 
 
-def test_one_report_lays_both_worlds_side_by_side(folder: Path) -> None:
-    run(DISAGG, "report", "simulated", "real", "--output", "report.html", cwd=folder)
+def test_one_report_lays_both_worlds_side_by_side(
+    folder: Path, disagg_there: Callable[..., tuple[int, str, str]]
+) -> None:
+    assert disagg_there("report", "simulated", "real", "--output", "report.html")[0] == 0
     page = (folder / "report.html").read_text()
     assert "Simulation beside hardware" in page
     errors = pd.read_csv(folder / "report_files" / "simulation_errors.csv")
@@ -103,9 +129,13 @@ def test_one_report_lays_both_worlds_side_by_side(folder: Path) -> None:
     )
 
 
-def test_the_error_of_the_simulation_is_told_by_stage_and_by_cause(folder: Path) -> None:
+def test_the_error_of_the_simulation_is_told_by_stage_and_by_cause(
+    folder: Path, disagg_there: Callable[..., tuple[int, str, str]]
+) -> None:
     """Timing and decisions are told apart by replaying the hardware's own routes, all of them."""
-    told = json.loads(run(DISAGG, "compare", "simulated", "real", "--json", "--output", "compared", cwd=folder).stdout)
+    code, out, _ = disagg_there("compare", "simulated", "real", "--json", "--output", "compared")
+    assert code == 0
+    told = json.loads(out)
     (pair,) = told["pairs"]
     assert pair["num_matched"] == 12
     *stages, e2e = pair["stages"]
@@ -118,11 +148,13 @@ def test_the_error_of_the_simulation_is_told_by_stage_and_by_cause(folder: Path)
     assert (folder / "compared" / "scatter.png").stat().st_size > 10_000
 
 
-def test_the_fidelity_table_holds_every_experiment_of_a_folder(folder: Path) -> None:
+def test_the_fidelity_table_holds_every_experiment_of_a_folder(
+    folder: Path, disagg_there: Callable[..., tuple[int, str, str]]
+) -> None:
     runs = folder / "fidelity_runs"
     for world in ("simulated", "real"):
         shutil.copytree(folder / world, runs / world)
-    run(DISAGG, "fidelity", runs, "--output", "fidelity.md", cwd=folder)
+    assert disagg_there("fidelity", runs, "--output", "fidelity.md")[0] == 0
     data = json.loads((folder / "fidelity.json").read_text())
     assert len(data["rows"]) == 10
     (experiment,) = data["experiments"]

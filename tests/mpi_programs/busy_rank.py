@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from disagg.runtime.mpi_world import MpiWorld
 from disagg.runtime.progress import Progress
@@ -13,8 +14,7 @@ NUM_BYTES = 32 << 20  # a rendezvous: the receiver must act for the sender to ge
 BUSY_S = 2.0
 
 
-def main() -> None:
-    world = MpiWorld()
+def main(world: MpiWorld, args: Sequence[str]) -> None:
     begun, over = threading.Event(), threading.Event()
     progress = Progress(world, lambda rank, data: (begun if data == b"busy" else over).set(), lambda rank: None)
     progress.start()
@@ -50,9 +50,5 @@ def main() -> None:
     for event in done.values():
         event.wait(30)
     progress.stop()
-    world.finalize()
     if problems or incoming != bytes([peer + 1]) * NUM_BYTES:
         sys.exit(f"rank {world.rank}: {problems}")
-
-
-main()

@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from part_of_world import PartOfWorld
+
 from disagg.runtime.kv_pages import KvPages
 from disagg.runtime.kv_runs import copy_in_host_memory
 from disagg.runtime.mpi_world import MpiWorld
@@ -30,19 +33,21 @@ from disagg.runtime.transport_worker import SegmentTransport
 STAGING_BYTES = 1 << 12
 
 
-def each_way(ways: str, program: Callable[[MpiWorld, str], list[str]], told: Callable[[], str]) -> None:
+def each_way(
+    world: MpiWorld, ways: str, program: Callable[[MpiWorld, str], list[str]], told: Callable[[], str]
+) -> None:
     """Run `program`, which returns errors, once for each of the comma-separated ways: loading torch takes longer than it does.
 
     Each has communicators of its own, so that none hears the one before. Prints `told()` after each that had no errors.
     """
     errors: list[str] = []
     for way in ways.split(","):
-        world = MpiWorld()
-        found = program(world, way)
+        own = PartOfWorld(world, world.size)
+        found = program(own, way)
+        own.finalize()
         if not found:
             print(f"rank {world.rank}, {way}: {told()}", flush=True)
         errors += [f"{way}: {error}" for error in found]
-    world.finalize()
     if errors:
         sys.exit(f"rank {world.rank}: {errors[:3]}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def blocks_of(number: int) -> tuple[int, ...]:
     return tuple(range(16 * number, 16 * number + 16))
 
 
-def main(world: MpiWorld, way: str) -> list[str]:
+def transfers(world: MpiWorld, way: str) -> list[str]:
     peer = 1 - world.rank
     pages = KvPages(KvLayout(1, 1, (LAYERS,), 2, 8, "float32"), 0, 96, 4)
     words: dict[bytes, threading.Event] = {word: threading.Event() for word in (b"half", b"busy", b"over", b"done")}
@@ -123,4 +124,5 @@ def main(world: MpiWorld, way: str) -> list[str]:
     return errors
 
 
-each_way(sys.argv[1], main, lambda: "cut short")
+def main(world: MpiWorld, args: Sequence[str]) -> None:
+    each_way(world, args[0], transfers, lambda: "cut short")

@@ -21,8 +21,7 @@ HALF = [Piece(0, 0, (0, 1), (0, 2))]
 CORRUPTED = (4, 2)  # blocks that the receiver damages as it writes them
 
 
-def main() -> None:
-    world = MpiWorld()
+def main(world: MpiWorld, args: Sequence[str]) -> None:
     peer = 1 - world.rank
     pages = KvPages(KvLayout(1, 1, (2,), 2, 4, "float32"), 0, 8, 4)
     pages.pool.uniform_()
@@ -75,7 +74,6 @@ def main() -> None:
     all_in.wait(30)
     transport.close()
     progress.stop()
-    world.finalize()
     errors = {i: outcomes[i].error for i in sorted(outcomes)}
     print(f"rank {world.rank}: {errors}", flush=True)
     wanted = {1: None, 2: "expects", 3: "0 tokens", 4: "block ids", 5: "the reader was cancelled", 6: None, 7: None}
@@ -85,6 +83,3 @@ def main() -> None:
         got = errors.get(ident, "never ended")
         if (got is None) != (text is None) or (text is not None and text not in str(got)):
             sys.exit(f"rank {world.rank}: transfer {ident} gave {got!r}, expected {text!r}")
-
-
-main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 
 from disagg.runtime.mpi_world import MpiWorld
 from disagg.runtime.progress import Progress
@@ -21,8 +22,7 @@ def frame(number: int) -> bytes:
     return number.to_bytes(8, "big").ljust(size, bytes([number % 251]))
 
 
-def main() -> None:
-    world = MpiWorld()
+def main(world: MpiWorld, args: Sequence[str]) -> None:
     peers = [rank for rank in range(world.size) if rank != world.rank]
     seen: dict[int, int] = dict.fromkeys(peers, 0)
     wrong: list[str] = []
@@ -52,10 +52,6 @@ def main() -> None:
     if not everything.wait(60):
         wrong.append(f"frames are missing: {seen}")
     progress.stop()
-    world.finalize()
     if wrong:
         sys.exit(f"rank {world.rank}: {wrong[:3]}")
     print(f"rank {world.rank} has {sum(seen.values())} frames in order", flush=True)
-
-
-main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,15 +23,14 @@ from disagg.runtime.mpi_world import MpiWorld
 from disagg.runtime.progress import Progress
 from disagg.runtime.transport import TransferOutcome
 
-HEADS = int(sys.argv[8]) if len(sys.argv) > 8 else 4
 HEAD_DIM, TOKENS, NUM_BLOCKS = 8, 45, 64
 CHUNKS = (16, 23, 45)  # where each chunk of the prompt ends; not all on a block boundary
 REQUESTS = range(8)
 
 
-def layout_of(tp: str, stages: str) -> KvLayout:
+def layout_of(tp: str, stages: str, heads: int) -> KvLayout:
     layers = tuple(map(int, stages.split(",")))
-    return KvLayout(int(tp), len(layers), layers, HEADS, HEAD_DIM, "bfloat16")
+    return KvLayout(int(tp), len(layers), layers, heads, HEAD_DIM, "bfloat16")
 
 
 def blocks_of(request: int, tokens_per_block: int) -> tuple[int, ...]:
@@ -38,15 +38,17 @@ def blocks_of(request: int, tokens_per_block: int) -> tuple[int, ...]:
     return tuple(NUM_BLOCKS * 4 - 1 - request * count - i for i in range(count))
 
 
-def truth(request: int, num_layers: int) -> torch.Tensor:
+def truth(request: int, layout: KvLayout) -> torch.Tensor:
     """[layers, 2, heads, tokens, head_dim]"""
     generator = torch.Generator().manual_seed(request)
-    return torch.randn(num_layers, 2, HEADS, TOKENS, HEAD_DIM, generator=generator).to(torch.bfloat16)
+    whole = torch.randn(layout.num_layers, 2, layout.num_kv_heads, TOKENS, HEAD_DIM, generator=generator)
+    return whole.to(torch.bfloat16)
 
 
-def main(world: MpiWorld, way: str) -> list[str]:
-    layouts = (layout_of(*sys.argv[2:4]), layout_of(*sys.argv[5:7]))
-    sizes = (int(sys.argv[4]), int(sys.argv[7]))
+def transfers(world: MpiWorld, way: str, args: Sequence[str]) -> list[str]:
+    heads = int(args[6]) if len(args) > 6 else 4
+    layouts = (layout_of(*args[0:2], heads), layout_of(*args[3:5], heads))
+    sizes = (int(args[2]), int(args[5]))
     is_source = world.rank < layouts[0].num_ranks
     local = world.rank if is_source else world.rank - layouts[0].num_ranks
     side = 0 if is_source else 1
@@ -76,7 +78,7 @@ def main(world: MpiWorld, way: str) -> list[str]:
             finished.set()
 
     def compute(request: int) -> None:
-        whole = truth(request, layouts[0].num_layers)
+        whole = truth(request, layouts[0])
         blocks = blocks_of(request, sizes[0])
         start = 0
         for end in CHUNKS:
@@ -133,7 +135,7 @@ def main(world: MpiWorld, way: str) -> list[str]:
     else:
         for request in REQUESTS:
             got = pages.pack(blocks_of(request, sizes[1]), TOKENS, pages.layers, pages.heads)
-            want = truth(request, layouts[1].num_layers)[slice(*pages.layers), :, slice(*pages.heads)]
+            want = truth(request, layouts[1])[slice(*pages.layers), :, slice(*pages.heads)]
             if not torch.equal(got.cpu(), want):
                 errors.append(f"request {request} arrived damaged")
     transport.close()
@@ -143,4 +145,11 @@ def main(world: MpiWorld, way: str) -> list[str]:
     return errors
 
 
-each_way(sys.argv[1], main, lambda: "progressive transfers")
+def main(world: MpiWorld, args: Sequence[str]) -> None:
+    each_way(world, args[0], lambda own, way: transfers(own, way, args[1:]), lambda: "progressive transfers")
+
+
+if __name__ == "__main__":
+    everyone = MpiWorld()
+    main(everyone, sys.argv[1:])
+    everyone.finalize()

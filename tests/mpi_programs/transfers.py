@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def truth(seed: int) -> torch.Tensor:
 told: list[int] = []
 
 
-def main(world: MpiWorld, way_and_how: str) -> list[str]:
+def transfers(world: MpiWorld, way_and_how: str) -> list[str]:
     side, local = divmod(world.rank, 2)
     other = 1 - side
     device = torch.device(device_of(way_and_how, world.rank))
@@ -109,4 +110,11 @@ def main(world: MpiWorld, way_and_how: str) -> list[str]:
     return errors
 
 
-each_way(sys.argv[1], main, lambda: f"{told[0]} transfers, {told[1]} checksums")
+def main(world: MpiWorld, args: Sequence[str]) -> None:
+    each_way(world, args[0], transfers, lambda: f"{told[0]} transfers, {told[1]} checksums")
+
+
+if __name__ == "__main__":
+    everyone = MpiWorld()
+    main(everyone, sys.argv[1:])
+    everyone.finalize()
