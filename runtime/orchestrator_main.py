@@ -22,6 +22,7 @@ from .clock_offsets import merged_rows
 from .cluster_error import ClusterError
 from .executor_inbox import Submitted
 from .executor_spec import EXIT_CONFIGURATION, Roster, SpecError, check_spec
+from .garbage import not_collected
 from .job_broadcast import FROM_RANK0, broadcast_job
 from .launcher import EXIT_INTERRUPTED, LaunchError
 from .mpi_world import MpiWorld, WorldError
@@ -79,7 +80,8 @@ def run_job(
             f"pipeline_parallel_size for each instance), but the MPI world it was started in has {world.size}"
         )
     if world.rank != 0:
-        from .executor_rank import ExecutorRank  # with PyTorch, which rank 0 has no use for
+        with not_collected():
+            from .executor_rank import ExecutorRank  # with PyTorch, which rank 0 has no use for
 
         rank = ExecutorRank(world, roster)
         rank.serve()

@@ -18,6 +18,7 @@ from ..core.model_shapes import ModelError
 from ..policies.interfaces import PolicyError
 from .cluster_error import ClusterError
 from .executor_spec import Roster, SpecError, check_spec
+from .garbage import not_collected
 from .launcher import LaunchError
 from .mpi_world import MpiWorld, WorldError
 from .orchestrator_driver import OrchestratorDriver
@@ -49,7 +50,8 @@ def run(series: Series, results: Path, failed: Callable[[BaseException], None]) 
     if world.size != roster.num_ranks:
         raise LaunchError(f"this series needs exactly {roster.num_ranks} ranks, the MPI world has {world.size}")
     if world.rank != 0:
-        from .executor_rank import ExecutorRank  # with PyTorch, which rank 0 has no use for
+        with not_collected():
+            from .executor_rank import ExecutorRank  # with PyTorch, which rank 0 has no use for
 
         rank = ExecutorRank(world, roster)
         rank.serve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from disagg.runtime import launcher
+from disagg.runtime.garbage import not_collected
 from disagg.runtime.launch_start import StartError, session_members
 from disagg.runtime.launcher import (
     EXIT_KILLED,
@@ -139,6 +141,28 @@ def test_neither_rank_0_nor_who_starts_it_loads_torch(module: str) -> None:
     code = f"import sys, disagg.runtime.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_libraries_are_loaded_without_a_search_for_garbage_and_it_goes_on_as_before() -> None:
+    seen: list[bool] = []
+
+    def load() -> None:
+        with not_collected():
+            seen.append(gc.isenabled())
+            raise ImportError("no such library")
+
+    assert gc.isenabled()
+    with pytest.raises(ImportError):
+        load()
+    assert seen == [False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with not_collected():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 # ---- with real processes --------------------------------------------------------------------------------------------
