@@ -25,10 +25,10 @@ from ..core.model_shapes import ModelError, ModelShape
 from ..core.orchestrator import AT_CONTEXT_DONE
 from ..core.overheads import LinkCost, MessageLatency
 from ..policies.vocabulary import PS_PER_S
-from ..runtime.devices import check_machine
 from ..runtime.executor_spec import HardwareSpec, SpecError, check_spec
 from ..runtime.hardware_run import HardwareRunError
 from ..runtime.launcher import LaunchError, find_mpiexec
+from ..runtime.machine import check_machine
 from ..runtime.session_series import (
     CLUSTER,
     ClusterFacts,

@@ -15,6 +15,7 @@ from .hosts import Placing, is_local
 from .job_broadcast import FROM_RANK0
 from .launch_start import StartError
 from .launcher import EXIT_INTERRUPTED, EXIT_KILLED, EXIT_TIMEOUT, check_world_size, inside_mpi, launch
+from .machine import check_machine
 from .orchestrator_job import (
     JOB,
     PLACEMENT,
@@ -92,8 +93,6 @@ def run_cluster(
 
         return run_job(job, progress, on_placed=on_placed)
     if placing is None:
-        from .devices import check_machine  # it loads PyTorch
-
         check_machine(roster)
     else:
         placing.rank_hosts(roster.num_ranks)

@@ -21,6 +21,7 @@ from .executor_spec import HardwareSpec, SpecError, check_spec
 from .hardware_run import HardwareRunError, start_failure
 from .launch_start import StartError
 from .launcher import EXIT_INTERRUPTED, EXIT_KILLED, EXIT_TIMEOUT, launch
+from .machine import check_machine
 from .orchestrator_job import Failure
 from .orchestrator_load import LoadPhase, SendRow
 from .rank_record import RankInfo
@@ -135,8 +136,6 @@ def run_series(
     todo = tuple(number for number in range(len(sessions)) if not (folder / result_file(number)).exists())
     if not todo:
         return
-    from .devices import check_machine  # not for rank 0, which reads this module: it loads PyTorch
-
     check_machine(roster)
     needs = world_needs(roster, one_host=True)
     with tempfile.TemporaryDirectory(prefix="disagg-series-") as name:

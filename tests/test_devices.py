@@ -12,8 +12,9 @@ from disagg.core.model_shapes import PRESETS
 from disagg.policies.vocabulary import Role
 from disagg.runtime import engine_build
 from disagg.runtime.collectives import SingleRank
-from disagg.runtime.devices import check_machine, check_weights_fit
+from disagg.runtime.devices import check_weights_fit
 from disagg.runtime.executor_spec import DeviceError, ModelSource, check_spec
+from disagg.runtime.machine import check_machine
 from disagg.runtime.model_place import Place
 from disagg.runtime.weights import needed_weight_bytes
 from tests.core_desk import executor_config

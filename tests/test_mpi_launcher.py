@@ -134,8 +134,8 @@ def test_the_launcher_needs_neither_mpi_nor_torch() -> None:
     assert done.stdout.strip() == "['msgspec']"
 
 
-@pytest.mark.parametrize("module", ["orchestrator_main", "session_series_main", "mpi_main"])
-def test_rank_0_loads_no_torch(module: str) -> None:
+@pytest.mark.parametrize("module", ["orchestrator_main", "session_series_main", "mpi_main", "machine"])
+def test_neither_rank_0_nor_who_starts_it_loads_torch(module: str) -> None:
     code = f"import sys, disagg.runtime.{module}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
