@@ -79,7 +79,7 @@ def fit_chunks(
         *_as_columns([columns["num_chunks"], columns["num_sampled"]]),
         ramps(kv, kv_knots),
         *_as_columns([columns["num_decodes"]]),
-        *_as_columns([] if in_graphs is None else [np.zeros(len(rows))]),
+        *_as_columns([] if in_graphs is None else [np.zeros(len(rows))]),  # attention in graphs, by `walking`
         *_as_columns(launches),
     )
     at = len(row_knots)
@@ -90,7 +90,7 @@ def fit_chunks(
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
     told, shared = without_shared(columns, ~waits if in_graphs is None else ~waits & (tells | ~in_graphs))
     of_told = {name: columns[name][told] for name in keys}
-    groups = (rows[told], *of_told.values(), kv[told] // 1024, which[told])
+    groups = (rows[told], *of_told.values(), longest[told], kv[told] // 1024, which[told])
 
     loaded_ns = _loaded_ns(columns)
 
@@ -105,16 +105,17 @@ def fit_chunks(
         off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
         return found, features, float((points.weights * off).sum())
 
-    share, after_ns = 0.0, _LOAD_AFTER_NS[0]
-    walk = 0
+    def walking(walk: int) -> None:
+        cool[:, own - 1] = np.maximum(columns["num_pairs"], walk * longest) * in_graphs
+
+    def error_of(walk: int) -> float:
+        walking(walk)
+        return under_load(share, after_ns)[2]
+
+    share, after_ns, walk = 0.0, _LOAD_AFTER_NS[0], 0
     if in_graphs is not None:
-
-        def error_of(walk: int) -> float:
-            cool[:, own - 1] = np.maximum(columns["num_pairs"], walk * longest) * in_graphs
-            return under_load(share, after_ns)[2]
-
         walk = min(_WALKS, key=error_of)
-        error_of(walk)
+        walking(walk)
     under = rows[told & (loaded_ns > _LOAD_AFTER_NS[0])]
     if np.histogram(under, np.array((0, 1, 3, 4)) * rows.max() / 4)[0].min() >= _LEAST_LOADED:
         share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
@@ -126,7 +127,7 @@ def fit_chunks(
     fitted_ns = rest + read_ns(kv_read(columns, part)) * by
     floor, residuals = _launch_floor(ns, fitted_ns, features[:, own:] @ x[own:], waits)
     residuals += residuals_of_shared("steps with chunks that share KV", ns, fitted_ns, shared)
-    in_graph = [None, None] if in_graphs is None else [round(float(x[own - 1]) * by, 9) for by in (1, walk)]
+    in_graph = [None, None] if in_graphs is None else [round(float(x[own - 1]) * pairs, 9) for pairs in (1, walk)]
     pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
     fit = ChunkFit(
         rows=curve_fit(x[0], row_knots, x[1:at]),
