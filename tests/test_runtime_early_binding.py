@@ -201,7 +201,10 @@ def test_where_blocks_are_scarce_early_reservations_come_and_go_and_every_reques
     result = run(layouts, submissions(texts, 10, every_ms=1), "at_arrival")
     assert [row.token_ids for row in result.sends] == [expected(prompt, 10) for prompt in texts]
     assert all(row.overlap_ps <= row.end_ps - row.start_ps for row in result.rows if isinstance(row, TransferRow))
-    assert all(event.ok or "is not held here" in (event.error or "") for event in events(result, KvReceived))
+    failed = [event.error or "" for event in events(result, KvReceived) if not event.ok]
+    withdrawn = [error for error in failed if "was withdrawn" in error]
+    assert all("is not held here" in error for error in failed if error not in withdrawn)
+    assert len(withdrawn) <= len(events(result, KvWithdrawn))  # taken back by their readers; some too late
     check_all_blocks_are_free(result, [1, 2, 3])
     assert conform(Recording(result.logs, step_ends(result))) == num_instants(result.logs)
 
