@@ -118,7 +118,7 @@ def params_of(request: Request) -> ContextPhaseParams:
 
 
 def total_kv_tokens(request: Request) -> int:
-    """What policies read off the request itself; compiled code calls this one directly."""
+    """KV tokens of the request at its end: `Request.total_kv_tokens`, as a function, which compiled code calls directly."""
     return request.num_prompt_tokens + request.max_tokens - 1
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from disagg.core.errors import LifeCycleError
 from disagg.core.life_cycle import FINAL, LIVE, TRANSITIONS, Cause, State, advance, mermaid
-from disagg.core.visit import Visit
+from disagg.core.visit import Visit, total_kv_tokens
 from disagg.policies.vocabulary import Request
 
 ILLEGAL = [pair for pair in itertools.product(State, Cause) if pair not in TRANSITIONS]
@@ -72,3 +72,9 @@ def test_the_diagram_shows_every_edge_of_the_table() -> None:
         if cause not in (Cause.CANCEL, Cause.FAIL):
             label = cause.name.lower().replace("_", " ")
             assert f"{state.name} --> {after.name}: {label}" in diagram
+
+
+@pytest.mark.parametrize(("prompt", "most"), [(1, 1), (7, 1), (100, 32)])
+def test_the_core_and_policies_count_the_kv_of_a_request_alike(prompt: int, most: int) -> None:
+    request = Request(0, prompt, most)
+    assert total_kv_tokens(request) == request.total_kv_tokens == prompt + most - 1

@@ -206,7 +206,7 @@ def test_a_killed_orchestrator_ends_the_run_by_name(tmp_path: Path, when: str, s
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("when", ["it starts", "it runs"])
-def test_an_interrupted_run_ends_at_once_with_130(tmp_path: Path, when: str) -> None:
+def test_an_interrupted_run_ends_long_before_its_load_with_130(tmp_path: Path, when: str) -> None:
     run = Run(tmp_path)
     ranks = run.await_ranks(3)
     if when == "it starts":
