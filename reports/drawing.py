@@ -90,8 +90,9 @@ def draw(
     paint: Callable[[MatplotlibFigure], None],
     layout: Literal["constrained"] | None = "constrained",
     dpi: int = 150,
+    colors: int | None = None,
 ) -> Drawing:
-    """`paint` on an empty figure of `size` inches, as PNG and SVG."""
+    """`paint` on an empty figure of `size` inches, as PNG and SVG; with `colors`, the PNG has so many at most."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -103,9 +104,19 @@ def draw(
         paint(figure)
         png, svg = io.BytesIO(), io.BytesIO()
         figure.savefig(png, format="png", dpi=dpi)
+        if colors is not None:
+            png = _with_palette(png, colors)
         FigureCanvasSVG(figure)
         figure.savefig(svg, format="svg", metadata={"Date": None})
     return Drawing(name, title, alt, png.getvalue(), svg.getvalue())
+
+
+def _with_palette(png: io.BytesIO, colors: int) -> io.BytesIO:
+    from PIL import Image
+
+    small = io.BytesIO()
+    Image.open(png).convert("RGB").quantize(colors).save(small, format="png", optimize=True)
+    return small
 
 
 def legend(figure: MatplotlibFigure, axes: Axes, columns: int = 4) -> None:

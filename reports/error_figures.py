@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 BAND: Final = 0.10
 SMALL_DPI: Final = 72
+_SMALL_COLORS: Final = 64  # dots over dots have thousands of shades, which do not compress
 _MOST_POINTS: Final = 3000
 
 
@@ -60,4 +61,6 @@ def scatter(name: str, pair: RunPair, *, small: bool = False) -> Drawing | None:
 
     title = f"{pair.title}: {len(both)} requests"
     alt = f"{title}; {', '.join(label_of(key) for key in LATENCIES)} of each, one run against the other"
-    return draw(name, title, alt, (9.6, 3.6), paint, dpi=SMALL_DPI if small else 150)
+    if not small:
+        return draw(name, title, alt, (9.6, 3.6), paint)
+    return draw(name, title, alt, (9.6, 3.6), paint, dpi=SMALL_DPI, colors=_SMALL_COLORS)

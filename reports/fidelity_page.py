@@ -16,7 +16,6 @@ from .ranking import Ranking
 from .runs import ReportError
 
 SCHEMA_VERSION: Final = 1
-MOST_PLOT_BYTES: Final = 60_000
 
 
 class Finding(Struct, frozen=True):
