@@ -83,11 +83,12 @@ class MeasuredCost:
 
     A decode step: `decode_rows` of its batch, padded to the next of `graph_sizes` (none: not padded), `decode_kv` of all
     KV tokens it reads, `decode` a sequence. A step with chunks: `chunk_rows` of all its tokens, padded to a multiple of
-    `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them, `chunk` and
-    `sample` for each chunk and each token that one yields, `mixed_kv` and `mixed_decode` for the decodes that run along.
+    `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them and
+    `longest_token` one of the longest KV before a chunk, `chunk` and `sample` for each chunk and each token that one yields,
+    `mixed_kv` and `mixed_decode` for the decodes that run along.
     With `chunk_graphs` steps with short prompts run as graphs, padded to their rows, where attention is another kernel, in
     which all chunks are walked through side by side: it takes `graph_pair` a pair, or `graph_cached_token` a token of the
-    longest KV before a chunk where that is more (-1: `pair` and `cached_token` hold there, too). A step with chunks that runs
+    longest KV before a chunk where that is more (-1: what holds kernel by kernel does there, too). A step with chunks that runs
     kernel by kernel takes `launch_floor` at least, which is the host's time.
 
     A KV token that is read again, since sequences share its block, is nearer at hand: `decode_shared` and `mixed_shared`
@@ -113,6 +114,7 @@ class MeasuredCost:
     graph_cached_token: int = -1
     decode_shared: int = 0
     mixed_shared: int = 0
+    longest_token: int = 0
 
     def step_time(self, features: StepFeatures) -> int:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
@@ -141,7 +143,7 @@ class MeasuredCost:
             return self.step_time(StepFeatures(num_decodes, num_kv, (), num_shared_kv))
         graph = self._chunk_graph(num_decodes, num_chunks, num_tokens)
         rows = padded_rows(num_decodes + num_tokens, self.row_multiple) if graph is None else graph[1]
-        attention = pairs * self.pair + cached * self.cached_token
+        attention = pairs * self.pair + cached * self.cached_token + longest * self.longest_token
         if graph is not None and self.graph_pair >= 0:
             attention, walk = pairs * self.graph_pair, longest * self.graph_cached_token
             if walk > attention:

@@ -224,6 +224,7 @@ def _measured(rng: Random) -> CostModel:
         launch_floor=_units(rng, 40),
         decode_shared=_part(rng),
         mixed_shared=_part(rng),
+        longest_token=_units(rng, 1),
     )
 
 
