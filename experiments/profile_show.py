@@ -101,7 +101,10 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
     print(f"  launch gaps in ms: {told or 'none'}")
     if entry.gaps.millionths_under_load:
         share, after = entry.gaps.millionths_under_load / 1e6, entry.gaps.load_after / _PS_PER_MS
-        print(f"  steps with chunks take {share:+.1%} once they have followed each other for {after:.0f} ms")
+        rest = f"drains at {entry.gaps.load_drain} ms a ms of rest" if entry.gaps.load_drain else "ends with any rest"
+        print(
+            f"  steps with chunks take {share:+.1%} once they have followed each other for {after:.0f} ms, which {rest}"
+        )
     if entry.transfer_slowdown is not None:
         print(f"  decode steps during a transfer take {entry.transfer_slowdown - 1:+.1%} (not in the model)")
     _print_residuals(entry.residuals)
