@@ -111,10 +111,15 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
 
 
 def _told_of_shared(entry: EngineEntry) -> str:
-    parts = [("decodes alone", entry.decode), ("decodes beside chunks", entry.chunks)]
-    return ", ".join(
-        f"{fit.shared_part:.0%} less by {name}" for name, fit in parts if fit is not None and fit.shared_part
-    )
+    decode, chunks = entry.decode, entry.chunks
+    parts = [] if decode is None else [("decodes alone", decode.shared_part)]
+    if decode is not None and decode.full_batch:
+        parts = [
+            (f"fewer than {decode.full_batch} decodes alone", decode.shared_part),
+            ("more", decode.full_shared_part),
+        ]
+    parts += [] if chunks is None else [("decodes beside chunks", chunks.shared_part)]
+    return ", ".join(f"{part:.0%} less by {name}" for name, part in parts if part)
 
 
 def _print_residuals(residuals: Sequence[Residual]) -> None:
