@@ -170,8 +170,8 @@ def _attention(
 ) -> list[NDArray[Any]]:
     """Pairs, cached tokens and the most before one chunk, of the steps whose attention takes a sum of them.
 
-    Where graphs have an attention of their own, the other kernel walks through all chunks side by side, too: what a cached token
-    takes is a matter of the longest then, unless steps of several chunks behind KV tell which.
+    Where graphs have an attention of their own, the other kernel walks through all chunks side by side, too: what a cached
+    token takes is a matter of the longest then, unless steps of several chunks behind KV tell which.
     """
     pairs, cached = columns["num_pairs"], columns["num_cached_tokens"]
     if in_graphs is None:

@@ -56,6 +56,9 @@ class DecodeFit(Struct, frozen=True, forbid_unknown_fields=True):
     kv_tokens: CurveFit
     sequence_ns: float = 0.0
     shared_part: float = 0.0  # of reading a KV token, what it does not cost where it is read again
+    full_batch: int = 0
+    full_kv_ns: float = 0.0
+    full_shared_part: float = 0.0
 
 
 class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
@@ -340,6 +343,9 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
         decode_shared=0 if decode is None else _part(decode.shared_part),
         mixed_shared=_mixed_shared(decode, chunks, entry.measured),
         longest_token=0 if chunks is None else _units(chunks.longest_token_ns),
+        full_batch=0 if decode is None else decode.full_batch,
+        full_kv=0 if decode is None else _units(decode.full_kv_ns),
+        full_shared=0 if decode is None else _part(decode.full_shared_part),
     )
 
 

@@ -27,6 +27,7 @@ def curves(draw: st.DrawFn) -> Curve:
 
 @st.composite
 def costs(draw: st.DrawFn) -> MeasuredCost:
+    shared = draw(st.integers(0, 1 << 20))
     return MeasuredCost(
         graph_sizes=draw(st.sampled_from([(), graph_sizes(16), graph_sizes(300)])),
         row_multiple=draw(st.sampled_from([1, 64])),
@@ -44,7 +45,10 @@ def costs(draw: st.DrawFn) -> MeasuredCost:
         graph_pair=draw(st.just(-1) | SMALL),
         graph_cached_token=draw(SMALL),
         longest_token=draw(SMALL),
-        decode_shared=draw(st.integers(0, 1 << 20)),
+        decode_shared=shared,
+        full_batch=draw(st.just(0) | st.integers(1, 200)),
+        full_kv=draw(SMALL),
+        full_shared=draw(st.integers(0, shared)),
         mixed_shared=draw(st.integers(0, 1 << 20)),
     )
 
