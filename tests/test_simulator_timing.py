@@ -8,6 +8,7 @@ import pytest
 
 from disagg.core.commands import Chunk, RunSteps
 from disagg.core.cost import ConstantCost
+from disagg.core.events import Report
 from disagg.simulator import ModelTiming
 from tests.simulation_helpers import World, random_world
 
@@ -63,8 +64,8 @@ def test_noise_has_the_seed_that_it_was_given_and_the_spread_that_was_asked_for(
 
 
 def test_a_message_takes_at_least_a_picosecond() -> None:
-    assert ModelTiming({}, 0).message_arrives(2, 0, 100)[0] == 101
-    assert ModelTiming({}, 70).message_arrives(2, 0, 100)[0] == 170
+    assert ModelTiming({}, 0).message_arrives(2, 0, 100, Report(2))[0] == 101
+    assert ModelTiming({}, 70).message_arrives(2, 0, 100, Report(2))[0] == 170
 
 
 def test_a_noisy_run_repeats_and_differs_from_a_quiet_one() -> None:
