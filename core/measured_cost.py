@@ -83,15 +83,18 @@ class MeasuredCost:
 
     A decode step: `decode_rows` of its batch, padded to the next of `graph_sizes` (none: not padded), `decode_kv` of all
     KV tokens it reads, `decode` a sequence. A step with chunks: `chunk_rows` of all its tokens, padded to a multiple of
-    `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them, `chunk` and
-    `sample` for each chunk and each token that one yields, `mixed_kv` and `mixed_decode` for the decodes that run along.
+    `row_multiple` above it, `pair` a (query, key) pair of the chunks, `cached_token` read again before them and
+    `longest_token` one of the longest KV before a chunk, `chunk` and `sample` for each chunk and each token that one yields,
+    `mixed_kv` and `mixed_decode` for the decodes that run along.
     With `chunk_graphs` steps with short prompts run as graphs, padded to their rows, where attention is another kernel, in
     which all chunks are walked through side by side: it takes `graph_pair` a pair, or `graph_cached_token` a token of the
-    longest KV before a chunk where that is more (-1: `pair` and `cached_token` hold there, too). A step with chunks that runs
+    longest KV before a chunk where that is more (-1: what holds kernel by kernel does there, too). A step with chunks that runs
     kernel by kernel takes `launch_floor` at least, which is the host's time.
 
     A KV token that is read again, since sequences share its block, is nearer at hand: `decode_shared` and `mixed_shared`
-    are the parts of reading one, in 2^-20, that it does not cost.
+    are the parts of reading one, in 2^-20, that it does not cost. From `full_batch` sequences on (0: never) another kernel
+    reads the KV of a decode batch: a token takes `full_kv` more, and one that is read again saves `full_shared` of it, no
+    more than of smaller batches.
     """
 
     graph_sizes: tuple[int, ...]
@@ -113,12 +116,25 @@ class MeasuredCost:
     graph_cached_token: int = -1
     decode_shared: int = 0
     mixed_shared: int = 0
+    longest_token: int = 0
+    full_batch: int = 0
+    full_kv: int = 0
+    full_shared: int = 0
+
+    def __post_init__(self) -> None:
+        if self.full_batch and self.full_shared > self.decode_shared:
+            raise ValueError("a step gets no cheaper by more decodes: full_shared must not be above decode_shared")
 
     def step_time(self, features: StepFeatures) -> int:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if not chunks:
-            kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
-            return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + self.decode * n
+            each = self.decode * n
+            if 0 < self.full_batch <= n:
+                kv -= features.num_shared_kv * self.full_shared >> UNIT_BITS
+                each += self.full_kv * kv
+            else:
+                kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
+            return self.decode_rows.at(self._graph_size(n)) + self.decode_kv.at(kv) + each
         tokens, pairs, cached, longest, sampled = chunk_sums(chunks)
         return self.time_of_sums(n, kv, len(chunks), tokens, pairs, cached, longest, sampled, features.num_shared_kv)
 
@@ -141,7 +157,7 @@ class MeasuredCost:
             return self.step_time(StepFeatures(num_decodes, num_kv, (), num_shared_kv))
         graph = self._chunk_graph(num_decodes, num_chunks, num_tokens)
         rows = padded_rows(num_decodes + num_tokens, self.row_multiple) if graph is None else graph[1]
-        attention = pairs * self.pair + cached * self.cached_token
+        attention = pairs * self.pair + cached * self.cached_token + longest * self.longest_token
         if graph is not None and self.graph_pair >= 0:
             attention, walk = pairs * self.graph_pair, longest * self.graph_cached_token
             if walk > attention:
@@ -169,8 +185,11 @@ class MeasuredCost:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if chunks:
             return self.step_time(features), 0, 1
-        kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
+        is_full = 0 < self.full_batch <= n
+        kv -= features.num_shared_kv * (self.full_shared if is_full else self.decode_shared) >> UNIT_BITS
         slope, until = self.decode_kv.slope_at(kv)
+        if is_full:
+            slope += self.full_kv
         return self.step_time(features), slope * n, (until - kv) // n + 1 if n else ENDLESS
 
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
@@ -178,9 +197,11 @@ class MeasuredCost:
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         if chunks:  # rare, and mostly of one step
             return sum([self.step_time(features.after(i)) for i in range(num_steps)])
-        kv -= features.num_shared_kv * self.decode_shared >> UNIT_BITS
+        is_full = 0 < self.full_batch <= n
+        kv -= features.num_shared_kv * (self.full_shared if is_full else self.decode_shared) >> UNIT_BITS
         rest = self.step_time(features) - self.decode_kv.at(kv)
-        return rest * num_steps + self.decode_kv.total(kv, n, num_steps)
+        more = self.full_kv * n * (num_steps * (num_steps - 1) // 2) if is_full else 0
+        return rest * num_steps + self.decode_kv.total(kv, n, num_steps) + more
 
     def covers(self, features: StepFeatures) -> bool:
         """Whether every feature of the step is within what was measured."""

@@ -19,6 +19,8 @@ class LaunchGaps(Struct, frozen=True):
 
     No gap, but by what came before, too: where steps with chunks follow each other without a rest, a device's clock falls. They
     take `millionths_under_load` of their own time longer once that has gone on for `load_after`, in proportion before.
+    In a rest behind them the load falls by `load_drain` ps a ps, from `load_after` at most, but not while KV leaves the
+    executor; with 0 any rest ends it at once. Decodes always do.
     """
 
     decode_after_idle: int = 0
@@ -34,12 +36,19 @@ class LaunchGaps(Struct, frozen=True):
     kernels: int = 0
     millionths_under_load: int = 0
     load_after: int = 0
+    load_drain: int = 0
 
     def slower(self, under_load: int) -> int:
         """Millionths that a step with chunks takes longer where only such steps have run for `under_load` ps before it."""
         if under_load >= self.load_after:
             return self.millionths_under_load if under_load else 0
         return self.millionths_under_load * under_load // self.load_after
+
+    def left_after_rest(self, under_load: int, rest: int) -> int:
+        """What is left of a load of `under_load` ps when `rest` ps have passed in which it could fall: picoseconds."""
+        if not self.load_drain:
+            return 0
+        return max(0, min(under_load, self.load_after) - self.load_drain * rest)
 
 
 class MessageLatency(Struct, frozen=True):

@@ -31,6 +31,7 @@ _ROW_KNOTS: Final = (
 )
 _BEHIND: Final = 512  # cached tokens: fewer are lost among what a step takes
 _LEAST_BEHIND: Final = 40  # steps of either kind: fewer told pairs from cached tokens badly
+_LEAST_SEVERAL: Final = 20  # steps of several chunks behind KV, kernel by kernel
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
 _LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
 # Samples of small, of middling and of large steps, to tell what a load does from what rows do.
@@ -68,14 +69,14 @@ def fit_chunks(
     kv_knots = [0, max(1, int(kv.max()))]
     before = columns["before"]
     kinds = [kind for kind in ("idle", "decode", "chunk") if (before == kind).sum() >= LEAST_SAMPLES]
-    attention = [columns[name] for name in ("num_pairs", "num_cached_tokens")]
-    in_graphs = graphs > 0 if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits) else None
     longest, tells = _longest_cached(columns)
+    in_graphs = graphs > 0 if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits) else None
+    attention = _attention(columns, longest, waits, in_graphs)
     launches = [*((before == kind) for kind in kinds), *_late_kernels(graphs, waits, before)]
     parts = (
         np.ones((len(rows), 1)),
         ramps(rows, row_knots),
-        *_as_columns(attention if in_graphs is None else [column * ~in_graphs for column in attention]),
+        *_as_columns(attention),
         *_as_columns([columns["num_chunks"], columns["num_sampled"]]),
         ramps(kv, kv_knots),
         *_as_columns([columns["num_decodes"]]),
@@ -83,12 +84,12 @@ def fit_chunks(
         *_as_columns(launches),
     )
     at = len(row_knots)
-    own = at + (6 if in_graphs is None else 7)  # coefficients of the step's own time
+    own = at + (7 if in_graphs is None else 8)  # coefficients of the step's own time
     cool = np.concatenate(parts, axis=1)
     ns = columns["duration_ps"] / 1000.0
     keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
-    told, shared = without_shared(columns, ~waits if in_graphs is None else ~waits & (tells | ~in_graphs))
+    told, shared = without_shared(columns, ~waits if in_graphs is None else ~waits & tells)
     of_told = {name: columns[name][told] for name in keys}
     groups = (rows[told], *of_told.values(), longest[told], kv[told] // 1024, which[told])
 
@@ -121,27 +122,28 @@ def fit_chunks(
         share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
     fitted, features, _ = under_load(share, after_ns)
     x = fitted.coefficients
-    read_ns, by = curve_at(kv_knots, x[at + 4 : at + 5]), slower(share, after_ns)
+    read_ns, by = curve_at(kv_knots, x[at + 5 : at + 6]), slower(share, after_ns)
     rest = features @ x - read_ns(kv) * by
     part = saved_part(columns, shared, lambda read: rest + read_ns(read) * by)
     fitted_ns = rest + read_ns(kv_read(columns, part)) * by
     floor, residuals = _launch_floor(ns, fitted_ns, features[:, own:] @ x[own:], waits)
     residuals += residuals_of_shared("steps with chunks that share KV", ns, fitted_ns, shared)
     in_graph = [None, None] if in_graphs is None else [round(float(x[own - 1]) * pairs, 9) for pairs in (1, walk)]
-    pair, cached_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 4])
+    pair, cached_token, longest_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 5])
     fit = ChunkFit(
         rows=curve_fit(x[0], row_knots, x[1:at]),
         pair_ns=pair,
         cached_token_ns=cached_token,
         chunk_ns=chunk,
         sample_ns=sample,
-        mixed_kv_tokens=curve_fit(0.0, kv_knots, x[at + 4 : at + 5]),
-        mixed_decode_ns=round(float(x[at + 5]), 3),
+        mixed_kv_tokens=curve_fit(0.0, kv_knots, x[at + 5 : at + 6]),
+        mixed_decode_ns=round(float(x[at + 6]), 3),
         graphs=graphs is not None and bool(graphs.any()),
         launch_floor_ns=round(floor, 3),
         graph_pair_ns=in_graph[0],
         graph_cached_token_ns=in_graph[1],
         shared_part=part,
+        longest_token_ns=longest_token,
     )
     found = [round(float(value) * 1000) for value in x[own:]]
     shifts = {f"chunk_after_{kind}": value for kind, value in zip(kinds, found, strict=False)}
@@ -161,6 +163,22 @@ def _longest_cached(columns: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray
     told, cached = columns["longest_cached"], columns["num_cached_tokens"]
     tells = (told >= 0) | (columns["num_chunks"] <= 1) | (cached < _BEHIND)
     return np.where(told >= 0, told, cached), np.asarray(tells)
+
+
+def _attention(
+    columns: dict[str, Any], longest: NDArray[np.int64], waits: NDArray[np.bool_], in_graphs: NDArray[np.bool_] | None
+) -> list[NDArray[Any]]:
+    """Pairs, cached tokens and the most before one chunk, of the steps whose attention takes a sum of them.
+
+    Where graphs have an attention of their own, the other kernel walks through all chunks side by side, too: what a cached
+    token takes is a matter of the longest then, unless steps of several chunks behind KV tell which.
+    """
+    pairs, cached = columns["num_pairs"], columns["num_cached_tokens"]
+    if in_graphs is None:
+        return [pairs, cached, np.zeros_like(longest)]
+    by_kernels = ~in_graphs
+    tell = by_kernels & ~waits & (cached - longest >= _BEHIND)
+    return [pairs * by_kernels, cached * (by_kernels & (tell.sum() >= _LEAST_SEVERAL)), longest * by_kernels]
 
 
 def _as_columns(values: Sequence[NDArray[Any]]) -> list[Floats]:

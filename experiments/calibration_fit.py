@@ -30,6 +30,8 @@ from .calibration_shared import curve_at, kv_read, residuals_of_shared, saved_pa
 from .profile_file import ChunkFit, DecodeFit, Residual, row_multiple
 
 _KV_KNOTS: Final = (0, 512, 2048, 8192, 32_768, 131_072, 524_288, 2_097_152)
+_LEAST_OF_A_KERNEL: Final = 200  # decode steps of smaller and of larger batches, to tell two kernels apart
+_LEAST_GAIN: Final = 0.1  # of the fit's error
 _BATCH_KNOTS: Final = (0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
@@ -106,27 +108,57 @@ def _fit_decodes(
     following, shared = without_shared(columns, following)
     row_knots = knots_for(rows[following], sizes if sizes else _BATCH_KNOTS)
     kv_knots = knots_for(kv[following], _KV_KNOTS)
-    features = np.concatenate(
-        (np.ones((len(batch), 1)), ramps(rows, row_knots), ramps(kv, kv_knots), batch[:, None].astype(float)), axis=1
-    )
     quiet = following & ~columns["in_transfer"].astype(bool)
     chosen = quiet if quiet.sum() >= following.sum() // 2 else following
     ns = columns["duration_ps"] / 1000.0
     near = (np.log(np.maximum(kv, 1)) / 0.06).astype(np.int64)  # KV lengths within 6 % make one point
-    points = points_of((batch[chosen], near[chosen]), features[chosen], ns[chosen])
-    fitted = fit_points(points, ns[chosen], features[chosen], "decode steps")
-    x, num_rows = fitted.coefficients, len(row_knots) - 1
-    of_kv = curve_at(kv_knots, x[1 + num_rows : -1])
-    rest = features @ x - of_kv(kv)
-    part = saved_part(columns, shared, lambda read: rest + of_kv(read))
-    fitted_ns = rest + of_kv(kv_read(columns, part))
-    fit = DecodeFit(
-        curve_fit(x[0], row_knots, x[1 : 1 + num_rows]),
-        curve_fit(0.0, kv_knots, x[1 + num_rows : -1]),
-        round(float(x[-1]), 3),
-        part,
-    )
-    return fit, fitted_ns, [fitted.residual, *residuals_of_shared("decode steps that share KV", ns, fitted_ns, shared)]
+
+    def fit_with(full_batch: int) -> _Decodes:
+        is_full = batch >= full_batch if full_batch else np.zeros(len(batch), dtype=bool)
+        columns_of = (np.ones(len(batch)), ramps(rows, row_knots), ramps(kv, kv_knots), batch, kv * is_full)
+        features = np.column_stack([each.astype(float) for each in columns_of])
+        points = points_of((batch[chosen], near[chosen]), features[chosen], ns[chosen])
+        fitted = fit_points(points, ns[chosen], features[chosen], "decode steps")
+        x, num_rows = fitted.coefficients, len(row_knots) - 1
+        more_ns, own = float(x[-1]), curve_at(kv_knots, x[1 + num_rows : -2])
+        rest = features @ x - own(kv) - more_ns * kv * is_full
+
+        def of_kv(read: Floats) -> Floats:
+            return np.asarray(rest + own(read) + more_ns * read * is_full)
+
+        part = saved_part(columns, shared & ~is_full, of_kv)
+        full_part = min(part, saved_part(columns, shared & is_full, of_kv)) if full_batch else 0.0
+        fitted_ns = of_kv(np.where(is_full, kv_read(columns, full_part), kv_read(columns, part)))
+        found = DecodeFit(
+            curve_fit(x[0], row_knots, x[1 : 1 + num_rows]),
+            curve_fit(0.0, kv_knots, x[1 + num_rows : -2]),
+            round(float(x[-2]), 3),
+            part,
+            full_batch,
+            round(more_ns, 9),
+            full_part,
+        )
+        off = np.abs(points.ns / np.maximum(points.features @ x, 1.0) - 1)
+        error = float((points.weights * off).sum() / points.weights.sum())
+        of_shared = np.abs(ns[shared] / fitted_ns[shared] - 1).mean() if shared.any() else 0.0
+        return _Decodes(found, fitted_ns, fitted.residual, error + float(of_shared))
+
+    best = alone = fit_with(0)
+    for size in sizes:
+        if min((batch[chosen] <= size).sum(), (batch[chosen] > size).sum()) >= _LEAST_OF_A_KERNEL:
+            best = min(best, fit_with(size + 1), key=lambda each: each.error)
+    if best.error > (1 - _LEAST_GAIN) * alone.error:
+        best = alone
+    return best.fit, best.ns, [best.residual, *residuals_of_shared("decode steps that share KV", ns, best.ns, shared)]
+
+
+class _Decodes(NamedTuple):
+    """A fit of decode steps, what it says of all of them, and how far off it is, in proportion, of steps of either kind."""
+
+    fit: DecodeFit
+    ns: Floats
+    residual: Residual
+    error: float
 
 
 def _fit_gaps(columns: dict[str, Any], fitted_ns: Floats) -> tuple[dict[str, int], list[Residual]]:

@@ -49,6 +49,7 @@ _CACHED: Final = tuple(
     for count, own in (
         *((1, 32), (1, 128), (1, 256), (1, 384), (1, 512), (1, 896)),
         *((2, 64), (2, 256), (3, 192), (4, 128), (8, 48)),
+        *((2, 640), (3, 512), (4, 384), (8, 160)),  # more rows than a graph has
     )
 )
 _MOST_NAMES: Final = 1 << 24  # blocks of one prompt

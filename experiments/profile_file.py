@@ -56,13 +56,17 @@ class DecodeFit(Struct, frozen=True, forbid_unknown_fields=True):
     kv_tokens: CurveFit
     sequence_ns: float = 0.0
     shared_part: float = 0.0  # of reading a KV token, what it does not cost where it is read again
+    full_batch: int = 0
+    full_kv_ns: float = 0.0
+    full_shared_part: float = 0.0
 
 
 class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
     """Of steps with chunks of prompts. `graph_…`: where they run as graphs, if those were told apart.
 
-    Kernel by kernel, attention takes `pair_ns` a pair and `cached_token_ns` a token before the chunks; in a graph
-    `graph_pair_ns` a pair, or `graph_cached_token_ns` a token of the longest KV before one of them, whichever is more.
+    Kernel by kernel, attention takes `pair_ns` a pair, `cached_token_ns` a token before the chunks and `longest_token_ns` one
+    of the longest KV before one of them; in a graph `graph_pair_ns` a pair, or `graph_cached_token_ns` a token of the
+    longest KV before one of them, whichever is more.
     """
 
     rows: CurveFit
@@ -77,6 +81,7 @@ class ChunkFit(Struct, frozen=True, forbid_unknown_fields=True):
     graph_pair_ns: float | None = None
     graph_cached_token_ns: float | None = None
     shared_part: float = 0.0  # as in `DecodeFit`, of the decodes that run along
+    longest_token_ns: float = 0.0
 
 
 class Residual(Struct, frozen=True, forbid_unknown_fields=True):
@@ -337,6 +342,10 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
         **_attention_in_graphs(chunks),
         decode_shared=0 if decode is None else _part(decode.shared_part),
         mixed_shared=_mixed_shared(decode, chunks, entry.measured),
+        longest_token=0 if chunks is None else _units(chunks.longest_token_ns),
+        full_batch=0 if decode is None else decode.full_batch,
+        full_kv=0 if decode is None else _units(decode.full_kv_ns),
+        full_shared=0 if decode is None else _part(decode.full_shared_part),
     )
 
 

@@ -101,17 +101,25 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
     print(f"  launch gaps in ms: {told or 'none'}")
     if entry.gaps.millionths_under_load:
         share, after = entry.gaps.millionths_under_load / 1e6, entry.gaps.load_after / _PS_PER_MS
-        print(f"  steps with chunks take {share:+.1%} once they have followed each other for {after:.0f} ms")
+        rest = f"drains at {entry.gaps.load_drain} ms a ms of rest" if entry.gaps.load_drain else "ends with any rest"
+        print(
+            f"  steps with chunks take {share:+.1%} once they have followed each other for {after:.0f} ms, which {rest}"
+        )
     if entry.transfer_slowdown is not None:
         print(f"  decode steps during a transfer take {entry.transfer_slowdown - 1:+.1%} (not in the model)")
     _print_residuals(entry.residuals)
 
 
 def _told_of_shared(entry: EngineEntry) -> str:
-    parts = [("decodes alone", entry.decode), ("decodes beside chunks", entry.chunks)]
-    return ", ".join(
-        f"{fit.shared_part:.0%} less by {name}" for name, fit in parts if fit is not None and fit.shared_part
-    )
+    decode, chunks = entry.decode, entry.chunks
+    parts = [] if decode is None else [("decodes alone", decode.shared_part)]
+    if decode is not None and decode.full_batch:
+        parts = [
+            (f"fewer than {decode.full_batch} decodes alone", decode.shared_part),
+            ("more", decode.full_shared_part),
+        ]
+    parts += [] if chunks is None else [("decodes beside chunks", chunks.shared_part)]
+    return ", ".join(f"{part:.0%} less by {name}" for name, part in parts if part)
 
 
 def _print_residuals(residuals: Sequence[Residual]) -> None:

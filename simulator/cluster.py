@@ -63,6 +63,7 @@ class SimulatedCluster:
         self.config = config
         self.timing = timing
         self.model = timing if type(timing) is ModelTiming else None  # known to be that, for what is asked often
+        self._draining = self.model if self.model is not None and self.model.load_drains else None
         self.record = records if records is not None else _ignore
         self._delivered = delivered
         self._kv_bytes_per_token = kv_bytes_per_token
@@ -406,6 +407,8 @@ class SimulatedCluster:
         if not command.ok:
             self.send(source, command.reader, KvReceived(command.reader_id, False, command.error), self.env.now)
             return
+        if self._draining is not None:
+            self._draining.kv_leaves(source, self.env.now)
         ends = None if self.model is not None else self.timing.transfer_ends(source, command)  # a model has no such
         if ends is None and command.num_written is not None:
             link = self.link(source, command.reader)
@@ -426,6 +429,8 @@ class SimulatedCluster:
 
     def _transfer_over(self, source: int, command: ServeKv, error: str | None) -> None:
         """The end of a transfer: the reader has its KV and the source is rid of its pin, at one instant."""
+        if self._draining is not None:
+            self._draining.kv_left(source, self.env.now)
         if self._is_alive(source):  # else the rest of it was never sent, and the reader learns of it otherwise
             self.tell(command.reader, KvReceived(command.reader_id, error is None, error))
         if (source, command.reader) not in self._mourned:  # else it was rid of its pin when it heard of the death

@@ -66,8 +66,13 @@ class _Clock:
         self.began = 0
         self.ended = 0
         self.factor = 1 << UNIT_BITS  # of the time of the epoch's steps
-        self._loaded_since = 0  # when the first of the steps with chunks began that have followed each other since
+        # when the first of the steps with chunks began that have followed each other since; after a rest so much earlier as
+        # is left of the load before it
+        self._loaded_since = 0
         self._before = "idle"
+        self._num_leaving = 0  # transfers of KV from here that are under way
+        self._leaving_since = 0
+        self._kept = 0  # of the rest since `ended`, how long KV left, up to the last end of all transfers
 
     def gap(self, run: RunSteps, now: int) -> int:
         """What lies between the plan before and `run`, which is to begin at `now`; `factor` is set to that of its steps."""
@@ -75,17 +80,37 @@ class _Clock:
         if gaps is NO_GAPS:
             return 0
         before = "idle" if self.ended < now else self._before
-        self.ended = now
-        self._before = "chunk" if run.chunks else "decode"
         if gaps.millionths_under_load:
             if before != "chunk" or not run.chunks:
-                self._loaded_since = now
+                rested_behind_chunks = before == "idle" and self._before == "chunk"
+                self._loaded_since = now - (self._load_left(now) if rested_behind_chunks and run.chunks else 0)
             self.factor = (1 << UNIT_BITS) * (1_000_000 + gaps.slower(now - self._loaded_since)) // 1_000_000
+            self._kept = 0
+        self.ended = now
+        self._before = "chunk" if run.chunks else "decode"
         by_kernels = False
         if run.chunks and gaps.kernels and self.measured is not None:
             num_tokens = sum([chunk.length for chunk in run.chunks])
             by_kernels = self.measured.runs_by_kernels(run.num_decodes, len(run.chunks), num_tokens)
         return gap_of(gaps, before, bool(run.chunks), len(run.joined), len(run.left), run.num_decodes, by_kernels)
+
+    def _load_left(self, now: int) -> int:
+        """Picoseconds of load behind a rest from `ended` to `now`."""
+        kept = self._kept + (self._rested_since_kv_leaves(now) if self._num_leaving else 0)
+        return self.gaps.left_after_rest(self.ended - self._loaded_since, now - self.ended - kept)
+
+    def _rested_since_kv_leaves(self, now: int) -> int:
+        return max(0, now - max(self._leaving_since, self.ended))
+
+    def kv_leaves(self, now: int) -> None:
+        if not self._num_leaving:
+            self._leaving_since = now
+        self._num_leaving += 1
+
+    def kv_left(self, now: int) -> None:
+        self._num_leaving -= 1
+        if not self._num_leaving:
+            self._kept += self._rested_since_kv_leaves(now)
 
 
 class ModelTiming:
@@ -130,6 +155,7 @@ class ModelTiming:
             )
             for executor, cost in costs.items()
         }
+        self.load_drains = any(of_one.load_drain > 0 for of_one in gaps.values())  # and is to be told of transfers
 
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
         clock = self._clocks[executor]
@@ -177,3 +203,10 @@ class ModelTiming:
 
     def transfer_ends(self, source: int, command: ServeKv) -> None:
         return None
+
+    def kv_leaves(self, source: int, now: int) -> None:
+        """A transfer from `source` begins; `kv_left` is to be told of its end. To be called where `load_drains`."""
+        self._clocks[source].kv_leaves(now)
+
+    def kv_left(self, source: int, now: int) -> None:
+        self._clocks[source].kv_left(now)

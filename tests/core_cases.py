@@ -210,6 +210,7 @@ def _curve(rng: Random, start_ps: int) -> Curve:
 
 
 def _measured(rng: Random) -> CostModel:
+    shared = _part(rng)
     return MeasuredCost(
         rng.choice(((), (1, 2, 4, 8))),
         rng.choice((1, 8)),
@@ -222,8 +223,12 @@ def _measured(rng: Random) -> CostModel:
         _units(rng, 2),
         Measured(),
         launch_floor=_units(rng, 40),
-        decode_shared=_part(rng),
+        decode_shared=shared,
         mixed_shared=_part(rng),
+        longest_token=_units(rng, 1),
+        full_batch=rng.choice((0, 2, 4)),
+        full_kv=_units(rng, 2),
+        full_shared=rng.randint(0, shared),
     )
 
 

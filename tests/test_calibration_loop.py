@@ -51,7 +51,7 @@ COST = MeasuredCost(
     decode=0,
     chunk_rows=line(5e6, 20_000),
     pair=round(1.5 * UNITS_PER_NS),
-    cached_token=400 * UNITS_PER_NS,
+    cached_token=100 * UNITS_PER_NS,
     chunk=0,
     sample=0,
     mixed_kv=line(0, 38),
@@ -60,7 +60,11 @@ COST = MeasuredCost(
     chunk_graphs=True,
     graph_pair=2 * UNITS_PER_NS,
     graph_cached_token=900 * UNITS_PER_NS,
+    longest_token=500 * UNITS_PER_NS,
     decode_shared=round(0.4 * (1 << UNIT_BITS)),
+    full_batch=41,
+    full_kv=6 * UNITS_PER_NS,
+    full_shared=round(0.15 * (1 << UNIT_BITS)),
     mixed_shared=round(0.5 * (1 << UNIT_BITS)),
 )
 
@@ -114,6 +118,7 @@ def test_what_kv_costs_that_is_read_again_comes_out_as_it_is(fit: EngineFit) -> 
     assert fit.decode is not None
     assert fit.chunks is not None
     assert fit.decode.shared_part == pytest.approx(0.4, abs=0.02)
+    assert fit.decode.full_shared_part == pytest.approx(0.15, abs=0.02)
     assert fit.chunks.shared_part == pytest.approx(0.5, abs=0.05)
     told = {residual.family: residual for residual in fit.residuals}
     assert told["decode steps that share KV"].num_samples > 300
@@ -125,5 +130,12 @@ def test_attention_behind_cached_kv_comes_out_as_it_is_in_graphs_and_kernel_by_k
     assert fit.chunks is not None
     assert fit.chunks.graph_cached_token_ns == pytest.approx(900, rel=0.03)
     assert fit.chunks.graph_pair_ns == pytest.approx(2, rel=0.03)
-    assert fit.chunks.cached_token_ns == pytest.approx(400, rel=0.1)
+    assert fit.chunks.cached_token_ns == pytest.approx(100, abs=30)
+    assert fit.chunks.longest_token_ns == pytest.approx(500, rel=0.1)
     assert fit.chunks.pair_ns == pytest.approx(1.5, rel=0.05)
+
+
+def test_the_batch_from_which_another_kernel_reads_kv_is_found_and_what_it_takes_more(fit: EngineFit) -> None:
+    assert fit.decode is not None
+    assert fit.decode.full_batch == 41
+    assert fit.decode.full_kv_ns == pytest.approx(6, rel=0.05)

@@ -27,6 +27,7 @@ def curves(draw: st.DrawFn) -> Curve:
 
 @st.composite
 def costs(draw: st.DrawFn) -> MeasuredCost:
+    shared = draw(st.integers(0, 1 << 20))
     return MeasuredCost(
         graph_sizes=draw(st.sampled_from([(), graph_sizes(16), graph_sizes(300)])),
         row_multiple=draw(st.sampled_from([1, 64])),
@@ -43,7 +44,11 @@ def costs(draw: st.DrawFn) -> MeasuredCost:
         measured=Measured(),
         graph_pair=draw(st.just(-1) | SMALL),
         graph_cached_token=draw(SMALL),
-        decode_shared=draw(st.integers(0, 1 << 20)),
+        longest_token=draw(SMALL),
+        decode_shared=shared,
+        full_batch=draw(st.just(0) | st.integers(1, 200)),
+        full_kv=draw(SMALL),
+        full_shared=draw(st.integers(0, shared)),
         mixed_shared=draw(st.integers(0, 1 << 20)),
     )
 
@@ -141,7 +146,7 @@ def test_a_step_with_short_prompts_costs_the_rows_of_its_graph_and_one_without_a
     assert rows(0, (4096, 2000)) == 2048
 
 
-def test_chunks_of_a_graph_are_walked_through_side_by_side_and_kernel_by_kernel_one_after_another() -> None:
+def test_chunks_of_a_graph_are_walked_through_side_by_side_and_kernel_by_kernel_by_a_sum_and_the_longest() -> None:
     rows, zero = Curve.line(0, 0), Curve.line(0, 0)
     cost = MeasuredCost(
         graph_sizes=graph_sizes(64),
@@ -169,7 +174,11 @@ def test_chunks_of_a_graph_are_walked_through_side_by_side_and_kernel_by_kernel_
     assert time((1000, 10), (400, 10)) == time((1000, 10), (1000, 10)) == 300 * 1000
     assert time((1000, 400)) == 2 * chunk_pairs(1000, 400)
     assert time((1000, 90), (1000, 90)) == 2 * 2 * chunk_pairs(1000, 90)
-    assert time((1000, 1000), (1000, 100)) == sum(chunk_pairs(1000, n) + 100 * 1000 for n in (1000, 100))
+    by_a_sum = sum(chunk_pairs(1000, n) + 100 * 1000 for n in (1000, 100))
+    assert time((1000, 1000), (1000, 100)) == by_a_sum
+    cost = replace(cost, longest_token=7)
+    assert time((1000, 1000), (1000, 100)) == by_a_sum + 7 * 1000
+    assert time((1000, 1000), (400, 100)) == chunk_pairs(1000, 1000) + chunk_pairs(400, 100) + 100 * 1400 + 7 * 1000
 
 
 @given(costs().map(with_graphs), st.integers(1, 400), st.integers(0, 5000), st.integers(1, 5000), st.integers(0, 3000))
