@@ -15,7 +15,7 @@ from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.noise import Noise
 from disagg.experiments.prediction_intervals import drawn, predict_points, quiet
 from disagg.experiments.run_point import run_points
-from disagg.experiments.simulated_rows import simulate_rows
+from disagg.experiments.simulated_rows import simulate_rows, simulate_summary
 from disagg.reports.prediction_intervals import METRICS, predicted, read_predictions
 from disagg.reports.run_errors import differing_keys
 from disagg.reports.runs import Run
@@ -119,6 +119,15 @@ def test_a_draw_can_be_made_again_by_the_keys_of_the_file(tmp_path: Path) -> Non
     assert drawn(config_of(tmp_path, "noise_seed=7"), FEW, 2) == config_of(tmp_path, *keys)
     assert drawn(config_of(tmp_path), FEW, 2) == config_of(tmp_path, *keys), "the experiment's seed is 7, too"
     assert quiet(config_of(tmp_path, "step_jitter=0.1", "step_error=0.1")) == config_of(tmp_path)
+
+
+def test_intervals_are_those_of_the_draws_and_of_no_other_run(tmp_path: Path) -> None:
+    sweep = "sweep: {policy.router: [round_robin, least_tokens]}\n"
+    points = run_points(load_experiment(written(tmp_path, sweep)), tmp_path)
+    found = predict_points(points, Noise(draws=2, jitter=0.1, error=0.1))
+    for point, prediction in zip(points, found.values(), strict=True):
+        draws = [simulate_summary(drawn(point.experiment, Noise(2, 0.1, 0.1), number)) for number in range(2)]
+        assert prediction == predicted(simulate_summary(point.experiment), draws)
 
 
 def test_the_median_of_the_draws_lies_between_the_bounds_of_every_figure(tmp_path: Path) -> None:
