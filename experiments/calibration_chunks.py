@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -34,8 +34,11 @@ _LEAST_BEHIND: Final = 40  # steps of either kind: fewer told pairs from cached 
 _LEAST_SEVERAL: Final = 20  # steps of several chunks behind KV, kernel by kernel
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
 _LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
+_DRAINS: Final = (0, 1, 2, 3, 5, 10)  # ns of load that a ns of rest takes; 0: all of it at once
+_RESTS_NS: Final = (1e6, 6e7)  # that tell at which rate
 # Samples of small, of middling and of large steps, to tell what a load does from what rows do.
 _LEAST_LOADED: Final = 20
+_LEAST_RESTED: Final = 20  # steps behind a rest behind a load
 _MOST_SHARE: Final = 0.25
 _LEAST_GAIN: Final = 0.1  # of the fit's error
 # (query, key) pairs that take as long as one token of the longest KV before a chunk, in a graph's attention.
@@ -91,16 +94,14 @@ def fit_chunks(
     which = np.unique(before, return_inverse=True)[1].reshape(-1)
     told, shared = without_shared(columns, ~waits if in_graphs is None else ~waits & tells)
     of_told = {name: columns[name][told] for name in keys}
-    groups = (rows[told], *of_told.values(), longest[told], kv[told] // 1024, which[told])
+    load = _Load(columns)
+    tells_of_rests = load.tells_of_rests(told)
+    rests = [load.rests()[told]] if tells_of_rests else []
+    groups = (rows[told], *of_told.values(), longest[told], kv[told] // 1024, which[told], *rests)
 
-    loaded_ns = _loaded_ns(columns)
-
-    def slower(share: float, after_ns: float) -> Floats:
-        return np.asarray(1 + share * np.minimum(loaded_ns / after_ns, 1.0))
-
-    def under_load(share: float, after_ns: float) -> tuple[Fitted, Floats, float]:
+    def under_load(share: float, after_ns: float, drain: int) -> tuple[Fitted, Floats, float]:
         features = cool.copy()
-        features[:, :own] *= slower(share, after_ns)[:, None]
+        features[:, :own] *= load.slower(share, after_ns, drain)[:, None]
         points = points_of(groups, features[told], ns[told])
         found = fit_points(points, ns[told], features[told], "steps with chunks")
         off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
@@ -111,18 +112,21 @@ def fit_chunks(
 
     def error_of(walk: int) -> float:
         walking(walk)
-        return under_load(share, after_ns)[2]
+        return under_load(share, after_ns, drain)[2]
 
-    share, after_ns, walk = 0.0, _LOAD_AFTER_NS[0], 0
+    share, after_ns, drain, walk = 0.0, _LOAD_AFTER_NS[0], 0, 0
     if in_graphs is not None:
         walk = min(_WALKS, key=error_of)
         walking(walk)
-    under = rows[told & (loaded_ns > _LOAD_AFTER_NS[0])]
+    under = rows[told & (load.ns(after_ns, 0) > _LOAD_AFTER_NS[0])]
     if np.histogram(under, np.array((0, 1, 3, 4)) * rows.max() / 4)[0].min() >= _LEAST_LOADED:
-        share, after_ns = _best_load(lambda share, after_ns: under_load(share, after_ns)[2])
-    fitted, features, _ = under_load(share, after_ns)
+        drains = _DRAINS if tells_of_rests else _DRAINS[:1]
+        share, after_ns, drain = _best_load(
+            lambda share, after_ns, drain: under_load(share, after_ns, drain)[2], drains
+        )
+    fitted, features, _ = under_load(share, after_ns, drain)
     x = fitted.coefficients
-    read_ns, by = curve_at(kv_knots, x[at + 5 : at + 6]), slower(share, after_ns)
+    read_ns, by = curve_at(kv_knots, x[at + 5 : at + 6]), load.slower(share, after_ns, drain)
     rest = features @ x - read_ns(kv) * by
     part = saved_part(columns, shared, lambda read: rest + read_ns(read) * by)
     fitted_ns = rest + read_ns(kv_read(columns, part)) * by
@@ -154,7 +158,11 @@ def fit_chunks(
     if len(found) > len(kinds):
         shifts["kernels"] = found[-1]
     if share:
-        shifts |= {"millionths_under_load": round(share * 1e6), "load_after": round(after_ns * 1000)}
+        shifts |= {
+            "millionths_under_load": round(share * 1e6),
+            "load_after": round(after_ns * 1000),
+            "load_drain": drain,
+        }
     return fit, [fitted.residual, *residuals], shifts
 
 
@@ -192,31 +200,76 @@ def _tells_attention_apart(columns: dict[str, Any], in_graphs: NDArray[np.bool_]
     return min(len(each) for each in found) >= _LEAST_BEHIND and len(np.unique(found[0])) >= LEAST_SAMPLES
 
 
-def _loaded_ns(columns: dict[str, Any]) -> Floats:
-    """For how long steps with chunks had followed each other when each of these began."""
-    order = np.lexsort((columns["step"], columns["epoch"], columns["executor"], columns["session"]))
-    place = np.stack([columns[name][order] for name in ("session", "executor")], axis=1)
-    follows = (columns["before"][order] == "chunk") & np.concatenate(([False], (place[1:] == place[:-1]).all(axis=1)))
-    ends = np.cumsum(columns["duration_ps"][order] / 1000.0)
-    begins = np.concatenate(([0.0], ends[:-1]))
-    loaded = np.empty(len(order))
-    loaded[order] = begins - np.maximum.accumulate(np.where(follows, 0.0, begins))
-    return loaded
+class _Load:
+    """For how long steps with chunks had followed each other when each of these began, less what rests took of it."""
+
+    def __init__(self, columns: dict[str, Any]) -> None:
+        self._order = np.lexsort((columns["step"], columns["epoch"], columns["executor"], columns["session"]))
+        names = ("session", "executor", "before", "duration_ps", "rest_ps", "rest_in_transfer_ps")
+        session, executor, before, duration, rest, kept = (columns[name][self._order] for name in names)
+        same = np.concatenate(([False], (session[1:] == session[:-1]) & (executor[1:] == executor[:-1])))
+        self._durations: list[int] = duration.tolist()
+        self._follows: list[bool] = (same & (before == "chunk")).tolist()
+        # of each that does not, the rest before it in which a load drains; -1: none of it is left, however fast it does
+        self._rests: list[int] = np.where(same & (before == "idle") & (rest > 0), rest - kept, -1).tolist()
+        self._found: dict[tuple[int, int], Floats] = {}
+
+    def ns(self, after_ns: float, drain: int) -> Floats:
+        """Of each step. A rest takes `drain` times itself of a load that counts up to `after_ns`; all of it where that is 0."""
+        after = round(after_ns * 1000)
+        if (after, drain) not in self._found:
+            found = np.empty(len(self._order))
+            found[self._order] = list(self._picoseconds(after, drain))
+            self._found[after, drain] = found / 1000
+        return self._found[after, drain]
+
+    def _picoseconds(self, after: int, drain: int) -> Iterator[int]:
+        load = 0
+        for follows, rest, duration in zip(self._follows, self._rests, self._durations, strict=True):
+            if not follows:
+                load = max(0, min(load, after) - drain * rest) if drain and rest >= 0 else 0
+            yield load
+            load += duration
+
+    def slower(self, share: float, after_ns: float, drain: int) -> Floats:
+        return np.asarray(1 + share * np.minimum(self.ns(after_ns, drain) / after_ns, 1.0))
+
+    def rests(self) -> NDArray[np.int64]:
+        """A number for each step by the rest before it, in which a load drains: about equal ones have the same."""
+        found = np.empty(len(self._order), dtype=np.int64)
+        found[self._order] = np.log2(np.maximum(np.array(self._rests), 1)).astype(np.int64)
+        return found
+
+    def tells_of_rests(self, told: NDArray[np.bool_]) -> bool:
+        """Whether there are enough steps behind a rest behind a load."""
+        least, most = _RESTS_NS
+        rests = np.array(self._rests) / 1000
+        before = np.concatenate(
+            ([0.0], (self.ns(_LOAD_AFTER_NS[0], 0)[self._order] + np.array(self._durations) / 1000)[:-1])
+        )
+        behind = (before >= _LOAD_AFTER_NS[0]) & (rests >= least) & (rests <= most)
+        return int((behind & told[self._order]).sum()) >= _LEAST_RESTED
 
 
-def _best_load(error: Callable[[float, float], float]) -> tuple[float, float]:
-    """(how much longer, in proportion, steps under load are, after how many ns) where the error is least: first over a
-    coarse grid, then closer around the best share, to a thousandth. None longer where that gains less than a tenth.
+def _best_load(error: Callable[[float, float, int], float], drains: Sequence[int]) -> tuple[float, float, int]:
+    """(how much longer, in proportion, steps under load are, after how many ns, how much of it a ns of rest takes) where the
+    error is least: for each of `drains` first over a coarse grid, then closer around the best share, to a thousandth. None
+    longer where that gains less than a tenth.
     """
-    tried = {(share, after): error(share, after) for share in (0.04, 0.08, 0.12) for after in _LOAD_AFTER_NS}
-    none = error(0.0, _LOAD_AFTER_NS[0])
-    for step in (0.02, 0.01, 0.005, 0.002, 0.001):
-        best, after = min(tried, key=lambda key: (tried[key], key))
-        for share in (best - step, best + step):
-            if 0 < share <= _MOST_SHARE and (share, after) not in tried:
-                tried[share, after] = error(share, after)
-    best, after = min(tried, key=lambda key: (tried[key], key))
-    return (round(best, 4), after) if tried[best, after] < (1 - _LEAST_GAIN) * none else (0.0, after)
+    least = {}
+    for drain in drains:
+        tried = {(share, after): error(share, after, drain) for share in (0.04, 0.08, 0.12) for after in _LOAD_AFTER_NS}
+        for step in (0.02, 0.01, 0.005, 0.002, 0.001):
+            best, after = min(tried, key=lambda key: (tried[key], key))
+            for share in (best - step, best + step):
+                if 0 < share <= _MOST_SHARE and (share, after) not in tried:
+                    tried[share, after] = error(share, after, drain)
+        share, after = min(tried, key=lambda key: (tried[key], key))
+        least[share, after, drain] = tried[share, after]
+    share, after, drain = min(least, key=lambda key: (least[key], key))
+    if least[share, after, drain] >= (1 - _LEAST_GAIN) * error(0.0, _LOAD_AFTER_NS[0], 0):
+        return 0.0, after, 0
+    return round(share, 4), after, drain
 
 
 def _late_kernels(

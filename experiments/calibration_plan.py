@@ -53,6 +53,16 @@ _CACHED: Final = tuple(
     )
 )
 _MOST_NAMES: Final = 1 << 24  # blocks of one prompt
+# Bursts of so long each, behind rests that are as even as the length of a burst is foreseen; the first prompt of each is
+# the one that is behind the rest.
+_BURST_S: Final = 0.12
+_RESTS_S: Final = tuple(0.002 + 0.005 * i for i in range(12))
+_LONGER: Final = 1.1  # than a data sheet says: better a rest too long than none
+_LONG_REST_S: Final = 0.1
+_RESTED_IN_A_ROW: Final = 6  # bursts
+_RESTED: Final = (256, 1024, 2048)  # tokens of the first prompt, about
+_LOADING: Final = 1024  # tokens of each of the others
+_AT_ONCE: Final = 18  # prompts of a step, of those that are handed over without a rest
 _ROUND_ROBIN: Final = PolicySpec("round_robin")
 
 
@@ -70,12 +80,23 @@ class Effort:
     poisson: int
     most_tokens: int  # of one prompt
     busy: tuple[tuple[int | None, float], ...]  # (prompts at a time, seconds) without a rest; None: two full batches
+    rests: int  # of each length, behind a load
+    handed_over_s: float  # seconds of hand-overs without a rest
 
 
 STANDARD: Final = Effort(
-    12, 2, 4, 1, ((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)), 60, 32_768, ((2, 2.0), (6, 3.0), (None, 5.0))
+    hold=12,
+    rounds=2,
+    repeats=4,
+    share=1,
+    serving=((1, 12), (4, 30), (16, 80), (64, 180), (128, 260)),
+    poisson=60,
+    most_tokens=32_768,
+    busy=((2, 2.0), (6, 3.0), (None, 5.0)),
+    rests=3,
+    handed_over_s=4.0,
 )
-QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, ())
+QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, (), 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,7 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
         *_decodes(cluster, effort),
         *_shared(cluster, effort, cost),
         *_serving(config, cluster, effort, cost),
+        *_loads(cluster, effort, cost),
     ]
     random = Random(config.seed)
     tokens = tuple(random.choices(range(_TOKEN_IDS), k=2 * (cluster.longest + 1)))
@@ -335,6 +357,50 @@ def _busy(lengths: Iterable[_Ask], cluster: _Cluster, seconds: float, cost: Roof
         if left < 0:
             return
         yield _Ask(ask.prompt, 1)
+
+
+def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+    """What a rest takes of a load, on executors that hand over: prompts alone, in bursts that rests part, and so many small
+    prompts that KV leaves all the time.
+    """
+    if not cluster.hands_over:
+        return
+    if rested := list(_rested(cluster, effort, cost)):
+        yield _Plan("contexts after rests", rested, None)
+    mean = min(cluster.step_tokens // _AT_ONCE, cluster.longest // 4, effort.most_tokens)
+    at_once = min(_AT_ONCE, cluster.context_batch)
+    if not effort.handed_over_s or mean < _PROMPTS[0] or cluster.rounded(2 * mean) * at_once > cluster.kv_tokens:
+        return
+    step_s = cost.step_time(StepFeatures(0, 0, ((0, mean, True),) * at_once)) / UNITS_PER_S
+    count = min(_MOST_BUSY, round(effort.handed_over_s * at_once / step_s)) * cluster.num_prefilling
+    asks = [_Ask(n, 2) for n in _spread(mean, count, 2 * mean, Random(31))]
+    yield _Plan("hand-overs without a rest", asks, 3 * at_once * cluster.num_prefilling)  # some are on their way
+
+
+def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Ask]:
+    """Bursts each of which begins with one prompt alone; the others come while it runs. Some come after so long a rest that
+    none before is still running.
+    """
+
+    def seconds(*prompts: int) -> float:
+        return cost.step_time(StepFeatures(0, 0, tuple((0, n, True) for n in prompts))) / UNITS_PER_S
+
+    random, at = Random(37), 0.0
+    rests = [rest for rest in _RESTS_S for _ in range(effort.rests)]
+    rests = random.sample(rests, len(rests))
+    for i in range(len(rests) - _RESTED_IN_A_ROW, 0, -_RESTED_IN_A_ROW):
+        rests.insert(i, _LONG_REST_S)
+    for number, rest in enumerate(rests):
+        first = random.randint(*(round(_RESTED[number % len(_RESTED)] * by) for by in (0.9, 1.0)))
+        alone_s, each_s = seconds(first), seconds(_LOADING, _LOADING) / 2
+        count = max(1, round((_BURST_S - alone_s) / each_s))
+        others = (_LOADING,) * count
+        fits = cluster.rounded(first) + count * cluster.rounded(_LOADING) <= cluster.kv_tokens // 2
+        if not fits or count > cluster.context_batch or max(first, sum(others)) > cluster.step_tokens:
+            return  # of a device that is too small or too fast for such a load
+        yield from [_Ask(first, 1, at)] * cluster.num_prefilling
+        yield from [_Ask(n, 1, at + alone_s / 3) for n in others for _ in range(cluster.num_prefilling)]
+        at += _LONGER * (alone_s + seconds(*others)) + rest
 
 
 def _lengths(config: Experiment, cluster: _Cluster, effort: Effort) -> list[tuple[int, int]]:

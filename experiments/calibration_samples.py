@@ -60,6 +60,10 @@ class StepSample(Struct, frozen=True, array_like=True):
     sends_early: bool = False  # KV might be asked for early: a step with chunks told of its layers, and was no graph
     num_shared_kv: int = 0  # of the KV tokens, those that are read again, from blocks that sequences share
     longest_cached: int = -1  # the most tokens cached before one chunk; -1: a sample of a time that did not tell
+    # From the end of the step before it, where that had chunks, to this one's plan; 0 if they follow each other. -1: there
+    # was no such step, or a sample of a time that did not tell.
+    rest_ps: int = -1
+    rest_in_transfer_ps: int = 0  # of the rest, how long KV left the executor
 
 
 class MessageSample(Struct, frozen=True, array_like=True):
@@ -123,7 +127,8 @@ class Samples(Struct):
         for executor in sorted(frames):
             if executor != ORCHESTRATOR:
                 busy = [(a, b) for s, a, b in transfers if executor in (s.source, s.reader)]
-                steps = _steps(number, executor, frames[executor], result.step_ends.get(executor, ()), busy)
+                leaving = [(a, b) for s, a, b in transfers if executor == s.source]
+                steps = _steps(number, executor, frames[executor], result.step_ends.get(executor, ()), busy, leaving)
                 self.steps += [replace(step, sends_early=True) for step in steps] if sends_early else steps
 
 
@@ -136,6 +141,7 @@ def _steps(
     frames: Sequence[Frame],
     step_ends: Iterable[tuple[int, int, int]],
     busy: Sequence[tuple[int, int]],
+    leaving: Sequence[tuple[int, int]],
 ) -> list[StepSample]:
     ends: dict[int, dict[int, int]] = defaultdict(dict)
     for epoch, step, at in step_ends:
@@ -147,6 +153,7 @@ def _steps(
         following = plans[i + 1][1] if i + 1 < len(plans) else None
         of_epoch = ends.get(run.epoch, {})
         last = following.first_step - 1 if following is not None and following.epoch == run.epoch else run.last_step
+        is_behind_chunks = before == "chunk"
         if before != NOTHING and ordered > last_end:
             before = "idle"
         for step in range(run.first_step, last + 1):
@@ -156,9 +163,24 @@ def _steps(
             is_first = step == run.first_step
             start = max(ordered, last_end) if is_first else last_end
             kind = FOLLOWING if not is_first else FIRST if step == 1 else CONTINUED
-            found.append(_step(session, executor, run, step, kind, before if is_first else "same", start, end, busy))
+            sample = _step(session, executor, run, step, kind, before if is_first else "same", start, end, busy)
+            if is_first and is_behind_chunks:
+                kept = _time_of(leaving, last_end, start) if start > last_end else 0
+                sample = replace(sample, rest_ps=start - last_end, rest_in_transfer_ps=kept)
+            found.append(sample)
             last_end = end
         before = "chunk" if run.chunks else "decode"
+    return found
+
+
+def _time_of(spans: Iterable[tuple[int, int]], begin: int, end: int) -> int:
+    """How much of the time from `begin` to `end` lies in any of the spans."""
+    found, covered = 0, begin
+    for a, b in sorted(spans):
+        a, b = max(a, covered), min(b, end)
+        if b > a:
+            found += b - a
+            covered = b
     return found
 
 

@@ -17,6 +17,7 @@ from .cli_bench import bench_app
 from .cli_calibrate import calibrate, profile_app
 from .cli_format import Format, Json, wants_json
 from .errors import EXIT_CONFIGURATION, EXIT_INTERRUPTED, EXIT_RESOURCES, EXIT_TIMEOUT, ConfigError, ExperimentError
+from .noise import DRAWS, ERROR, JITTER, Noise
 
 
 class _Interrupted(BaseException):
@@ -122,6 +123,36 @@ def plan(
         as_json=wants_json(format, json),
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def interval(
+    file: File,
+    draws: Annotated[int, typer.Option(help="Simulations with noise, of each point and repeat.")] = DRAWS,
+    jitter: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of step times, drawn for every epoch: hardware beside itself.")
+    ] = JITTER,
+    error: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of step times, drawn once a run: the cost model's own.")
+    ] = ERROR,
+    sets: Sets = None,
+    output: Annotated[Path | None, typer.Option(help="Write the predictions to this file, .json.")] = None,
+    workers: Workers = "auto",
+    format: Format = "text",
+    json: Json = False,
+) -> None:
+    """Predict by simulation, every figure with the interval in which it scatters as steps do; writes no runs."""
+    from .cli_interval import interval_file
+    from .cli_run import parse_workers
+
+    interval_file(
+        file,
+        Noise(draws, jitter, error),
+        overrides=sets or [],
+        workers=parse_workers(workers),
+        as_json=wants_json(format, json),
+        output=output,
+    )
 
 
 @app.command()
@@ -238,6 +269,10 @@ def fidelity(
         Path | None,
         typer.Option(metavar="PAGE.json", help="A page beside it, whose other experiments are taken over."),
     ] = None,
+    intervals: Annotated[
+        Path | None,
+        typer.Option(metavar="PREDICTIONS.json", help="Of `disagg interval`: its intervals stand beside the figures."),
+    ] = None,
     metric: RankedBy = "mean_ttft",
     replay: Replay = True,
     root: Root = None,
@@ -249,7 +284,15 @@ def fidelity(
 
     as_json = wants_json(format, json)
     write_fidelity(
-        folder, output, commit=commit, metric=metric, as_json=as_json, replay=replay, root=root, earlier=earlier
+        folder,
+        output,
+        commit=commit,
+        metric=metric,
+        as_json=as_json,
+        replay=replay,
+        root=root,
+        earlier=earlier,
+        intervals=intervals,
     )
 
 

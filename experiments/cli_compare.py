@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from ..policies.interfaces import PolicyError
 from ..reports.attribution import Split, split_errors, stage_differences
 from ..reports.error_figures import scatter
 from ..reports.error_text import pair_text, ranking_text
-from ..reports.fidelity import Group, groups_of
+from ..reports.fidelity import Group, groups_of, mismatch
 from ..reports.fidelity_page import (
     Fidelity,
     Finding,
@@ -27,6 +27,7 @@ from ..reports.fidelity_page import (
     finding_of,
     read_data,
 )
+from ..reports.prediction_intervals import Interval, Prediction, read_predictions
 from ..reports.ranking import Ranking, metric_key, rank_trees, rankings
 from ..reports.run_errors import Matched, RunPair, match_trees
 from ..reports.runs import ReportError, Run
@@ -157,22 +158,25 @@ def write_fidelity(
     replay: bool,
     root: Path | None,
     earlier: Path | None = None,
+    intervals: Path | None = None,
 ) -> None:
     """Write the table of every experiment below `folder` to `output` (.md), with the .json and the plots beside it.
 
     `earlier`: the .json of such a page beside `output`, whose other experiments are taken over as they stand there.
+    `intervals`: a file of predictions, whose intervals stand beside those experiments of the folder that it predicts.
     Raises ConfigError for runs that do not belong together, or a file that is no such page.
     """
     if output.suffix != ".md":
         raise ConfigError(f"--output {output}: must end in .md; the data go beside it, in .json")
     with _told():
+        predictions = read_predictions(intervals) if intervals is not None else {}
         groups = groups_of(folder)
         plots = output.with_suffix("")
         before = read_data(earlier) if earlier is not None else Fidelity((), ())
         if earlier is not None and earlier.parent.resolve() != output.parent.resolve():
             raise ConfigError(f"--earlier {earlier}: must lie beside {output}, or its plots would not be found")
         found = Fidelity(
-            tuple(_finding(group, folder, commit, plots, replay, root) for group in groups),
+            tuple(_finding(group, folder, commit, plots, replay, root, predictions) for group in groups),
             tuple(_rankings(groups, metric_key(metric))),
         ).beside(before)
     data = json.dumps(as_data(found), indent=1)
@@ -190,7 +194,27 @@ def write_fidelity(
     print(f"wrote {output} and {output.with_suffix('.json')}")
 
 
-def _finding(group: Group, folder: Path, commit: str | None, plots: Path, replay: bool, root: Path | None) -> Finding:
+def _intervals_of(group: Group, predictions: Mapping[str, Prediction]) -> Mapping[str, Interval]:
+    """Of the group's prediction; none, and a warning, if it is another than the simulated run."""
+    prediction = predictions.get(group.title)
+    if prediction is None:
+        return {}
+    differs = mismatch(group, prediction)
+    if differs:
+        print(f"warning: {group.title}: no intervals: {differs}", file=sys.stderr)
+        return {}
+    return prediction.intervals
+
+
+def _finding(
+    group: Group,
+    folder: Path,
+    commit: str | None,
+    plots: Path,
+    replay: bool,
+    root: Path | None,
+    predictions: Mapping[str, Prediction],
+) -> Finding:
     commit = commit or commit_of(group)
     if not group.pairs:
         return finding_of(group, folder, commit)
@@ -203,7 +227,9 @@ def _finding(group: Group, folder: Path, commit: str | None, plots: Path, replay
         file = plots / f"{group.title.translate(_UNSAFE)}.png"
         file.write_bytes(drawing.png)
         plot = f"{plots.name}/{file.name}"
-    return finding_of(group, folder, commit, split=split, why_no_split=why_not if replay else "", plot=plot)
+    intervals = _intervals_of(group, predictions)
+    told = why_not if replay else ""
+    return finding_of(group, folder, commit, split=split, why_no_split=told, plot=plot, intervals=intervals)
 
 
 def _rankings(groups: Sequence[Group], key: str) -> Iterator[Ranking]:

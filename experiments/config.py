@@ -133,6 +133,12 @@ class Cluster(Keys):
     step_jitter: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.0, description="simulation only: noise of step times, as a share; `disagg profile show` says what was seen"
     )
+    step_error: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        0.0,
+        description="simulation only: what step times are off all through a run, as a share; drawn once for each"
+        " executor, of steps with chunks and of others",
+    )
+    noise_seed: Seed | None = Field(None, description="of step_jitter and step_error; default: the experiment's seed")
     context_servers: ServerGroup | None = None
     generation_servers: ServerGroup | None = None
     mixed_servers: ServerGroup | None = None

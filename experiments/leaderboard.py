@@ -26,7 +26,7 @@ from .manifest import git_commit
 from .plan_rates import at_rate, base_rate
 from .regret import regret_task
 from .run_simulation import costs_of
-from .simulated_rows import simulate_rows
+from .simulated_rows import objectives_of, simulate_summary
 from .streams import repeat_seed
 from .sweep_task import experiment_from, plain_of
 from .workload import phase_counts
@@ -220,13 +220,6 @@ def _described(scenario: Scenario) -> BoardScenario:
     )
 
 
-def objectives_of(config: Experiment) -> dict[str, float]:
-    """Milliseconds by key of `slo`, of those that are given."""
-    slo = config.slo
-    found = {} if slo is None else {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms, "e2e_ms": slo.e2e_ms}
-    return {key: value for key, value in found.items() if value is not None}
-
-
 def _filled(place: BoardRun, answer: dict[str, Any]) -> BoardRun:
     return replace(place, values=answer.get("values") or {}, error=answer.get("error"))
 
@@ -242,16 +235,10 @@ def task_text(config: Experiment, digest: str, **more: Any) -> str:
 
 def run_task(text: str) -> str:
     """A worker's deed: one simulation; its measures under `values`, or what went wrong under `error`, as JSON."""
-    from ..reports.summary import brief_summary
-
-    config = experiment_from(json.loads(text))
     try:
-        rows = simulate_rows(config)
+        summary = simulate_summary(experiment_from(json.loads(text)))
     except ExperimentError as error:
         return _failed("; ".join(error.problems))
-    keys = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s", "e2e_ms": "e2e_latency_s"}
-    objectives = {keys[key]: value / 1e3 for key, value in objectives_of(config).items()}
-    summary = brief_summary(rows.counted, objectives)
     return json.dumps({"values": {key: summary[key] for key in MEASURES}})
 
 

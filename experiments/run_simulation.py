@@ -111,6 +111,11 @@ def link_costs(config: Experiment, executors: dict[int, ExecutorConfig]) -> Call
     return cost
 
 
+def noise_seed(config: Experiment) -> int:
+    """What the noise of step times is drawn by."""
+    return config.seed if config.cluster.noise_seed is None else config.cluster.noise_seed
+
+
 def build_cluster(
     config: Experiment,
     *,
@@ -123,7 +128,12 @@ def build_cluster(
     return SimulatedCluster(
         cluster,
         ModelTiming(
-            costs_of(config), message_latency(config), config.cluster.step_jitter, config.seed, gaps=gaps_of(config)
+            costs_of(config),
+            message_latency(config),
+            config.cluster.step_jitter,
+            noise_seed(config),
+            gaps=gaps_of(config),
+            error=config.cluster.step_error,
         ),
         kv_bytes_per_token=shape_of(config).kv_bytes_per_token,
         link_cost=link_costs(config, {e.id: e for e in cluster.executors}),

@@ -53,6 +53,22 @@ def simulate_rows(config: Experiment) -> SimulatedRows:
     return SimulatedRows(frame_of(requests, RequestRow), frame_of(decisions, DecisionRow))
 
 
+def simulate_summary(config: Experiment) -> dict[str, Any]:
+    """`brief_summary` of a simulation: what its summary.json would say of its requests. Raises as `simulate_into` does."""
+    from ..reports.summary import brief_summary
+
+    keys = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s", "e2e_ms": "e2e_latency_s"}
+    objectives = {keys[key]: value / 1e3 for key, value in objectives_of(config).items()}
+    return brief_summary(simulate_rows(config).counted, objectives)
+
+
+def objectives_of(config: Experiment) -> dict[str, float]:
+    """Milliseconds by key of `slo`, of those that are given."""
+    slo = config.slo
+    found = {} if slo is None else {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms, "e2e_ms": slo.e2e_ms}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def simulate_into(config: Experiment, record: Callable[[Any, PlannedRequest | None], None]) -> None:
     """Simulate `config`; every row of every table goes to `record`, a request's row with what was planned of it.
 

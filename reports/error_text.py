@@ -9,6 +9,7 @@ from .attribution import Split, StageDifference
 from .comparison import label_of, split_key
 from .fidelity import GOALS, FidelityRow
 from .metric_table import BY_KEY
+from .prediction_intervals import METRICS, Prediction
 from .ranking import LEAST_PAIRS, LEAST_POLICIES, Ranking
 from .run_errors import ErrorRow, RunPair
 from .tables import number
@@ -77,6 +78,21 @@ def _interval(row: ErrorRow) -> str:
         return ""
     low, high = ("?" if bound is None else _scaled(row.key, bound) for bound in (row.low, row.high))
     return f"[{low}, {high}]"
+
+
+def prediction_table(prediction: Prediction) -> str:
+    """Each metric of a prediction with the median of the draws and the bounds of their interval."""
+    lines = []
+    for key in METRICS:
+        found = prediction.intervals.get(key)
+        drawn = (None, None, None) if found is None else (found.median, found.low, found.high)
+        values = (prediction.values.get(key), *drawn)
+        if key == "num_completed":  # a count, which has no place among metrics
+            cells = ["completed", "requests", *(number(v) for v in values)]
+        else:
+            cells = [label_of(key), _unit(key), *(_scaled(key, v) for v in values)]
+        lines.append(cells)
+    return table(("metric", "unit", "predicted", "median", "5 %", "95 %"), lines, 2)
 
 
 def stage_table(differences: Sequence[StageDifference]) -> str:
@@ -201,7 +217,8 @@ _GOAL_KEYS: Final = {goal.metric: goal.key for goal in GOALS}
 
 
 def fidelity_table(rows: Sequence[FidelityRow]) -> str:
-    """The rows of one experiment."""
+    """The rows of one experiment, with the intervals of its prediction where any are known."""
+    has_intervals = any(row.interval is not None for row in rows)
     lines = []
     for row in rows:
         key = _GOAL_KEYS[row.metric]
@@ -212,6 +229,7 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> str:
                 row.metric,
                 _unit(key),
                 _scaled(key, row.simulated),
+                *((_bounds(key, row.interval),) if has_intervals else ()),
                 _scaled(key, row.measured),
                 percent(row.error, in_points=points),
                 percent(row.floor, in_points=points, signed=False),
@@ -221,5 +239,10 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> str:
                 row.note,
             )
         )
-    header = ("metric", "unit", "simulated", "measured", "error", "floor", "goal", "limit", "met", "note")
+    drawn = ("5–95 %",) if has_intervals else ()
+    header = ("metric", "unit", "simulated", *drawn, "measured", "error", "floor", "goal", "limit", "met", "note")
     return table(header, lines, 2)
+
+
+def _bounds(key: str, interval: tuple[float, float] | None) -> str:
+    return "–" if interval is None else f"{_scaled(key, interval[0])} to {_scaled(key, interval[1])}"

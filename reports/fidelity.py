@@ -6,12 +6,15 @@ run or more. With several, the measured value is their mean and the floor their 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import isclose
 from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from .prediction_intervals import Interval, Prediction
 from .run_errors import ATTAINMENT_RANGE, ErrorRow, RunPair
 from .runs import ReportError, Run, find_runs
 
@@ -26,7 +29,9 @@ class Goal(Struct, frozen=True):
     when: str = ""
 
 
+_WIDE: Final = "interval wider than the goal"
 _AT_CAPACITY: Final = "closed loop or past saturation"
+_SAME: Final = 1e-6  # relative: of one prediction, written down twice
 _IN_RANGE: Final = f"hardware between {ATTAINMENT_RANGE[0]:.0%} and {ATTAINMENT_RANGE[1]:.0%}"
 GOALS: Final = (
     Goal("throughput", "throughput", 0.03, when=_AT_CAPACITY),
@@ -47,7 +52,8 @@ class FidelityRow(Struct, frozen=True):
 
     `floor`: largest difference between two hardware runs in the same measure, None with a single run. `limit` is the
     larger of goal and floor. `met` None where the goal does not apply; `note` says why. `low`, `high`: 95 % interval of
-    the first hardware run, `n` its observations.
+    the first hardware run, `n` its observations. `interval`: 5 to 95 % of the noisy simulations, None where they are not
+    known; `inside`: whether `measured` lies in it. Neither has a say in `met`.
     """
 
     experiment: str
@@ -63,6 +69,8 @@ class FidelityRow(Struct, frozen=True):
     n: int = 0
     low: float | None = None
     high: float | None = None
+    interval: tuple[float, float] | None = None
+    inside: bool | None = None
 
 
 class Group:
@@ -116,13 +124,36 @@ def groups_of(folder: Path) -> list[Group]:
     return groups
 
 
-def fidelity_rows(group: Group, goals: Sequence[Goal] = GOALS) -> list[FidelityRow]:
-    """A row per goal that both worlds have a value for; none for an experiment that lacks one of them."""
+def fidelity_rows(
+    group: Group, goals: Sequence[Goal] = GOALS, intervals: Mapping[str, Interval] | None = None
+) -> list[FidelityRow]:
+    """A row per goal that both worlds have a value for; none for an experiment that lacks one of them.
+
+    `intervals` are those of the prediction, by key of a summary.
+    """
+    intervals = intervals or {}
     keys = [goal.key for goal in goals]
     errors = [{row.key: row for row in pair.errors(keys)} for pair in group.pairs]
     if not errors:
         return []
-    return [_row(group.title, goal, [each[goal.key] for each in errors if goal.key in each]) for goal in goals]
+    return [
+        _beside(
+            _row(group.title, goal, [each[goal.key] for each in errors if goal.key in each]), intervals.get(goal.key)
+        )
+        for goal in goals
+    ]
+
+
+def _beside(row: FidelityRow, interval: Interval | None) -> FidelityRow:
+    """The row with the interval of its prediction, which changes nothing of its judgement."""
+    if interval is None or row.measured is None:
+        return row
+    scale = 1.0 if row.metric == "slo_attainment" else row.measured
+    notes = [row.note] if row.note else []
+    if interval.high - interval.low > 2 * row.goal * scale:  # the goal is a band as wide to either side
+        notes.append(_WIDE)
+    bounds = interval.low, interval.high
+    return replace(row, note="; ".join(notes), interval=bounds, inside=interval.holds(row.measured))
 
 
 def _row(title: str, goal: Goal, errors: Sequence[ErrorRow]) -> FidelityRow:
@@ -175,6 +206,18 @@ def summary_excerpt(run: Run, folder: Path) -> dict[str, Any]:
         "experiment_file": file_name(run),
         **{key: summary.get(key) for key in wanted},
     }
+
+
+def mismatch(group: Group, prediction: Prediction) -> str:
+    """How `prediction` differs from the simulated run, whose intervals it then does not hold; empty where it does not."""
+    if not group.pairs:
+        return ""
+    summary = group.pairs[0].simulated.summary
+    for goal in GOALS:
+        ours, theirs = summary.get(goal.key), prediction.values.get(goal.key)
+        if ours is not None and theirs is not None and not isclose(ours, theirs, rel_tol=_SAME):
+            return f"{goal.metric} {theirs:.6g} is predicted and {ours:.6g} simulated"
+    return ""
 
 
 def _relative(path: Path, folder: Path) -> str:

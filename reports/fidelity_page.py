@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from msgspec import Struct
 from .attribution import Split, StageDifference, stage_differences
 from .error_text import fidelity_table, percent, ranking_text, split_sentence, split_table, stage_table, table
 from .fidelity import GOALS, FidelityRow, Group, fidelity_rows, summary_excerpt
+from .prediction_intervals import NOMINAL, Interval
 from .ranking import Ranking
 from .runs import ReportError
 
@@ -73,8 +74,9 @@ def finding_of(
     split: Split | None = None,
     why_no_split: str = "",
     plot: str | None = None,
+    intervals: Mapping[str, Interval] | None = None,
 ) -> Finding:
-    """What is told of one experiment, whose runs lie below `folder`."""
+    """What is told of one experiment, whose runs lie below `folder`; `intervals` are those of its prediction."""
     runs = [run for run in (group.simulated, *group.measured) if run is not None]
     return Finding(
         group.title,
@@ -82,7 +84,7 @@ def finding_of(
         group.missing,
         group.was_predicted,
         tuple(summary_excerpt(run, folder) for run in runs),
-        tuple(fidelity_rows(group)),
+        tuple(fidelity_rows(group, intervals=intervals)),
         tuple(stage_differences(group.pairs[0])) if group.pairs else (),
         split,
         why_no_split,
@@ -172,6 +174,7 @@ def as_markdown(fidelity: Fidelity) -> str:
         "`error` is (simulated − measured)/measured, of SLO attainment the difference in points. `floor` is the difference"
         " between hardware runs of the same experiment, `limit` the larger of goal and floor. With several hardware runs"
         " `measured` is their mean.",
+        *_intervals(rows),
         "",
         "## Overview",
         "",
@@ -189,6 +192,20 @@ def as_markdown(fidelity: Fidelity) -> str:
         for ranking in fidelity.rankings:
             parts += ["", ranking_text(ranking)]
     return "\n".join(parts) + "\n"
+
+
+def _intervals(rows: Sequence[FidelityRow]) -> list[str]:
+    """How often hardware lay where the noisy simulations said, as a paragraph; none where no interval is known."""
+    known = [row for row in rows if row.interval is not None]
+    if not known:
+        return []
+    inside = sum(bool(row.inside) for row in known)
+    return [
+        "",
+        f"`5–95 %` is the interval of simulations with noise of step times. Of {len(known)} figures with one {inside} lie"
+        f" inside, which is {100 * inside / len(known):.0f} % for a nominal {100 * NOMINAL:.0f} %; it changes no limit and no"
+        " verdict.",
+    ]
 
 
 def _overview(findings: Sequence[Finding]) -> str:

@@ -31,8 +31,9 @@ COMPARED: Final = (
     "slo_attainment",
     *(f"mean_{stage}" for stage in ("dispatch_delay_s", *STAGES)),
 )
-# what two runs that are set against each other may differ in
-NOT_COMPARED: Final = ("backend", "name", "sweep", "repeats", "report", "schema_version", "cluster.profile")
+# what two runs that are set against each other may differ in: hardware has its own noise
+_NOISE: Final = ("cluster.step_jitter", "cluster.step_error", "cluster.noise_seed")
+NOT_COMPARED: Final = ("backend", "name", "sweep", "repeats", "report", "schema_version", "cluster.profile", *_NOISE)
 ATTAINMENT_RANGE: Final = (0.40, 0.95)  # outside it attainment hardly moves, whatever the times do
 MOST_KEYS_NAMED: Final = 5
 _LEAST_SHARED: Final = 0.95  # of the requests, for two runs to have been given the same ones

@@ -54,12 +54,17 @@ class Timing(Protocol):
 
 
 class _Clock:
-    """One executor: its open epoch and when that began, the last end of a step that was asked for, what ran before."""
+    """One executor: its open epoch and when that began, the last end of a step that was asked for, what ran before.
 
-    def __init__(self, cost: CostModel, gaps: LaunchGaps) -> None:
+    `decode_error`, `chunk_error`: factors in 2^-20, the same through a run, of steps without and with chunks.
+    """
+
+    def __init__(self, cost: CostModel, gaps: LaunchGaps, decode_error: int, chunk_error: int) -> None:
         self.cost = cost
         self.measured = cost if isinstance(cost, MeasuredCost) else None
         self.gaps = gaps
+        self.decode_error = decode_error
+        self.chunk_error = chunk_error
         self.epoch = EpochTimes(cost, StepFeatures(0, 0), 1 << UNIT_BITS)
         self.began = 0
         self.ended = 0
@@ -115,9 +120,10 @@ class ModelTiming:
     """Step times from a cost model per executor, message latencies, optional noise of the steps.
 
     `gaps`, by executor: what the first step of an epoch takes more than such a step takes inside one. `num_outside` of
-    `num_epochs` began outside what the cost model was measured for. Noise is one factor per epoch, keyed by (seed,
-    executor, number of the epoch there), so that it does not depend on the order in which executors run: 1 + jitter * z,
-    z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`).
+    `num_epochs` began outside what the cost model was measured for. Noise is two factors. One is drawn for each epoch,
+    keyed by (seed, executor, number of the epoch there), so that it does not depend on the order in which executors run:
+    1 + jitter * z, z uniform in [-sqrt(3), sqrt(3)] (standard deviation `jitter`). The other, 1 + error * z, is drawn once
+    for each executor, of its epochs with chunks and of the others: hardware scatters, a cost model is off all along.
     """
 
     may_be_late = True
@@ -129,12 +135,14 @@ class ModelTiming:
         jitter: float = 0.0,
         seed: int = 0,
         gaps: Mapping[int, LaunchGaps] | None = None,
+        error: float = 0.0,
     ) -> None:
         if isinstance(message_latency, int):
             message_latency = MessageLatency.same(message_latency)
         self.num_epochs = 0
         self.num_outside = 0
         self._jitter = jitter
+        self._is_noisy = jitter > 0 or error > 0
         self._seed = seed
         self._into, self._from, self._between = (
             max(1, at)
@@ -143,7 +151,15 @@ class ModelTiming:
         self._prompt_token = message_latency.prompt_token
         self._arrived: dict[int, int] = {}  # by executor, the arrival of what it was sent last; used with prompts only
         gaps = gaps or {}
-        self._clocks = {executor: _Clock(cost, gaps.get(executor, NO_GAPS)) for executor, cost in costs.items()}
+        self._clocks = {
+            executor: _Clock(
+                cost,
+                gaps.get(executor, NO_GAPS),
+                self._factor(error, f"{executor}/decode"),
+                self._factor(error, f"{executor}/chunks"),
+            )
+            for executor, cost in costs.items()
+        }
         self.load_drains = any(of_one.load_drain > 0 for of_one in gaps.values())  # and is to be told of transfers
 
     def begin(self, executor: int, run: RunSteps, now: int) -> None:
@@ -155,17 +171,23 @@ class ModelTiming:
         if run.chunks:
             chunks = tuple([(chunk.start, chunk.length, chunk.is_last) for chunk in run.chunks])
         features = StepFeatures(run.num_decodes, run.num_kv_tokens, chunks, run.num_shared_kv)
-        factor = self._factor(executor, run.epoch) if self._jitter else 1 << UNIT_BITS
+        factor = self._noise(clock, executor, run) if self._is_noisy else 1 << UNIT_BITS
         self.num_epochs += 1
         if clock.measured is not None and not clock.measured.covers(features):
             self.num_outside += 1
         clock.began = now + clock.gap(run, now)
         clock.epoch = EpochTimes(clock.cost, features, factor * clock.factor >> UNIT_BITS)
 
-    def _factor(self, executor: int, epoch: int) -> int:
-        key = hashlib.blake2b(f"{self._seed}/{executor}/{epoch}".encode(), digest_size=8).digest()
+    def _noise(self, clock: _Clock, executor: int, run: RunSteps) -> int:
+        factor = clock.chunk_error if run.chunks else clock.decode_error
+        if self._jitter:
+            factor = factor * self._factor(self._jitter, f"{executor}/{run.epoch}") >> UNIT_BITS
+        return factor
+
+    def _factor(self, share: float, name: str) -> int:
+        key = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=8).digest()
         uniform = int.from_bytes(key, "big") / 2**64
-        return round((1 + self._jitter * (2 * uniform - 1) * 3**0.5) * (1 << UNIT_BITS))
+        return round((1 + share * (2 * uniform - 1) * 3**0.5) * (1 << UNIT_BITS))
 
     def end_of_step(self, executor: int, k: int) -> int:
         clock = self._clocks[executor]

@@ -256,6 +256,49 @@ def test_how_much_longer_steps_take_under_load_is_told_apart_from_what_they_comp
         assert gaps.load_after in (50_000_000_000, 100_000_000_000)
 
 
+def rested_samples(drain: float, random: Random) -> list[StepSample]:
+    """Sessions of bursts of 40 to 200 ms, each behind a rest in part of which KV left: as above, up to 8 % longer in full
+    after 100 ms of load, of which a ns of rest takes `drain` ns."""
+    samples, epoch = [], 0
+    for session in range(30):
+        loaded, rest, kept = 0.0, 0.0, 0.0  # ms
+        for burst in range(8):
+            until = loaded + random.choice((40, 120, 200))
+            while loaded < until or not epoch:
+                epoch += 1
+                length = random.randrange(100, 4096)
+                ms = (4 + 0.022 * padded_rows(length)) * (1 + 0.08 * min(1.0, loaded / 100)) + (0.0 if rest else 0.4)
+                ms *= random.gauss(1, 0.01)
+                before = "idle" if rest else "chunk" if loaded else "idle"
+                told = [round(each * 1e9) for each in (rest, kept)] if burst else [-1, 0]
+                sample = replace(chunk_sample([length], 0, 0, before, random), session=session, epoch=epoch)
+                times = {"duration_ps": round(ms * 1e9), "rest_ps": told[0], "rest_in_transfer_ps": told[1]}
+                samples.append(replace(sample, **times))
+                loaded, rest, kept = loaded + ms, 0.0, 0.0
+            rest = random.choice((2.0, 6.0, 15.0, 40.0))
+            kept = random.choice((0.0, rest / 2, rest))
+            loaded = max(0.0, min(loaded, 100.0) - drain * (rest - kept))
+    return samples
+
+
+@pytest.mark.parametrize("drain", [1, 3, 1e9])
+def test_how_fast_a_load_drains_in_a_rest_is_told_where_samples_tell_of_rests(drain: float) -> None:
+    random = Random(8)
+    samples = rested_samples(drain, random)
+    fit = fit_engine(samples, "cuda", 64)
+    assert fit.gaps.millionths_under_load == pytest.approx(80_000, abs=8000)
+    assert fit.gaps.load_after in (50_000_000_000, 100_000_000_000)
+    if drain > 10:
+        assert fit.gaps.left_after_rest(200_000_000_000, 6_000_000_000) == 0
+    else:
+        assert fit.gaps.load_drain == drain
+    assert fit_engine(random.sample(samples, len(samples)), "cuda", 64) == fit, "the order of the rows tells nothing"
+    older = [replace(sample, rest_ps=-1, rest_in_transfer_ps=0) for sample in samples]
+    assert fit_engine(older, "cuda", 64).gaps.load_drain == 0
+    few = [s for i, s in enumerate(samples) if s.rest_ps <= 0 or not i % 20]
+    assert fit_engine(few, "cuda", 64).gaps.load_drain == 0, "too few rests to tell"
+
+
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:
     random = Random(2)
     samples = []

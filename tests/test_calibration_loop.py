@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("torch")
 
-from disagg.core.commands import RunSteps
+from disagg.core.commands import Deliver, RunSteps
 from disagg.core.cost import UNIT_BITS, StepFeatures, end_of_step, roofline
 from disagg.core.event_log import read_log
 from disagg.core.events import StepsDone
 from disagg.core.measured_cost import UNITS_PER_NS, Curve, MeasuredCost
 from disagg.core.measured_range import Measured
+from disagg.core.overheads import LaunchGaps
 from disagg.core.step_sizes import ROW_MULTIPLE, graph_sizes
 from disagg.experiments.calibration_fit import EngineFit, fit_engine
 from disagg.experiments.calibration_plan import STANDARD, plan_sessions
@@ -102,6 +104,87 @@ def ends_in(log: bytearray) -> dict[int, list[tuple[int, int, int]]]:
                 assert ends[-1][2] == frame.now
         runs += [(command, frame.now) for command in frame.commands if isinstance(command, RunSteps)]
     return {1: ends}
+
+
+MS = 1_000_000_000
+LOADED = (
+    "contexts one at a time",
+    "contexts in",
+    "contexts without a rest",
+    "contexts after rests",
+    "hand-overs without",
+)
+
+
+def simulated_pair(session: Session, gaps: LaunchGaps) -> SessionResult:
+    """The session on a context and a generation executor, over a link of 5 GB/s; a closed loop's next request comes when one
+    has ended. Steps of the context executor take a tenth longer than the plan of the sessions foresees.
+    """
+    logs: dict[int, bytearray] = defaultdict(bytearray)
+    (phase,) = session.phases
+    waiting = deque(phase.submissions)
+
+    def ended(deliver: Deliver) -> None:
+        if deliver.finish_reason is not None and phase.concurrency is not None and waiting:
+            send_next(cluster.now + MS)
+
+    def send_next(at: int) -> None:
+        each = waiting.popleft()
+        cluster.submit_at(at, each.request, each.output_length or 1)
+
+    cluster = SimulatedCluster(
+        session.orchestrator,
+        ModelTiming({1: replace(COST, chunk_rows=line(5e6, 23_000)), 2: COST}, MS // 2, gaps={1: gaps}),
+        kv_bytes_per_token=131_072,
+        link_bytes_per_s=5e9,
+        log_sink=lambda core: logs[core].extend,
+        delivered=ended,
+    )
+    for each in list(phase.submissions)[: phase.concurrency]:
+        send_next(each.offset or 0)
+    cluster.run()
+    ends = [
+        (event.epoch, event.num_steps, frame.now)  # of a context executor every step is an epoch
+        for frame in read_log(bytes(logs[1]))[1]
+        for event in frame.events
+        if isinstance(event, StepsDone)
+    ]
+    return SessionResult(session.name, 1.0, {core: bytes(log) for core, log in logs.items()}, {1: ends}, {}, [])
+
+
+def test_how_steps_slow_under_a_load_and_how_it_drains_come_out_of_a_calibration_as_they_are() -> None:
+    gaps = LaunchGaps(
+        chunk_after_idle=MS, chunk_after_chunk=MS, millionths_under_load=70_000, load_after=100 * MS, load_drain=3
+    )
+    config = load_experiment(FILE.with_name("calibrate_1p1.yaml"), []).experiment
+    samples = Samples()
+    for number, session in enumerate(plan_sessions(config, roofline(shape_of(config), device_of(config)), STANDARD)):
+        if session.name.startswith(LOADED):
+            samples.add(number, simulated_pair(session, gaps), is_open_loop=False)
+    of_context = [step for step in samples.steps if step.executor == 1]
+    for sample in of_context:
+        assert sample.rest_in_transfer_ps <= max(0, sample.rest_ps)
+        assert (sample.rest_ps == 0) == (sample.before == "chunk")
+    rested = [sample for sample in of_context if MS <= sample.rest_ps <= 60 * MS]
+    assert len(rested) > 100
+    found = fit_engine(of_context, "cuda", 32, chunk_graphs=True).gaps
+    assert found.load_drain == 3
+    assert found.load_after == 100 * MS
+    assert found.millionths_under_load == pytest.approx(70_000, abs=6000)
+
+
+def test_samples_say_how_long_kv_left_in_the_rest_before_a_step() -> None:
+    """One hand-over at a time: the whole transfer of each lies between its own step and the next."""
+    config = load_experiment(FILE.with_name("calibrate_1p1.yaml"), []).experiment
+    sessions = plan_sessions(config, roofline(shape_of(config), device_of(config)), STANDARD)
+    (session,) = [session for session in sessions if session.name == "hand-overs one at a time"]
+    samples = Samples()
+    samples.add(0, simulated_pair(session, LaunchGaps()), is_open_loop=False)
+    first, *steps = (step for step in samples.steps if step.executor == 1 and step.num_sampled)
+    assert (first.rest_ps, first.rest_in_transfer_ps) == (-1, 0)
+    took = [transfer.duration_ps for transfer in sorted(samples.transfers, key=lambda t: t.num_tokens)]
+    assert sorted(step.rest_in_transfer_ps for step in steps) == took[: len(steps)]
+    assert all(step.rest_ps > step.rest_in_transfer_ps for step in steps)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from disagg.core.cost import roofline
+from disagg.core.cost import UNITS_PER_S, StepFeatures, roofline
 from disagg.core.step_sizes import CHUNK_GRAPH_ROWS, CHUNK_SLOTS, graph_sizes
 from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _staggered, plan_sessions
 from disagg.experiments.calibration_points import LEAST_SAMPLES
@@ -79,6 +79,57 @@ def test_prompts_go_on_without_a_rest_for_some_seconds_of_the_device() -> None:
         assert seconds * 20_000 < tokens < seconds * 80_000  # 25 us each on an H200
         assert all(s.output_length == 1 for s in phase.submissions)
     assert not [s for s in sessions_of("calibrate_1p1", [], QUICK) if "without a rest" in s.name]
+
+
+def test_bursts_of_prompts_come_after_rests_of_many_lengths_where_prompts_are_handed_over() -> None:
+    (session,) = [s for s in sessions_of("calibrate_1p1", [], STANDARD) if s.name == "contexts after rests"]
+    config = load_experiment(H200 / "calibrate_1p1.yaml", []).experiment
+    cost = roofline(shape_of(config), device_of(config))
+
+    def ms(*prompts: int) -> float:
+        """On a device that takes a tenth longer than its data sheet says."""
+        return 1.1 * cost.step_time(StepFeatures(0, 0, tuple((0, n, True) for n in prompts))) / UNITS_PER_S * 1e3
+
+    at_once: dict[int, list[int]] = {}
+    for submission in session.phases[0].submissions:
+        assert submission.offset is not None
+        assert submission.output_length == 1  # no KV leaves
+        at_once.setdefault(submission.offset, []).append(submission.request.num_prompt_tokens)
+    assert sum(map(sum, at_once.values())) <= 7000 * 45
+    bursts = sorted(at_once.items())
+    ended, rests, firsts, long = 0.0, [], set(), 0
+    for (at, first), (meanwhile, others) in zip(bursts[::2], bursts[1::2], strict=True):
+        assert len(first) == 1
+        assert 0 < (meanwhile - at) / 1e9 < ms(*first)  # the others wait for it, and are one step
+        assert 110 < ms(*first) + ms(*others) < 150  # a load that counts in full
+        rest = at / 1e9 - ended
+        ended = at / 1e9 + ms(*first) + ms(*others)
+        rests.append(rest)
+        firsts.add(first[0])
+        long += rest > 90
+    assert bursts[-1][0] / 1e12 < 7.2  # seconds in all
+    assert long >= 5
+    told = sorted(rest for rest in rests[1:] if rest < 90)
+    assert {round(rest, 3) for rest in told} == set(range(2, 58, 5))
+    assert len(told) == 3 * 12 - 1  # behind the last of them nothing comes
+    assert min(firsts) < 260
+    assert max(firsts) > 1900
+    assert len(firsts) > 30  # hardly any two are alike
+
+
+def test_kv_leaves_all_the_time_in_one_session_without_a_rest() -> None:
+    (session,) = [s for s in sessions_of("calibrate_1p1", [], STANDARD) if s.name == "hand-overs without a rest"]
+    (phase,) = session.phases
+    lengths = [s.request.num_prompt_tokens for s in phase.submissions]
+    assert all(s.output_length == 2 for s in phase.submissions)
+    assert 16 <= 8192 / (sum(lengths) / len(lengths)) <= 20  # prompts that fill a step
+    assert phase.concurrency == 3 * 18  # while one step runs, the next one's have come
+    assert 4.0 < sum(lengths) / 40_000 < 5.0  # seconds, of 25 us a token
+
+
+def test_loads_and_rests_are_no_matter_of_mixed_executors_or_of_a_quick_calibration() -> None:
+    names = [s.name for s in (*sessions_of("calibrate_mixed", [], STANDARD), *sessions_of("calibrate_1p1", [], QUICK))]
+    assert not [name for name in names if name in ("contexts after rests", "hand-overs without a rest")]
 
 
 def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:

@@ -14,6 +14,7 @@ from disagg.experiments.config_checks import check_experiment
 from disagg.experiments.config_loader import read_document
 from disagg.reports.fidelity import GOALS, FidelityRow, fidelity_rows, groups_of
 from disagg.reports.runs import ReportError
+from disagg.reports.summary import summarise
 from tests.test_reports_runs import MS, config_of, request, serve, write_run
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks" / "h200"
@@ -131,7 +132,7 @@ def test_fidelity_writes_a_page_its_data_and_small_plots(tmp_path: Path, disagg:
     assert str(tmp_path) not in text + json.dumps(data)
 
 
-def _a_page(runs: Path, page: Path, disagg: Callable[..., int], name: str, *options: Any) -> dict[str, Any]:
+def _write_runs(runs: Path, name: str) -> None:
     for world, backend, speed in (("simulated", "simulation", 1.0), ("hardware-1", "hardware", 0.98)):
         if not (runs / name / world).exists():
             write_run(
@@ -140,6 +141,10 @@ def _a_page(runs: Path, page: Path, disagg: Callable[..., int], name: str, *opti
                 {"experiment": name, "git_commit": "of the runs", "experiment_file": f"{name}.yaml"},
                 **serve("round_robin", num_requests=80, rate=9.0, speed=speed),
             )
+
+
+def _a_page(runs: Path, page: Path, disagg: Callable[..., int], name: str, *options: Any) -> dict[str, Any]:
+    _write_runs(runs, name)
     assert disagg("fidelity", runs, "--output", page, "--no-replay", *options) == 0
     data: dict[str, Any] = json.loads(page.with_suffix(".json").read_text())
     return data
@@ -161,6 +166,90 @@ def test_experiments_that_were_not_run_again_stay_on_the_page_with_their_own_com
     assert old_text[old_text.index("## early") :].strip() in text
     again = _a_page(tmp_path / "new", page, disagg, "early", "--commit", "333", "--earlier", page.with_suffix(".json"))
     assert {each["commit"] for each in again["experiments"]} == {"333"}, "both lie in this folder of runs"
+
+
+def _predictions(file: Path, runs: Path, name: str, off: float = 1.0, **bounds: tuple[float, float]) -> Path:
+    """A file of predictions: what was simulated times `off`; `bounds` of an interval by metric, times the prediction."""
+    summary = summarise(runs / name / "simulated")
+    values = {goal.key: summary[goal.key] * off for goal in GOALS if summary[goal.key] is not None}
+    drawn = {key: [low * values[key], values[key], high * values[key]] for key, (low, high) in bounds.items()}
+    file.write_text(json.dumps({"predictions": {name: values | ({"interval": drawn} if drawn else {})}}))
+    return file
+
+
+def test_intervals_stand_beside_the_figures_and_change_no_verdict(tmp_path: Path, disagg: Callable[..., int]) -> None:
+    page, runs = tmp_path / "fidelity.md", tmp_path / "runs"
+    without = _a_page(runs, page, disagg, "early")
+    assert "5–95 %" not in page.read_text()
+    assert {(row["interval"], row["inside"]) for row in without["rows"]} == {(None, None)}
+    file = _predictions(
+        tmp_path / "p.json", runs, "early", mean_ttft_s=(0.5, 2.0), mean_tpot_s=(0.999, 1.001), p50_tpot_s=(0.98, 1.03)
+    )
+    data = _a_page(runs, page, disagg, "early", "--intervals", file)
+    rows = {row["metric"]: row for row in data["rows"]}
+    drawn = {metric for metric, row in rows.items() if row["interval"] is not None}
+    assert drawn == {"mean_ttft", "mean_tpot", "p50_tpot"}
+    low, high = rows["mean_ttft"]["interval"]
+    assert (low, high) == pytest.approx((rows["mean_ttft"]["simulated"] * 0.5, rows["mean_ttft"]["simulated"] * 2))
+    assert [rows[metric]["inside"] for metric in ("mean_ttft", "mean_tpot", "p50_tpot")] == [True, False, True]
+    for row in without["rows"]:
+        same = {key: row[key] for key in ("simulated", "measured", "error", "floor", "goal", "limit", "met")}
+        assert same.items() <= rows[row["metric"]].items()
+    assert rows["mean_ttft"]["note"] == "interval wider than the goal"
+    assert rows["p50_tpot"]["note"] == rows["mean_tpot"]["note"] == "", "0.98 to 1.03 fits between −3 and +3 %"
+    text = page.read_text()
+    assert "Of 3 figures with one 2 lie inside, which is 67 % for a nominal 90 %" in text
+    assert "5–95 %" in text[text.index("## early") :]
+    assert f"| {1e3 * low:.1f} to {1e3 * high:.1f} |" in text
+
+
+def test_a_page_from_before_there_were_intervals_is_taken_over(tmp_path: Path, disagg: Callable[..., int]) -> None:
+    page, runs = tmp_path / "fidelity.md", tmp_path / "new"
+    old = _a_page(tmp_path / "old", page, disagg, "early")
+    for row in old["rows"]:
+        del row["interval"], row["inside"]
+    page.with_suffix(".json").write_text(json.dumps(old))
+    _write_runs(runs, "late")
+    file = _predictions(tmp_path / "p.json", runs, "late", mean_ttft_s=(0.5, 2.0))
+    both = _a_page(runs, page, disagg, "late", "--earlier", page.with_suffix(".json"), "--intervals", file)
+    drawn = [(row["experiment"], row["metric"]) for row in both["rows"] if row["interval"] is not None]
+    assert drawn == [("late", "mean_ttft")]
+    text = page.read_text()
+    assert "5–95 %" not in text[text.index("## early") : text.index("## late")]
+    assert "5–95 %" in text[text.index("## late") :]
+
+
+def test_intervals_of_another_prediction_than_was_simulated_are_left_out(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, runs = tmp_path / "fidelity.md", tmp_path / "runs"
+    _write_runs(runs, "early")
+    file = _predictions(tmp_path / "p.json", runs, "early", off=1.01, mean_ttft_s=(0.5, 2.0))
+    data = _a_page(runs, page, disagg, "early", "--intervals", file)
+    assert {row["interval"] for row in data["rows"]} == {None}
+    assert "warning: early: no intervals: throughput" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"predictions": {"early": {"mean_ttft_s": 1.0}}}', "have no interval"),
+        ('{"predictions": {"early": {"interval": {"mean_ttft_s": [2.0, 1.0, 3.0]}}}}', "must be low, median and high"),
+        ('{"predictions": []}', "not a file of predictions"),
+        ("{", "not a file of predictions"),
+    ],
+)
+def test_a_file_without_intervals_is_refused_in_one_line(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(text)
+    assert disagg("fidelity", tmp_path, "--output", tmp_path / "page.md", "--intervals", file) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.startswith(f"error: {file}: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "page.md").exists()
 
 
 def test_a_file_that_is_no_such_page_is_not_taken_over(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from statistics import fmean, pstdev
 
 import pytest
@@ -61,6 +62,43 @@ def test_noise_has_the_seed_that_it_was_given_and_the_spread_that_was_asked_for(
     assert fmean(factors(1, 0.1)) == pytest.approx(1, abs=0.01)
     assert pstdev(factors(1, 0.1)) == pytest.approx(0.1, rel=0.05)
     assert set(factors(1, 0.0)) == {1.0}
+
+
+def chunk_end(timing: ModelTiming, executor: int, epoch: int) -> int:
+    timing.begin(executor, RunSteps(1, epoch, 1, 1, chunks=(Chunk(7, 0, 64, True, ()),)), 5000)
+    return timing.end_of_step(executor, 1)
+
+
+def test_the_noise_of_each_epoch_is_what_it_has_always_been() -> None:
+    timing = ModelTiming({1: COST}, 50, jitter=0.1, seed=3)
+    assert [epoch_end(timing, 1, n) for n in (1, 2, 3)] == [8_300_170, 6_961_142, 7_391_264]
+
+
+def test_an_error_is_the_same_through_a_run_for_each_executor_and_kind_of_step() -> None:
+    timing = ModelTiming({1: COST, 2: COST}, 50, seed=3, error=0.1)
+    ends = [(kind, e, kind(timing, e, n)) for n in range(1, 30) for e in (2, 1) for kind in (chunk_end, epoch_end)]
+    found = {(kind, executor): {end for k, e, end in ends if (k, e) == (kind, executor)} for kind, executor, _ in ends}
+    assert [len(each) for each in found.values()] == [1, 1, 1, 1]
+    exact = ModelTiming({1: COST}, 50)
+    factors = sorted((min(found[k, e]) - 5000) / (k(exact, 1, 1) - 5000) for k, e in found)
+    assert min(b - a for a, b in pairwise(factors)) > 1e-3, "each has its own"
+
+
+def test_an_error_has_the_spread_that_was_asked_for_over_seeds() -> None:
+    exact = epoch_end(ModelTiming({1: COST}, 50), 1, 1) - 5000
+    factors = [
+        (epoch_end(ModelTiming({1: COST}, 50, 0.0, seed, error=0.1), 1, 1) - 5000) / exact for seed in range(2000)
+    ]
+    assert fmean(factors) == pytest.approx(1, abs=0.01)
+    assert pstdev(factors) == pytest.approx(0.1, rel=0.05)
+
+
+def test_an_error_and_the_noise_of_an_epoch_multiply() -> None:
+    def end(jitter: float, error: float) -> int:
+        return epoch_end(ModelTiming({1: COST}, 50, jitter, 3, error=error), 1, 5) - 5000
+
+    assert len({end(0.0, 0.0), end(0.1, 0.0), end(0.0, 0.1), end(0.1, 0.1)}) == 4
+    assert end(0.1, 0.1) * end(0.0, 0.0) == pytest.approx(end(0.1, 0.0) * end(0.0, 0.1), rel=1e-5)
 
 
 def test_a_message_takes_at_least_a_picosecond() -> None:

@@ -1,0 +1,90 @@
+"""Predictions with intervals: every point of an experiment once without noise, and many times with other noise.
+
+All simulations of a point have the same requests, arrivals and policies' chance; they stay in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.model_shapes import ModelError
+from ..policies.interfaces import PolicyError
+from ..reports.prediction_intervals import METRICS, Prediction, predicted
+from .config import Experiment
+from .errors import ConfigError, ExperimentError
+from .noise import Noise
+from .progress_bar import progress_bar
+from .run_point import RunPoint
+from .run_simulation import noise_seed
+from .simulated_rows import simulate_summary
+from .streams import repeat_seed
+from .sweep import workers_for
+from .sweep_task import experiment_from, plain_of
+from .sweep_workers import completed, open_pool
+
+
+def quiet(config: Experiment) -> Experiment:
+    """The experiment without noise."""
+    return _with(config, step_jitter=0.0, step_error=0.0)
+
+
+def drawn(config: Experiment, noise: Noise, number: int) -> Experiment:
+    """The experiment with the noise of draw `number` (from 0) in place of its own."""
+    seed = repeat_seed(noise_seed(config), number)
+    return _with(config, step_jitter=noise.jitter, step_error=noise.error, noise_seed=seed)
+
+
+def _with(config: Experiment, **keys: Any) -> Experiment:
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=keys)})
+
+
+def title_of(point: RunPoint, points: Sequence[RunPoint]) -> str:
+    """As the fidelity page names it: the experiment, its sweep's point, and the seed where there are repeats."""
+    title = f"{point.experiment.name} {point.name}".strip()
+    return f"{title} seed {point.seed}" if any(each.repeat for each in points) else title
+
+
+def predict_points(points: Sequence[RunPoint], noise: Noise, workers: int | None = None) -> dict[str, Prediction]:
+    """The prediction of each run of an experiment by title. Raises ExperimentError, naming the run that fails."""
+    each = 1 + noise.draws
+    configs = [
+        config
+        for point in points
+        for config in (
+            quiet(point.experiment),
+            *(drawn(point.experiment, noise, number) for number in range(noise.draws)),
+        )
+    ]
+    owners = [point for point in points for _ in range(each)]
+    summaries: dict[int, dict[str, float | None]] = {}
+    with open_pool("processes", workers_for(owners, workers)) as pool:
+        if pool is None:
+            return {}
+        with progress_bar(f"{len(configs)} simulations, {pool.num_workers} workers") as progress:
+            progress.update(0, len(configs))
+            for number, answer in completed(pool, summary_task, [json.dumps(plain_of(config)) for config in configs]):
+                if isinstance(answer, Exception):
+                    raise _told(answer, owners[number]) from answer
+                summaries[number] = json.loads(answer)
+                progress.update(len(summaries), len(configs))
+    return {
+        title_of(point, points): predicted(
+            summaries[start], [summaries[number] for number in range(start + 1, start + each)]
+        )
+        for start, point in zip(range(0, len(configs), each), points, strict=True)
+    }
+
+
+def summary_task(text: str) -> str:
+    """A worker's deed: one simulation; its metrics as JSON."""
+    summary = simulate_summary(experiment_from(json.loads(text)))
+    return json.dumps({key: summary[key] for key in METRICS})
+
+
+def _told(error: Exception, point: RunPoint) -> ExperimentError:
+    if isinstance(error, ExperimentError):
+        return type(error)(*(f"{point.title}: {problem}" for problem in error.problems))
+    kind = ConfigError if isinstance(error, ModelError | PolicyError) else ExperimentError
+    return kind(f"{point.title}: {str(error) or type(error).__name__}")
