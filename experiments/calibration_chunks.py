@@ -40,7 +40,7 @@ _RESTS_NS: Final = (1e6, 6e7)  # that tell at which rate
 _LEAST_LOADED: Final = 20
 _LEAST_RESTED: Final = 20  # steps behind a rest behind a load
 _MOST_SHARE: Final = 0.25
-_LEAST_GAIN: Final = 0.1  # of the fit's error
+_LEAST_GAIN: Final = 0.05  # of the fit's error
 # (query, key) pairs that take as long as one token of the longest KV before a chunk, in a graph's attention.
 _WALKS: Final = (100, 150, 200, 250, 300, 350, 400, 450, 500, 600, 700, 850, 1000, 1300, 1700, 2200, 3000)
 
