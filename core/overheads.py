@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from .commands import ORCHESTRATOR
+from .events import Enqueue
 
 
 class LaunchGaps(Struct, frozen=True):
@@ -52,21 +52,34 @@ class LaunchGaps(Struct, frozen=True):
 
 
 class MessageLatency(Struct, frozen=True):
-    """Picoseconds from the instant that makes a core send to the instant at which another is given the message."""
+    """Picoseconds from the instant that makes a core send to the instant at which another is given the message.
+
+    A message to an executor takes `prompt_token` longer for each token id that it carries (`num_token_ids`).
+    """
 
     into_executor: int
     from_executor: int
     between_executors: int
-
-    def of(self, sender: int, receiver: int) -> int:
-        if sender == ORCHESTRATOR:
-            return self.into_executor
-        return self.from_executor if receiver == ORCHESTRATOR else self.between_executors
+    prompt_token: int = 0
 
     @classmethod
     def same(cls, latency: int) -> MessageLatency:
         """All alike."""
         return cls(latency, latency, latency)
+
+
+def num_token_ids(message: object) -> int:
+    """Of a message to an executor, the ids that it carries on hardware: each phase is sent with its prompt, a generation
+    phase also with what has been generated so far. Messages without a prompt count as carrying none.
+
+    Counted by what is said of them, since a simulation has no ids.
+    """
+    if type(message) is not Enqueue:
+        return 0
+    request, params = message.request, message.request.context_phase_params
+    if params is None or params.is_promised:
+        return request.num_prompt_tokens
+    return request.num_prompt_tokens + params.num_generated
 
 
 class LinkCost(Struct, frozen=True):

@@ -41,6 +41,7 @@ from ..runtime.session_series import (
 from ..runtime.transport import TransportError
 from ..runtime.transport_world import world_needs
 from .calibration_fit import fit_engine
+from .calibration_messages import prompt_token_time
 from .calibration_plan import QUICK, STANDARD, Effort, plan_sessions
 from .calibration_points import fit_points, points_of, usual
 from .calibration_samples import (
@@ -428,22 +429,28 @@ def fit_link(
 def fit_messages(samples: Sequence[MessageSample]) -> tuple[MessageLatency, dict[str, float]]:
     """The mean latency of each kind of pair, less the longest hundredth, and its standard deviation in picoseconds.
 
-    Reports are left out: nobody waits for them. A kind of pair that no message went over is like the others.
+    Reports are left out: nobody waits for them. A kind of pair that no message went over is like the others. Of messages to an
+    executor the time for the tokens that they carry is taken off first, where samples tell it: the mean is of what is left,
+    of messages with a prompt and without, each counted once. So it errs least over all of them should the two differ.
     """
-    by_pair: dict[str, list[int]] = {}
+    into, out, between = pair_kind(0, 1), pair_kind(1, 0), pair_kind(1, 2)
+    token = prompt_token_time([sample for sample in samples if sample.pair == into])
+    by_pair: dict[str, list[float]] = {}
     for sample in samples:
-        if sample.kind != "Report":
-            by_pair.setdefault(sample.pair, []).append(sample.latency_ps)
+        if sample.kind == "Report" or (token and sample.pair == into and sample.num_tokens < 0):
+            continue
+        carried = token * sample.num_tokens if token and sample.pair == into else 0
+        by_pair.setdefault(sample.pair, []).append(sample.latency_ps - carried)
     means: dict[str, int] = {}
     spreads: dict[str, float] = {}
     for pair, values in by_pair.items():
         kept = usual(values)
-        means[pair], spreads[pair] = round(float(kept.mean())), round(float(kept.std()))
+        means[pair], spreads[pair] = max(0, round(float(kept.mean()))), round(float(kept.std()))
     if not means:
         raise CalibrationFailedError("no message between two cores was seen")
     any_pair = round(sum(means.values()) / len(means))
-    into, out, between = pair_kind(0, 1), pair_kind(1, 0), pair_kind(1, 2)
-    return MessageLatency(means.get(into, any_pair), means.get(out, any_pair), means.get(between, any_pair)), spreads
+    latency = MessageLatency(means.get(into, any_pair), means.get(out, any_pair), means.get(between, any_pair), token)
+    return latency, spreads
 
 
 def _dispatch_delay(samples: Samples) -> int:

@@ -49,7 +49,7 @@ def keep_near(values: Floats) -> NDArray[np.bool_]:
     return np.asarray(np.abs(values - median) <= max(_FAR * spread, _LEAST_FAR * abs(median)))
 
 
-def usual(values: Sequence[int]) -> Floats:
+def usual(values: Sequence[float]) -> Floats:
     """All but the largest hundredth, and what is ten times the median or more: of times with a long tail that is part of
     them, and a few accidents that are not. One stall of 20 ms is in many messages of a second, and in none of the next.
     """

@@ -20,6 +20,7 @@ from ..core.chunk_sums import chunk_pairs
 from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, RunSteps, Send, ServeKv
 from ..core.event_log import Frame, read_log
 from ..core.events import Arrive, KvReceived, KvRequested, KvTaken
+from ..core.overheads import num_token_ids
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class MessageSample(Struct, frozen=True, array_like=True):
     pair: str
     kind: str
     latency_ps: int
+    num_tokens: int = -1  # ids of tokens that it carries, 0 without a prompt; -1: a sample of a time that did not tell
 
 
 class TransferSample(Struct, frozen=True, array_like=True):
@@ -239,10 +241,9 @@ def _messages(session: int, frames: Mapping[int, Sequence[Frame]]) -> list[Messa
                     queue = sent.get((sender, core))
                     if queue and queue[0][0] < frame.now and queue[0][1] == event:
                         at, _ = queue.popleft()
-                        kind = type(event).__name__
-                        found.append(
-                            MessageSample(session, sender, core, pair_kind(sender, core), kind, frame.now - at)
-                        )
+                        kind, pair = type(event).__name__, pair_kind(sender, core)
+                        tokens = num_token_ids(event)
+                        found.append(MessageSample(session, sender, core, pair, kind, frame.now - at, tokens))
                         break
     return found
 

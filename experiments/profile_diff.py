@@ -17,6 +17,8 @@ _BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CONTEXTS: Final = (128, 512, 1024, 2048, 4096, 8192)
 _PROMPTS: Final = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _SEQUENCES: Final = (1, 2, 4)
+_PAIRS: Final = ("into_executor", "from_executor", "between_executors")
+_PROMPT_TOKENS: Final = (256, 1024, 4096, 16_384)
 _TRANSFER_BYTES: Final = (1 << 20, 16 << 20, 128 << 20, 1 << 30)
 
 
@@ -71,9 +73,12 @@ def diff_profiles(first: Profile, second: Profile) -> dict[str, Any]:
             )
     if not families:
         raise ConfigError(f"profiles {first.name} and {second.name} have no kind of executor in common")
-    messages = [getattr(first.messages, name) for name in first.messages.__struct_fields__]
-    theirs = [getattr(second.messages, name) for name in second.messages.__struct_fields__]
-    families["messages"] = _told([y / x - 1 for x, y in zip(messages, theirs, strict=True) if x])
+    messages, theirs = first.messages, second.messages
+    pairs = [(getattr(messages, name), getattr(theirs, name)) for name in _PAIRS]
+    families["messages"] = _told([y / x - 1 for x, y in pairs if x])
+    if messages.prompt_token or theirs.prompt_token:
+        into, to = [[m.into_executor + n * m.prompt_token for n in _PROMPT_TOKENS] for m in (messages, theirs)]
+        families["messages with prompts"] = _told([y / x - 1 for x, y in zip(into, to, strict=True) if x])
     steps = [family for name, family in families.items() if "steps" in name]
     return {
         "first": {"name": first.name, "device": first.measured_for.device_name, "created": first.created},

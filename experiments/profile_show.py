@@ -13,12 +13,14 @@ import numpy as np
 
 from ..core.launch_gaps import gap_of
 from ..core.measured_cost import UNITS_PER_NS, MeasuredCost
+from ..core.overheads import MessageLatency
 from .calibration_samples import FIRST, FOLLOWING, NOTHING, Samples, StepSample, TransferSample, as_arrays, read_samples
 from .errors import ConfigError
 from .profile_diff import chunk_grid, decode_grid, named_profile
 from .profile_file import EngineEntry, Profile, Residual, measured_cost, profile_path
 
 _PS_PER_MS: Final = 1e9
+_PS_PER_US: Final = 1e6
 _BAND: Final = 0.1
 _EDGE: Final = 0.6
 _MOST_DOTS: Final = 4000
@@ -71,9 +73,18 @@ def print_profile(profile: Profile) -> None:
         _print_residuals(link.residuals)
     latency = profile.messages
     print(
-        f"\nmessages (mean): to an executor {latency.into_executor / _PS_PER_MS:.3f} ms, from one"
+        f"\nmessages (mean): to an executor {latency.into_executor / _PS_PER_MS:.3f} ms{_told_of_prompts(latency)}, from one"
         f" {latency.from_executor / _PS_PER_MS:.3f} ms, between two {latency.between_executors / _PS_PER_MS:.3f} ms;"
         f" a request's way into the orchestrator {profile.dispatch_delay_ps / _PS_PER_MS:.3f} ms"
+    )
+    spreads = [f"{pair} {ps / _PS_PER_MS:.3f}" for pair, ps in sorted(profile.message_residuals.items(), reverse=True)]
+    if spreads:
+        print(f"  standard deviations around that in ms: {', '.join(spreads)}")
+
+
+def _told_of_prompts(latency: MessageLatency) -> str:
+    return (
+        f" and {latency.prompt_token / _PS_PER_US:.3f} us for each token of its prompt" if latency.prompt_token else ""
     )
 
 

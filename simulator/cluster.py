@@ -381,9 +381,9 @@ class SimulatedCluster:
 
     def send(self, sender: int, to: int, message: Any, now: int) -> None:
         if self.model is not None:
-            at, place = self.model.message_arrives(sender, to, now)
+            at, place = self.model.message_arrives(sender, to, now, message)
         else:
-            at, place = self.timing.message_arrives(sender, to, now)
+            at, place = self.timing.message_arrives(sender, to, now, message)
         calendar = self._calendar
         if to == ORCHESTRATOR and self._can_wait(message):
             heappush(self._late, (at, MESSAGE + place, calendar.next_serial(), message))
@@ -440,7 +440,7 @@ class SimulatedCluster:
         """The source sends nothing more: the reader hears of it when a message would get there."""
         serve = self.layerwise.abort(source, command.request_id, command.reason)
         if serve is not None:
-            at, place = self.timing.message_arrives(source, serve.reader, self.env.now)
+            at, place = self.timing.message_arrives(source, serve.reader, self.env.now, command)
             self._calendar.call_at(
                 at, MESSAGE + place, lambda reason: self._transfer_over(source, serve, reason), command.reason
             )

@@ -152,7 +152,7 @@ class Recording:
         ends = self._step_ends.get((executor, self._epoch[executor]), ())
         return min(last, max(done, bisect_left(ends, at)) + 1)
 
-    def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
+    def message_arrives(self, sender: int, receiver: int, now: int, message: object) -> tuple[int, int]:
         queue = self._arrivals.get((sender, receiver))
         return queue.popleft() if queue else (self.never, sender)
 

@@ -15,7 +15,7 @@ from ..core.cost import UNIT_BITS, CostModel, StepFeatures
 from ..core.epoch_times import EpochTimes
 from ..core.launch_gaps import gap_of
 from ..core.measured_cost import MeasuredCost
-from ..core.overheads import NO_GAPS, LaunchGaps, MessageLatency
+from ..core.overheads import NO_GAPS, LaunchGaps, MessageLatency, num_token_ids
 
 
 class Timing(Protocol):
@@ -35,8 +35,11 @@ class Timing(Protocol):
         """The least step k in (done, last] of the open epoch that ends at or after `at`, or `last`."""
         ...
 
-    def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
-        """When the next message from `sender` arrives, and its place among the messages of that instant."""
+    def message_arrives(self, sender: int, receiver: int, now: int, message: object) -> tuple[int, int]:
+        """When `message`, the next one from `sender`, arrives, and its place among the messages of that instant.
+
+        Not before any that the same sender sent there earlier.
+        """
         ...
 
     def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
@@ -114,7 +117,7 @@ class _Clock:
 
 
 class ModelTiming:
-    """Step times from a cost model per executor, constant message latencies, optional noise of the steps.
+    """Step times from a cost model per executor, message latencies, optional noise of the steps.
 
     `gaps`, by executor: what the first step of an epoch takes more than such a step takes inside one. `num_outside` of
     `num_epochs` began outside what the cost model was measured for. Noise is two factors. One is drawn for each epoch,
@@ -145,6 +148,8 @@ class ModelTiming:
             max(1, at)
             for at in (message_latency.into_executor, message_latency.from_executor, message_latency.between_executors)
         )
+        self._prompt_token = message_latency.prompt_token
+        self._arrived: dict[int, int] = {}  # by executor, the arrival of what it was sent last; used with prompts only
         gaps = gaps or {}
         self._clocks = {
             executor: _Clock(
@@ -193,10 +198,25 @@ class ModelTiming:
         clock = self._clocks[executor]
         return max(done + 1, clock.epoch.step_by(at - clock.began, last))
 
-    def message_arrives(self, sender: int, receiver: int, now: int) -> tuple[int, int]:
+    def message_arrives(self, sender: int, receiver: int, now: int, message: object) -> tuple[int, int]:
         if sender == ORCHESTRATOR:
+            if self._prompt_token:
+                return self._in_order(receiver, now + self._into + num_token_ids(message) * self._prompt_token), sender
             return now + self._into, sender
-        return now + (self._from if receiver == ORCHESTRATOR else self._between), sender
+        if receiver == ORCHESTRATOR:
+            return now + self._from, sender
+        if self._prompt_token:
+            return self._in_order(receiver, now + self._between), sender
+        return now + self._between, sender
+
+    def _in_order(self, executor: int, at: int) -> int:
+        """When what would arrive at `at` is given to `executor`: not before what it was sent earlier.
+
+        By whomever: an executor opens its messages one after another. So whoever was told of a request there, and asks for
+        its KV, does not get ahead of the request itself.
+        """
+        at = self._arrived[executor] = max(at, self._arrived.get(executor, 0))
+        return at
 
     def wake(self, core: int, at: int, now: int) -> tuple[int, int]:
         return max(at, now + 1), core

@@ -15,7 +15,7 @@ from disagg.core.commands import Deliver, Dispatched
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
 from disagg.core.cost import ConstantCost
 from disagg.core.event_log import Frame, read_log
-from disagg.core.overheads import LaunchGaps
+from disagg.core.overheads import LaunchGaps, MessageLatency
 from disagg.policies import registry
 from disagg.policies.vocabulary import PS_PER_MS, PS_PER_S, PS_PER_US, Request, Role
 from disagg.simulator import ModelTiming, SimulatedCluster
@@ -52,7 +52,7 @@ class World:
         fleet: tuple[ExecutorConfig, ...] | str,
         *,
         cost: Any = COST,
-        latency: int = 50 * PS_PER_US,
+        latency: int | MessageLatency = 50 * PS_PER_US,
         jitter: float = 0.0,
         link_bytes_per_s: float = 1e12,
         link_latency: int = 0,
@@ -135,8 +135,12 @@ def random_world(
     faults: bool = True,
     is_late: bool | None = None,
     is_logged: bool = True,
+    prompt_token: int = 0,
 ) -> World:
-    """A cluster and a load drawn from `seed`. `lengths` replaces hidden output lengths, and nothing else."""
+    """A cluster and a load drawn from `seed`. `lengths` replaces hidden output lengths, and nothing else.
+
+    `prompt_token`: picoseconds that a message to an executor takes longer for each token of its prompt.
+    """
     draw = random.Random(seed)
     roles = draw.choice(["cg", "ccg", "cgg", "m", "mm", "ccgg", "cgm"])
     routers = ["round_robin", "random", "least_requests", "least_tokens", "power_of_two", "least_kv"]
@@ -154,9 +158,10 @@ def random_world(
     gaps = LaunchGaps(*(i * PS_PER_US for i in range(1, 10)))
     if seed % 2 == 0:
         gaps = replace(gaps, millionths_under_load=200_000, load_after=PS_PER_MS // 5, load_drain=1)
+    latency = draw.choice([1, 3 * PS_PER_US, 50 * PS_PER_US])
     world = World(
         fleet,
-        latency=draw.choice([1, 3 * PS_PER_US, 50 * PS_PER_US]),
+        latency=MessageLatency(latency, latency, latency, prompt_token),
         launch=draw.choice([None, (1, 2), (1, 2, True), (4, 2, True)]),
         is_late=is_late,
         is_logged=is_logged,

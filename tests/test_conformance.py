@@ -15,6 +15,7 @@ from disagg.core.commands import PrepareReceive, RunSteps, ServeKv
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, SchedulerConfig
 from disagg.core.cost import ConstantCost
 from disagg.core.event_log import read_log
+from disagg.core.overheads import MessageLatency
 from disagg.policies.vocabulary import Request, Role
 from disagg.simulator.cluster import SimulatedCluster
 from disagg.simulator.recorded import ConformanceDifference, Recording, conform
@@ -41,6 +42,7 @@ def _run(
     launch: dict[int, Any] | None = None,
     binding: str = "at_context_done",
     cancels: bool = False,
+    prompt_token: int = 0,
 ) -> tuple[dict[int, bytes], dict[tuple[int, int], list[int]]]:
     chance = Random(seed)
     scheduler = SchedulerConfig(
@@ -67,7 +69,9 @@ def _run(
         generation_binding=binding,
         seed=seed,
     )
-    timing = _NotingTiming({e.id: ConstantCost(1000, 10, 1, 5) for e in executors}, 100)
+    timing = _NotingTiming(
+        {e.id: ConstantCost(1000, 10, 1, 5) for e in executors}, MessageLatency(100, 100, 100, prompt_token)
+    )
     logs: dict[int, list[bytes]] = {core: [] for core in range(NUM_EXECUTORS + 1)}
     cluster = SimulatedCluster(
         config,
@@ -111,6 +115,13 @@ def test_a_run_with_early_binding_given_its_own_times_makes_its_own_decisions(
     assert any(isinstance(command, PrepareReceive) for command in found)
     assert any(isinstance(command, ServeKv) and command.is_early for command in found) is (seed % 3 > 0)
     assert conform(Recording(logs, step_ends), launch) > 300
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("binding", ["at_context_done", "at_arrival"])
+def test_a_run_whose_messages_waited_for_prompts_before_them_makes_its_own_decisions(seed: int, binding: str) -> None:
+    logs, step_ends = _run(seed, binding=binding, cancels=True, prompt_token=150)
+    assert conform(Recording(logs, step_ends)) > 300
 
 
 def test_a_step_that_ended_later_than_recorded_is_seen() -> None:

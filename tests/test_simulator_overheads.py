@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from disagg.core.commands import Chunk, Joined, RunSteps
 from disagg.core.cost import UNIT_BITS, ConstantCost
+from disagg.core.events import KvRequested, Report, Shutdown
 from disagg.core.measured_cost import Curve, MeasuredCost
 from disagg.core.measured_range import Measured
 from disagg.core.overheads import LaunchGaps, LinkCost, MessageLatency
@@ -122,14 +123,14 @@ def test_without_gaps_a_step_takes_what_the_cost_model_says() -> None:
     for epoch, at in ((1, 0), (2, 10 * MS), (3, 55 * MS)):
         timing.begin(1, decodes(epoch), at)
         assert timing.end_of_step(1, 1) == at + 10 * MS
-    assert timing.message_arrives(0, 1, 100) == (105, 0)
+    assert timing.message_arrives(0, 1, 100, Shutdown()) == (105, 0)
 
 
 def test_messages_take_their_time_by_who_speaks_to_whom() -> None:
     timing = ModelTiming({}, MessageLatency(3, 5, 7))
-    assert timing.message_arrives(0, 2, 100) == (103, 0)
-    assert timing.message_arrives(2, 0, 100) == (105, 2)
-    assert timing.message_arrives(2, 1, 100) == (107, 2)
+    assert timing.message_arrives(0, 2, 100, Shutdown()) == (103, 0)
+    assert timing.message_arrives(2, 0, 100, Report(2)) == (105, 2)
+    assert timing.message_arrives(2, 1, 100, KvRequested(1, 2, 3)) == (107, 2)
 
 
 def test_a_transfer_takes_a_fixed_time_one_for_each_page_and_its_bytes() -> None:

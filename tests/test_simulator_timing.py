@@ -9,6 +9,7 @@ import pytest
 
 from disagg.core.commands import Chunk, RunSteps
 from disagg.core.cost import ConstantCost
+from disagg.core.events import Report
 from disagg.simulator import ModelTiming
 from tests.simulation_helpers import World, random_world
 
@@ -101,8 +102,8 @@ def test_an_error_and_the_noise_of_an_epoch_multiply() -> None:
 
 
 def test_a_message_takes_at_least_a_picosecond() -> None:
-    assert ModelTiming({}, 0).message_arrives(2, 0, 100)[0] == 101
-    assert ModelTiming({}, 70).message_arrives(2, 0, 100)[0] == 170
+    assert ModelTiming({}, 0).message_arrives(2, 0, 100, Report(2))[0] == 101
+    assert ModelTiming({}, 70).message_arrives(2, 0, 100, Report(2))[0] == 170
 
 
 def test_a_noisy_run_repeats_and_differs_from_a_quiet_one() -> None:

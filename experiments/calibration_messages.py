@@ -1,0 +1,55 @@
+"""How much longer a message to an executor takes for each token of the prompt that it carries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Final
+
+import numpy as np
+
+from .calibration_points import LEAST_SAMPLES, Floats, keep_near
+from .calibration_samples import MessageSample
+
+_UNLIKE: Final = (
+    2.0  # of a long prompt to a short one, at least: else a slope would be noise, drawn out to prompts never seen
+)
+_GROUPS: Final = 16
+_ROUNDS: Final = 5
+
+
+def prompt_token_time(samples: Sequence[MessageSample]) -> int:
+    """Picoseconds for each token id; 0 where too few prompts, or none of unlike lengths, tell.
+
+    From messages that carry prompts alone, so that others, should they have less to wait for, do not make it steeper. A line
+    by least squares in proportion to itself, through all that is not far from it: a stall is no matter of tokens.
+    """
+    from scipy.optimize import nnls
+
+    carrying = [(sample.num_tokens, sample.latency_ps) for sample in samples if sample.num_tokens > 0]
+    if len(carrying) < 2 * LEAST_SAMPLES:
+        return 0
+    tokens, ps = np.array(carrying, dtype=float).T
+    short, long = np.quantile(tokens, (0.1, 0.9))
+    if long < _UNLIKE * short:
+        return 0
+    largest = float(tokens.max())  # columns of like size
+    features = np.stack((np.ones(len(tokens)), tokens / largest), axis=1)
+    line = features @ _through_medians(tokens / largest, ps)
+    slope = 0.0
+    for _ in range(_ROUNDS):
+        line = np.maximum(line, 1.0)
+        near = keep_near(ps / line)
+        coefficients = nnls(features[near] / line[near, None], ps[near] / line[near])[0]
+        line, slope = features @ coefficients, float(coefficients[1])
+    return round(slope / largest)
+
+
+def _through_medians(x: Floats, y: Floats) -> Floats:
+    """A first line, (at 0, slope), that up to a half of outliers cannot bend: the median of the slopes between medians."""
+    count = max(2, min(_GROUPS, len(x) // LEAST_SAMPLES))
+    groups = np.array_split(np.argsort(x, kind="stable"), count)
+    medians = [(float(np.median(x[group])), float(np.median(y[group]))) for group in groups]
+    slopes = [(d - b) / (c - a) for (a, b), (c, d) in combinations(medians, 2) if a < c]
+    slope = max(0.0, float(np.median(slopes))) if slopes else 0.0
+    return np.array((max(0.0, float(np.median(y - slope * x))), slope))
