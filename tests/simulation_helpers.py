@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from disagg.core.commands import Deliver, Dispatched
 from disagg.core.config import ExecutorConfig, OrchestratorConfig, PolicySpec, RetryConfig, SchedulerConfig
 from disagg.core.cost import ConstantCost
@@ -153,6 +155,9 @@ def random_world(
         lease=draw.choice([PS_PER_MS, 8 * PS_PER_MS, 10 * PS_PER_S]),
         seed=seed,
     )
+    gaps = LaunchGaps(*(i * PS_PER_US for i in range(1, 10)))
+    if seed % 2 == 0:
+        gaps = replace(gaps, millionths_under_load=200_000, load_after=PS_PER_MS // 5, load_drain=1)
     latency = draw.choice([1, 3 * PS_PER_US, 50 * PS_PER_US])
     world = World(
         fleet,
@@ -160,7 +165,7 @@ def random_world(
         launch=draw.choice([None, (1, 2), (1, 2, True), (4, 2, True)]),
         is_late=is_late,
         is_logged=is_logged,
-        gaps=LaunchGaps(*(i * PS_PER_US for i in range(1, 10))) if seed % 3 == 0 else None,
+        gaps=gaps if seed % 3 == 0 else None,
         context_router=PolicySpec(draw.choice(routers)),
         generation_router=PolicySpec(draw.choice(routers)),
         generation_binding=draw.choice(["at_context_done", "at_arrival"]),

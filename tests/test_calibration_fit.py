@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -20,7 +21,9 @@ from disagg.experiments.calibration_samples import (
     MessageSample,
     StepSample,
     TransferSample,
+    read_samples,
 )
+from disagg.experiments.profile_file import load_profile
 
 US = 1_000_000  # picoseconds
 _SIZES = graph_sizes(64)
@@ -297,6 +300,18 @@ def test_how_fast_a_load_drains_in_a_rest_is_told_where_samples_tell_of_rests(dr
     assert fit_engine(older, "cuda", 64).gaps.load_drain == 0
     few = [s for i, s in enumerate(samples) if s.rest_ps <= 0 or not i % 20]
     assert fit_engine(few, "cuda", 64).gaps.load_drain == 0, "too few rests to tell"
+
+
+def test_samples_of_a_time_that_did_not_tell_of_rests_give_the_load_that_they_gave() -> None:
+    profiles = Path(__file__).resolve().parent.parent / "experiments" / "profiles"
+    samples = read_samples(profiles / "h200-llama-3.1-8b.samples")
+    shipped = load_profile(profiles / "h200-llama-3.1-8b.json").engines[0]
+    assert samples is not None
+    own = [step for step in samples.steps if step.executor in shipped.executors]
+    assert {(step.rest_ps, step.rest_in_transfer_ps) for step in own} == {(-1, 0)}
+    gaps = fit_engine(own, "cuda", shipped.max_batch_size, chunk_graphs=True).gaps
+    assert gaps.millionths_under_load == pytest.approx(62_000, abs=3000)
+    assert (gaps.load_after, gaps.load_drain) == (100_000_000_000, 0)
 
 
 def test_steps_with_chunks_are_told_to_three_percent_alone_and_among_decodes() -> None:
