@@ -360,16 +360,14 @@ def _busy(lengths: Iterable[_Ask], cluster: _Cluster, seconds: float, cost: Roof
 
 
 def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
-    """What a rest takes of a load, on executors that hand over: prompts alone, in bursts that rests part, and so many small
-    prompts that KV leaves all the time.
+    """What a rest takes of a load: prompts alone, in bursts that rests part, and, on executors that hand over, so many small
+    ones that KV leaves all the time.
     """
-    if not cluster.hands_over:
-        return
     if rested := list(_rested(cluster, effort, cost)):
         yield _Plan("contexts after rests", rested, None)
     mean = min(cluster.step_tokens // _AT_ONCE, cluster.longest // 4, effort.most_tokens)
     at_once = min(_AT_ONCE, cluster.context_batch)
-    if not effort.handed_over_s or mean < _PROMPTS[0] or cluster.rounded(2 * mean) * at_once > cluster.kv_tokens:
+    if not cluster.hands_over or not effort.handed_over_s or mean < _PROMPTS[0] or cluster.rounded(2 * mean) * at_once > cluster.kv_tokens:
         return
     step_s = cost.step_time(StepFeatures(0, 0, ((0, mean, True),) * at_once)) / UNITS_PER_S
     count = min(_MOST_BUSY, round(effort.handed_over_s * at_once / step_s)) * cluster.num_prefilling
@@ -396,7 +394,7 @@ def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_
         count = max(1, round((_BURST_S - alone_s) / each_s))
         others = (_LOADING,) * count
         fits = cluster.rounded(first) + count * cluster.rounded(_LOADING) <= cluster.kv_tokens // 2
-        if not fits or count > cluster.context_batch or max(first, sum(others)) > cluster.step_tokens:
+        if not fits or count > cluster.context_batch or first > cluster.step_tokens:
             return  # of a device that is too small or too fast for such a load
         yield from [_Ask(first, 1, at)] * cluster.num_prefilling
         yield from [_Ask(n, 1, at + alone_s / 3) for n in others for _ in range(cluster.num_prefilling)]

@@ -127,9 +127,11 @@ def test_kv_leaves_all_the_time_in_one_session_without_a_rest() -> None:
     assert 4.0 < sum(lengths) / 40_000 < 5.0  # seconds, of 25 us a token
 
 
-def test_loads_and_rests_are_no_matter_of_mixed_executors_or_of_a_quick_calibration() -> None:
-    names = [s.name for s in (*sessions_of("calibrate_mixed", [], STANDARD), *sessions_of("calibrate_1p1", [], QUICK))]
-    assert not [name for name in names if name in ("contexts after rests", "hand-overs without a rest")]
+def test_mixed_executors_rest_behind_loads_too_but_hand_nothing_over_and_a_quick_calibration_does_neither() -> None:
+    mixed = [s.name for s in sessions_of("calibrate_mixed", [], STANDARD)]
+    assert ("contexts after rests" in mixed, "hand-overs without a rest" in mixed) == (True, False)
+    quick = [s.name for s in sessions_of("calibrate_1p1", [], QUICK)]
+    assert not {"contexts after rests", "hand-overs without a rest"} & set(quick)
 
 
 def test_steps_that_no_graph_runs_are_among_those_that_are_measured() -> None:
