@@ -365,9 +365,11 @@ def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_P
     """
     if rested := list(_rested(cluster, effort, cost)):
         yield _Plan("contexts after rests", rested, None)
+    if not cluster.hands_over or not effort.handed_over_s:
+        return
     mean = min(cluster.step_tokens // _AT_ONCE, cluster.longest // 4, effort.most_tokens)
     at_once = min(_AT_ONCE, cluster.context_batch)
-    if not cluster.hands_over or not effort.handed_over_s or mean < _PROMPTS[0] or cluster.rounded(2 * mean) * at_once > cluster.kv_tokens:
+    if mean < _PROMPTS[0] or cluster.rounded(2 * mean) * at_once > cluster.kv_tokens:
         return
     step_s = cost.step_time(StepFeatures(0, 0, ((0, mean, True),) * at_once)) / UNITS_PER_S
     count = min(_MOST_BUSY, round(effort.handed_over_s * at_once / step_s)) * cluster.num_prefilling
