@@ -196,14 +196,13 @@ def write_fidelity(
 
 def _intervals_of(group: Group, predictions: Mapping[str, Prediction]) -> Mapping[str, Interval]:
     """Of the group's prediction; none, and a warning, if it is another than the simulated run."""
-    prediction = predictions.get(group.title)
-    if prediction is None:
+    if not predictions:
         return {}
-    differs = mismatch(group, prediction)
+    prediction = predictions.get(group.title)
+    differs = "none in the file" if prediction is None else mismatch(group, prediction)
     if differs:
         print(f"warning: {group.title}: no intervals: {differs}", file=sys.stderr)
-        return {}
-    return prediction.intervals
+    return prediction.intervals if prediction is not None and not differs else {}
 
 
 def _finding(

@@ -9,7 +9,7 @@ from .errors import ConfigError
 
 DRAWS: Final = 40  # two of them lie beyond each bound at 5 and 95 %, so that no bound is a single draw's
 JITTER: Final = 0.011  # by which steps with chunks of two runs on H200s differ; of decodes alone, by 0.003
-ERROR: Final = 0.01  # what a fitted cost model is off: without it hardware is inside 43 of 72 intervals, with it in 67
+ERROR: Final = 0.01  # what a fitted cost model is off (decision 26)
 MOST_DRAWS: Final = 10_000
 MOST_SHARE: Final = 0.5
 

@@ -6,7 +6,8 @@ All simulations of a point have the same requests, arrivals and policies' chance
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..core.model_shapes import ModelError
@@ -74,6 +75,20 @@ def predict_points(points: Sequence[RunPoint], noise: Noise, workers: int | None
             summaries[start], [summaries[number] for number in range(start + 1, start + each)]
         )
         for start, point in zip(range(0, len(configs), each), points, strict=True)
+    }
+
+
+def predictions_data(
+    files: Sequence[Path], profiles: set[str], noise: Noise, predictions: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """A file of predictions, as `reports.prediction_intervals` has it. `predictions`: plain, by title."""
+    return {
+        "profiles": sorted(profiles),
+        "files": [str(file) for file in files],
+        "draws": noise.draws,
+        "jitter": noise.jitter,
+        "error": noise.error,
+        "predictions": dict(predictions),
     }
 
 

@@ -134,7 +134,7 @@ def read_data(path: Path) -> Fidelity:
         return Fidelity(tuple(findings), tuple(msgspec.convert(data["rankings"], list[Ranking])))
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
-    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ReportError(f"{path}: not the data of a page of `disagg fidelity`: {error}") from error
 
 

@@ -74,7 +74,7 @@ def read_predictions(path: Path) -> dict[str, Prediction]:
         }
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
-    except (msgspec.DecodeError, msgspec.ValidationError, AttributeError, KeyError, TypeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise ReportError(f"{path}: not a file of predictions: {error}") from error
     if not found:
         raise ReportError(f"{path}: its predictions have no interval; `disagg interval --output` writes them with one")

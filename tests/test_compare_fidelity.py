@@ -228,11 +228,16 @@ def test_intervals_of_another_prediction_than_was_simulated_are_left_out(
     data = _a_page(runs, page, disagg, "early", "--intervals", file)
     assert {row["interval"] for row in data["rows"]} == {None}
     assert "warning: early: no intervals: throughput" in capsys.readouterr().err
+    other = _predictions(tmp_path / "other.json", runs, "early", mean_ttft_s=(0.5, 2.0))
+    other.write_text(other.read_text().replace('"early"', '"late"'))
+    _a_page(runs, page, disagg, "early", "--intervals", other)
+    assert "warning: early: no intervals: none in the file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ('{"x": "\udcff"}', "not a file of predictions"),
         ('{"predictions": {"early": {"mean_ttft_s": 1.0}}}', "have no interval"),
         ('{"predictions": {"early": {"interval": {"mean_ttft_s": [2.0, 1.0, 3.0]}}}}', "must be low, median and high"),
         ('{"predictions": []}', "not a file of predictions"),
@@ -243,7 +248,7 @@ def test_a_file_without_intervals_is_refused_in_one_line(
     tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], text: str, told: str
 ) -> None:
     file = tmp_path / "p.json"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     assert disagg("fidelity", tmp_path, "--output", tmp_path / "page.md", "--intervals", file) == 2
     error = capsys.readouterr().err
     assert told in error

@@ -207,6 +207,7 @@ def test_the_command_prints_a_line_per_metric(
         (("--error", "0.6"), "--error 0.6: must be a share of 0 to 0.5"),
         (("--jitter", "0", "--error", "0"), "every draw would be the same"),
         (("--output", "found.txt"), "--output found.txt: must end in .json"),
+        (("--output", "nowhere/found.json"), "--output nowhere/found.json: its folder does not exist"),
         (("--workers", "0"), "--workers 0: must be 1 to 1024"),
         (("--set", "backend=hardware"), "is for hardware and names no measured profile"),
         (("--set", "policy.router=least_tokenz"), "did you mean 'least_tokens'"),

@@ -17,7 +17,7 @@ from typing import Any
 from disagg.experiments.cli_run import run_file
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.noise import Noise
-from disagg.experiments.prediction_intervals import predict_points, title_of
+from disagg.experiments.prediction_intervals import predict_points, predictions_data, title_of
 from disagg.experiments.run_point import run_points
 from disagg.reports.prediction_intervals import METRICS
 
@@ -25,6 +25,7 @@ from disagg.reports.prediction_intervals import METRICS
 DRAWS = 40  # two lie beyond each bound
 JITTER = 0.011  # of each epoch: steps with chunks of one file run twice; steps of decodes alone differ by 0.003
 ERROR = 0.01  # of each executor and kind of step, all run long: what the cost model itself is off
+NOISE = Noise(DRAWS, JITTER, ERROR)
 
 
 def main() -> int:
@@ -42,13 +43,13 @@ def main() -> int:
         if code:
             return code
         points = run_points(loaded, target)
-        drawn = predict_points(points, Noise(DRAWS, JITTER, ERROR))
+        drawn = predict_points(points, NOISE)
         for point in points:
             summary = json.loads((point.directory / "summary.json").read_text(encoding="utf-8"))
             title = title_of(point, points)
             predictions[title] = drawn[title].plain() | {name: summary[name] for name in METRICS}
             profiles.add(point.experiment.cluster.profile)
-    data = {"profiles": sorted(profiles), "files": [str(file) for file in asked.files], "predictions": predictions}
+    data = predictions_data(asked.files, profiles, NOISE, predictions)
     asked.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0
 
