@@ -37,6 +37,7 @@ from disagg.experiments.profile_file import (
 )
 from disagg.experiments.profile_merge import merge_profiles, merged
 from disagg.experiments.profile_refit import refit_profile
+from disagg.experiments.profile_show import print_profile
 from tests.profile_examples import EXPERIMENT, a_profile, entry
 
 
@@ -173,6 +174,18 @@ def test_a_full_batch_may_save_as_much_of_kv_that_is_read_again_as_others_and_wi
         fit = msgspec.structs.replace(decode, full_shared_part=0.4, **parts)
         profile = a_profile(engines=(entry("generation", decode=fit),))
         assert measured_cost(profile, profile.engines[0], 8).full_shared == round(0.4 * (1 << 20))
+
+
+def test_what_is_shown_says_from_which_batch_on_a_kv_token_takes_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    decode = a_profile().engines[1].decode
+    assert decode is not None
+    fit = msgspec.structs.replace(decode, shared_part=0.4, full_batch=5, full_kv_ns=4.164, full_shared_part=0.25)
+    print_profile(a_profile(engines=(entry("generation", decode=fit),)))
+    shown = capsys.readouterr().out
+    assert "  from 5 sequences on a KV token of a decode step takes 4.16 ns more\n" in shown
+    assert "costs 40% less by fewer than 5 decodes alone, 25% less by more" in shown
+    print_profile(a_profile())
+    assert "sequences on" not in capsys.readouterr().out
 
 
 def test_a_profile_that_is_too_large_is_not_read(tmp_path: Path) -> None:
