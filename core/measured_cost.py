@@ -182,11 +182,10 @@ class MeasuredCost:
         return chunk_graph(num_decodes, num_chunks, num_tokens, self.graph_sizes[-1])
 
     def line(self, features: StepFeatures) -> tuple[int, int, int]:
-        n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
-        if chunks:
+        n = features.num_decodes
+        if features.chunks:
             return self.step_time(features), 0, 1
-        is_full = 0 < self.full_batch <= n
-        kv -= features.num_shared_kv * (self.full_shared if is_full else self.decode_shared) >> UNIT_BITS
+        kv, is_full = self._kv_read(features)
         slope, until = self.decode_kv.slope_at(kv)
         if is_full:
             slope += self.full_kv
@@ -194,14 +193,20 @@ class MeasuredCost:
 
     def span_time(self, features: StepFeatures, num_steps: int) -> int:
         """The sum of step_time over steps that read `num_decodes` more KV tokens each."""
-        n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
-        if chunks:  # rare, and mostly of one step
+        n = features.num_decodes
+        if features.chunks:  # rare, and mostly of one step
             return sum([self.step_time(features.after(i)) for i in range(num_steps)])
-        is_full = 0 < self.full_batch <= n
-        kv -= features.num_shared_kv * (self.full_shared if is_full else self.decode_shared) >> UNIT_BITS
+        kv, is_full = self._kv_read(features)
         rest = self.step_time(features) - self.decode_kv.at(kv)
         more = self.full_kv * n * (num_steps * (num_steps - 1) // 2) if is_full else 0
         return rest * num_steps + self.decode_kv.total(kv, n, num_steps) + more
+
+    def _kv_read(self, features: StepFeatures) -> tuple[int, bool]:
+        """KV tokens of a step of decodes, less what is saved of those read again, and whether a full batch reads them."""
+        # `step_time` says the same in line: a call more is a twentieth of its time
+        is_full = 0 < self.full_batch <= features.num_decodes
+        saved = self.full_shared if is_full else self.decode_shared
+        return features.num_kv_tokens - (features.num_shared_kv * saved >> UNIT_BITS), is_full
 
     def covers(self, features: StepFeatures) -> bool:
         """Whether every feature of the step is within what was measured."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..core.step_sizes import CHUNK_GRAPH_ROWS, chunk_graph
+from .calibration_load import NO_EFFECT, Load, LoadEffect, best_effect
 from .calibration_points import (
     LEAST_SAMPLES,
-    Fitted,
     Floats,
     curve_fit,
     fit_points,
@@ -33,16 +35,10 @@ _BEHIND: Final = 512  # cached tokens: fewer are lost among what a step takes
 _LEAST_BEHIND: Final = 40  # steps of either kind: fewer told pairs from cached tokens badly
 _LEAST_SEVERAL: Final = 20  # steps of several chunks behind KV, kernel by kernel
 _WAITS: Final = 0.15  # of the device's time: a step that takes so much longer waits for the host
-_LOAD_AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
-_DRAINS: Final = (0, 1, 2, 3, 5, 10)  # ns of load that a ns of rest takes; 0: all of it at once
-_RESTS_NS: Final = (1e6, 6e7)  # that tell at which rate
-# Samples of small, of middling and of large steps, to tell what a load does from what rows do.
-_LEAST_LOADED: Final = 20
-_LEAST_RESTED: Final = 20  # steps behind a rest behind a load
-_MOST_SHARE: Final = 0.25
-_LEAST_GAIN: Final = 0.05  # of the fit's error
 # (query, key) pairs that take as long as one token of the longest KV before a chunk, in a graph's attention.
 _WALKS: Final = (100, 150, 200, 250, 300, 350, 400, 450, 500, 600, 700, 850, 1000, 1300, 1700, 2200, 3000)
+# By what came before a step.
+_GAP_BEHIND: Final = {kind: f"chunk_after_{kind}" for kind in ("idle", "decode", "chunk")}
 
 
 def graph_rows(columns: dict[str, Any], max_batch: int) -> NDArray[np.int64]:
@@ -62,108 +58,181 @@ def fit_chunks(
     Where short ones run as graphs (`graphs`: their rows), those that do not wait for the host: they are no measure of
     the device, but of how long a launch kernel by kernel takes.
     """
-    rows = padded_rows(columns, multiple)
-    waits = np.zeros(len(rows), dtype=bool)
-    if graphs is not None and graphs.any():
-        rows = np.where(graphs > 0, graphs, rows)
-        waits = (graphs == 0) & (columns["sends_early"] | (rows <= CHUNK_GRAPH_ROWS[-1]))
-    row_knots = knots_for(rows[~waits], _ROW_KNOTS)
-    kv = columns["num_kv_tokens"]
-    kv_knots = [0, max(1, int(kv.max()))]
-    before = columns["before"]
-    kinds = [kind for kind in ("idle", "decode", "chunk") if (before == kind).sum() >= LEAST_SAMPLES]
-    longest, tells = _longest_cached(columns)
-    in_graphs = graphs > 0 if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits) else None
-    attention = _attention(columns, longest, waits, in_graphs)
-    launches = [*((before == kind) for kind in kinds), *_late_kernels(graphs, waits, before)]
-    parts = (
-        np.ones((len(rows), 1)),
-        ramps(rows, row_knots),
-        *_as_columns(attention),
-        *_as_columns([columns["num_chunks"], columns["num_sampled"]]),
-        ramps(kv, kv_knots),
-        *_as_columns([columns["num_decodes"]]),
-        *_as_columns([] if in_graphs is None else [np.zeros(len(rows))]),  # attention in graphs, by `walking`
-        *_as_columns(launches),
-    )
-    at = len(row_knots)
-    own = at + (7 if in_graphs is None else 8)  # coefficients of the step's own time
-    cool = np.concatenate(parts, axis=1)
-    ns = columns["duration_ps"] / 1000.0
-    keys = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
-    which = np.unique(before, return_inverse=True)[1].reshape(-1)
-    told, shared = without_shared(columns, ~waits if in_graphs is None else ~waits & tells)
-    of_told = {name: columns[name][told] for name in keys}
-    load = _Load(columns)
-    tells_of_rests = load.tells_of_rests(told)
-    rests = [load.rests()[told]] if tells_of_rests else []
-    groups = (rows[told], *of_told.values(), longest[told], kv[told] // 1024, which[told], *rests)
-
-    def under_load(share: float, after_ns: float, drain: int) -> tuple[Fitted, Floats, float]:
-        features = cool.copy()
-        features[:, :own] *= load.slower(share, after_ns, drain)[:, None]
-        points = points_of(groups, features[told], ns[told])
-        found = fit_points(points, ns[told], features[told], "steps with chunks")
-        off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
-        return found, features, float((points.weights * off).sum())
-
-    def walking(walk: int) -> None:
-        cool[:, own - 1] = np.maximum(columns["num_pairs"], walk * longest) * in_graphs
-
-    def error_of(walk: int) -> float:
-        walking(walk)
-        return under_load(share, after_ns, drain)[2]
-
-    share, after_ns, drain, walk = 0.0, _LOAD_AFTER_NS[0], 0, 0
-    if in_graphs is not None:
-        walk = min(_WALKS, key=error_of)
-        walking(walk)
-    under = rows[told & (load.ns(after_ns, 0) > _LOAD_AFTER_NS[0])]
-    if np.histogram(under, np.array((0, 1, 3, 4)) * rows.max() / 4)[0].min() >= _LEAST_LOADED:
-        drains = _DRAINS if tells_of_rests else _DRAINS[:1]
-        share, after_ns, drain = _best_load(
-            lambda share, after_ns, drain: under_load(share, after_ns, drain)[2], drains
-        )
-    fitted, features, _ = under_load(share, after_ns, drain)
-    x = fitted.coefficients
-    read_ns, by = curve_at(kv_knots, x[at + 5 : at + 6]), load.slower(share, after_ns, drain)
-    rest = features @ x - read_ns(kv) * by
-    part = saved_part(columns, shared, lambda read: rest + read_ns(read) * by)
+    steps = _Steps(columns, multiple, graphs)
+    walk, effect = 0, NO_EFFECT
+    if steps.in_graphs is not None:
+        walk = min(_WALKS, key=lambda walk: steps.solved(walk, NO_EFFECT).error)
+    if steps.load.tells(steps.rows, steps.told):
+        effect = best_effect(lambda effect: steps.solved(walk, effect).error, steps.tells_of_rests)
+    found = steps.solved(walk, effect)
+    read_ns, by = curve_at(steps.kv_knots, found.of("mixed_kv")), steps.load.slower(effect)
+    rest = found.features @ found.coefficients - read_ns(columns["num_kv_tokens"]) * by
+    part = saved_part(columns, steps.shared, lambda read: rest + read_ns(read) * by)
     fitted_ns = rest + read_ns(kv_read(columns, part)) * by
-    floor, residuals = _launch_floor(ns, fitted_ns, features[:, own:] @ x[own:], waits)
-    residuals += residuals_of_shared("steps with chunks that share KV", ns, fitted_ns, shared)
-    in_graph = [None, None] if in_graphs is None else [round(float(x[own - 1]) * pairs, 9) for pairs in (1, walk)]
-    pair, cached_token, longest_token, chunk, sample = (round(float(value), 9) for value in x[at : at + 5])
-    fit = ChunkFit(
-        rows=curve_fit(x[0], row_knots, x[1:at]),
-        pair_ns=pair,
-        cached_token_ns=cached_token,
-        chunk_ns=chunk,
-        sample_ns=sample,
-        mixed_kv_tokens=curve_fit(0.0, kv_knots, x[at + 5 : at + 6]),
-        mixed_decode_ns=round(float(x[at + 6]), 3),
+    launches = steps.launches
+    shifts_ns = found.features[:, launches] @ found.coefficients[launches]
+    floor, residuals = _launch_floor(steps.ns, fitted_ns, shifts_ns, steps.waits)
+    residuals += residuals_of_shared("steps with chunks that share KV", steps.ns, fitted_ns, steps.shared)
+    fit = replace(
+        _chunk_fit(found, steps, walk),
         graphs=graphs is not None and bool(graphs.any()),
         launch_floor_ns=round(floor, 3),
+        shared_part=part,
+    )
+    return fit, [found.residual, *residuals], _gaps(found, effect)
+
+
+def _chunk_fit(found: _Solved, steps: _Steps, walk: int) -> ChunkFit:
+    """What the coefficients of a step's own time say."""
+    in_graph: list[float | None] = [None, None]
+    if steps.in_graphs is not None:
+        in_graph = [round(found.one("graph_pair") * pairs, 9) for pairs in (1, walk)]
+    return ChunkFit(
+        rows=curve_fit(found.one("start"), steps.row_knots, found.of("rows")),
+        pair_ns=round(found.one("pair"), 9),
+        cached_token_ns=round(found.one("cached_token"), 9),
+        chunk_ns=round(found.one("chunk"), 9),
+        sample_ns=round(found.one("sample"), 9),
+        mixed_kv_tokens=curve_fit(0.0, steps.kv_knots, found.of("mixed_kv")),
+        mixed_decode_ns=round(found.one("mixed_decode"), 3),
         graph_pair_ns=in_graph[0],
         graph_cached_token_ns=in_graph[1],
-        shared_part=part,
-        longest_token_ns=longest_token,
+        longest_token_ns=round(found.one("longest_token"), 9),
     )
-    found = [round(float(value) * 1000) for value in x[own:]]
-    shifts = {f"chunk_after_{kind}": value for kind, value in zip(kinds, found, strict=False)}
-    known = list(shifts.values())
-    for kind in ("idle", "decode", "chunk"):  # what was hardly ever seen is like what was
+
+
+def _gaps(found: _Solved, effect: LoadEffect) -> dict[str, int]:
+    """Fields of `LaunchGaps`: what a step waits for behind others, in picoseconds, and what a load does."""
+    gaps = {name: round(found.one(name) * 1000) for name in _GAP_BEHIND.values() if name in found.places}
+    known = list(gaps.values())
+    for name in _GAP_BEHIND.values():  # what was hardly ever seen is like what was
         if known:
-            shifts.setdefault(f"chunk_after_{kind}", round(sum(known) / len(known)))
-    if len(found) > len(kinds):
-        shifts["kernels"] = found[-1]
-    if share:
-        shifts |= {
-            "millionths_under_load": round(share * 1e6),
-            "load_after": round(after_ns * 1000),
-            "load_drain": drain,
+            gaps.setdefault(name, round(sum(known) / len(known)))
+    if "kernels" in found.places:
+        gaps["kernels"] = round(found.one("kernels") * 1000)
+    if effect.share:
+        gaps |= {
+            "millionths_under_load": round(effect.share * 1e6),
+            "load_after": round(effect.after_ns * 1000),
+            "load_drain": effect.drain,
         }
-    return fit, [fitted.residual, *residuals], shifts
+    return gaps
+
+
+class _Solved(NamedTuple):
+    """Coefficients in ns of one of each feature, those of one name at `places`; `features` [steps, coefficients] of all
+    steps, longer by what a load does; `error`: how far off the points of the fit are, in proportion, by their weights.
+    """
+
+    coefficients: Floats
+    places: dict[str, slice]
+    features: Floats
+    residual: Residual
+    error: float
+
+    def of(self, name: str) -> Floats:
+        return np.asarray(self.coefficients[self.places[name]])
+
+    def one(self, name: str) -> float:
+        (value,) = self.of(name)
+        return float(value)
+
+
+class _Steps:
+    """Steps with chunks and their features by name, for a fit by least squares; what is no factor of a feature is tried."""
+
+    def __init__(self, columns: dict[str, Any], multiple: int, graphs: NDArray[np.int64] | None) -> None:
+        """`columns` of samples; rows are padded to `multiple`, or to those of the graph of each step where that is not 0."""
+        rows = padded_rows(columns, multiple)
+        waits = np.zeros(len(rows), dtype=bool)  # for the host
+        if graphs is not None and graphs.any():
+            rows = np.where(graphs > 0, graphs, rows)
+            waits = (graphs == 0) & (columns["sends_early"] | (rows <= CHUNK_GRAPH_ROWS[-1]))
+        kv = columns["num_kv_tokens"]
+        longest, tells = _longest_cached(columns)
+        in_graphs = None
+        if graphs is not None and _tells_attention_apart(columns, graphs > 0, waits):
+            in_graphs = graphs > 0
+        self.rows, self.waits = rows, waits
+        self.ns: Floats = columns["duration_ps"] / 1000.0
+        self.row_knots = knots_for(rows[~waits], _ROW_KNOTS)
+        self.kv_knots = [0, max(1, int(kv.max()))]
+        self.in_graphs = in_graphs  # None: attention in graphs is not told from that of kernels
+        self.told, self.shared = without_shared(columns, ~waits if in_graphs is None else ~waits & tells)
+        self.load = Load(columns)
+        self.tells_of_rests = self.load.tells_of_rests(self.told)
+        self._pairs, self._longest = columns["num_pairs"], longest
+        features = self._features(columns, _attention(columns, longest, waits, in_graphs))
+        num_own = sum(each.shape[1] for each in features.values())
+        features |= _launches(graphs, waits, columns["before"])
+        self._cool = np.concatenate(list(features.values()), axis=1)
+        self._places = _places(features)
+        self._own = slice(0, num_own)  # of the step's own time, which is what a load lengthens
+        self.launches = slice(num_own, None)
+        self._groups = self._alike(columns)
+
+    def _features(self, columns: dict[str, Any], attention: Sequence[NDArray[Any]]) -> dict[str, Floats]:
+        """[steps, coefficients] each, of what a step's own time is made of."""
+        pairs, cached, longest = attention
+        features = {
+            "start": np.ones((len(self.rows), 1)),
+            "rows": ramps(self.rows, self.row_knots),
+            "pair": _as_column(pairs),
+            "cached_token": _as_column(cached),
+            "longest_token": _as_column(longest),
+            "chunk": _as_column(columns["num_chunks"]),
+            "sample": _as_column(columns["num_sampled"]),
+            "mixed_kv": ramps(columns["num_kv_tokens"], self.kv_knots),
+            "mixed_decode": _as_column(columns["num_decodes"]),
+        }
+        if self.in_graphs is not None:
+            features["graph_pair"] = np.zeros((len(self.rows), 1))  # a matter of what is tried: see `solved`
+        return features
+
+    def _alike(self, columns: dict[str, Any]) -> list[NDArray[Any]]:
+        """Keys of the steps that tell: those of equal keys are a point of the fit."""
+        names = ("num_pairs", "num_cached_tokens", "num_chunks", "num_decodes", "num_sampled")
+        which = np.unique(columns["before"], return_inverse=True)[1].reshape(-1)
+        keys = [self.rows, *(columns[name] for name in names), self._longest, columns["num_kv_tokens"] // 1024, which]
+        if self.tells_of_rests:
+            keys.append(self.load.rests())
+        return [key[self.told] for key in keys]
+
+    def solved(self, walk: int, effect: LoadEffect) -> _Solved:
+        """The fit where a token of the longest KV before a chunk takes as long as `walk` pairs in a graph's attention, and a
+        load lengthens steps by `effect`.
+        """
+        features, told = self._cool.copy(), self.told
+        if self.in_graphs is not None:
+            walked = np.maximum(self._pairs, walk * self._longest) * self.in_graphs
+            features[:, self._places["graph_pair"]] = walked[:, None]
+        features[:, self._own] *= self.load.slower(effect)[:, None]
+        points = points_of(self._groups, features[told], self.ns[told])
+        found = fit_points(points, self.ns[told], features[told], "steps with chunks")
+        off = np.abs(points.ns / np.maximum(points.features @ found.coefficients, 1.0) - 1)
+        error = float((points.weights * off).sum())
+        return _Solved(found.coefficients, self._places, features, found.residual, error)
+
+
+def _places(features: dict[str, Floats]) -> dict[str, slice]:
+    """Where the columns of each are in all of them side by side."""
+    ends = list(accumulate(each.shape[1] for each in features.values()))
+    return {name: slice(start, end) for name, (start, end) in zip(features, pairwise([0, *ends]), strict=True)}
+
+
+def _as_column(values: NDArray[Any]) -> Floats:
+    return values[:, None].astype(float)
+
+
+def _launches(graphs: NDArray[np.int64] | None, waits: NDArray[np.bool_], before: NDArray[Any]) -> dict[str, Floats]:
+    """Which steps came behind what, as far as it was seen often enough, and which of them wait for their kernels, by names
+    of `LaunchGaps`."""
+    found = {name: before == kind for kind, name in _GAP_BEHIND.items()}
+    found = {name: each for name, each in found.items() if each.sum() >= LEAST_SAMPLES}
+    late = _late_kernels(graphs, waits, before)
+    if late is not None:
+        found["kernels"] = late
+    return {name: _as_column(each) for name, each in found.items()}
 
 
 def _longest_cached(columns: dict[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -189,10 +258,6 @@ def _attention(
     return [pairs * by_kernels, cached * (by_kernels & (tell.sum() >= _LEAST_SEVERAL)), longest * by_kernels]
 
 
-def _as_columns(values: Sequence[NDArray[Any]]) -> list[Floats]:
-    return [each[:, None].astype(float) for each in values]
-
-
 def _tells_attention_apart(columns: dict[str, Any], in_graphs: NDArray[np.bool_], waits: NDArray[np.bool_]) -> bool:
     """Whether prompts behind KV were seen both in graphs, which have an attention of their own, and kernel by kernel."""
     behind = ~waits & (columns["num_cached_tokens"] >= _BEHIND)
@@ -200,91 +265,19 @@ def _tells_attention_apart(columns: dict[str, Any], in_graphs: NDArray[np.bool_]
     return min(len(each) for each in found) >= _LEAST_BEHIND and len(np.unique(found[0])) >= LEAST_SAMPLES
 
 
-class _Load:
-    """For how long steps with chunks had followed each other when each of these began, less what rests took of it."""
-
-    def __init__(self, columns: dict[str, Any]) -> None:
-        self._order = np.lexsort((columns["step"], columns["epoch"], columns["executor"], columns["session"]))
-        names = ("session", "executor", "before", "duration_ps", "rest_ps", "rest_in_transfer_ps")
-        session, executor, before, duration, rest, kept = (columns[name][self._order] for name in names)
-        same = np.concatenate(([False], (session[1:] == session[:-1]) & (executor[1:] == executor[:-1])))
-        self._durations: list[int] = duration.tolist()
-        self._follows: list[bool] = (same & (before == "chunk")).tolist()
-        # of each that does not, the rest before it in which a load drains; -1: none of it is left, however fast it does
-        self._rests: list[int] = np.where(same & (before == "idle") & (rest > 0), rest - kept, -1).tolist()
-        self._found: dict[tuple[int, int], Floats] = {}
-
-    def ns(self, after_ns: float, drain: int) -> Floats:
-        """Of each step. A rest takes `drain` times itself of a load that counts up to `after_ns`; all of it where that is 0."""
-        after = round(after_ns * 1000)
-        if (after, drain) not in self._found:
-            found = np.empty(len(self._order))
-            found[self._order] = list(self._picoseconds(after, drain))
-            self._found[after, drain] = found / 1000
-        return self._found[after, drain]
-
-    def _picoseconds(self, after: int, drain: int) -> Iterator[int]:
-        load = 0
-        for follows, rest, duration in zip(self._follows, self._rests, self._durations, strict=True):
-            if not follows:
-                load = max(0, min(load, after) - drain * rest) if drain and rest >= 0 else 0
-            yield load
-            load += duration
-
-    def slower(self, share: float, after_ns: float, drain: int) -> Floats:
-        return np.asarray(1 + share * np.minimum(self.ns(after_ns, drain) / after_ns, 1.0))
-
-    def rests(self) -> NDArray[np.int64]:
-        """A number for each step by the rest before it, in which a load drains: about equal ones have the same."""
-        found = np.empty(len(self._order), dtype=np.int64)
-        found[self._order] = np.log2(np.maximum(np.array(self._rests), 1)).astype(np.int64)
-        return found
-
-    def tells_of_rests(self, told: NDArray[np.bool_]) -> bool:
-        """Whether there are enough steps behind a rest behind a load."""
-        least, most = _RESTS_NS
-        rests = np.array(self._rests) / 1000
-        before = np.concatenate(
-            ([0.0], (self.ns(_LOAD_AFTER_NS[0], 0)[self._order] + np.array(self._durations) / 1000)[:-1])
-        )
-        behind = (before >= _LOAD_AFTER_NS[0]) & (rests >= least) & (rests <= most)
-        return int((behind & told[self._order]).sum()) >= _LEAST_RESTED
-
-
-def _best_load(error: Callable[[float, float, int], float], drains: Sequence[int]) -> tuple[float, float, int]:
-    """(how much longer, in proportion, steps under load are, after how many ns, how much of it a ns of rest takes) where the
-    error is least: for each of `drains` first over a coarse grid, then closer around the best share, to a thousandth. None
-    longer where that gains less than a tenth.
-    """
-    least = {}
-    for drain in drains:
-        tried = {(share, after): error(share, after, drain) for share in (0.04, 0.08, 0.12) for after in _LOAD_AFTER_NS}
-        for step in (0.02, 0.01, 0.005, 0.002, 0.001):
-            best, after = min(tried, key=lambda key: (tried[key], key))
-            for share in (best - step, best + step):
-                if 0 < share <= _MOST_SHARE and (share, after) not in tried:
-                    tried[share, after] = error(share, after, drain)
-        share, after = min(tried, key=lambda key: (tried[key], key))
-        least[share, after, drain] = tried[share, after]
-    share, after, drain = min(least, key=lambda key: (least[key], key))
-    if least[share, after, drain] >= (1 - _LEAST_GAIN) * error(0.0, _LOAD_AFTER_NS[0], 0):
-        return 0.0, after, 0
-    return round(share, 4), after, drain
-
-
 def _late_kernels(
     graphs: NDArray[np.int64] | None, waits: NDArray[np.bool_], before: NDArray[Any]
-) -> tuple[NDArray[np.bool_], ...]:
+) -> NDArray[np.bool_] | None:
     """Which steps run kernel by kernel, though others are graphs, and were not launched behind decodes.
 
-    Nothing where there are none, or none of the same kind behind decodes: the rows tell of both then.
+    None where there are none, or none of the same kind behind decodes: the rows tell of both then.
     """
     if graphs is None or not graphs.any():
-        return ()
+        return None
     by_kernels = graphs == 0
     late = by_kernels & (before != "decode")
     told = [late & ~waits, by_kernels & ~late & ~waits]
-    return (late,) if min(each.sum() for each in told) >= LEAST_SAMPLES else ()
+    return late if min(each.sum() for each in told) >= LEAST_SAMPLES else None
 
 
 def _launch_floor(ns: Floats, fitted: Floats, shifts: Floats, waits: NDArray[np.bool_]) -> tuple[float, list[Residual]]:

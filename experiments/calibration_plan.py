@@ -363,7 +363,7 @@ def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_P
     """What a rest takes of a load: prompts alone, in bursts that rests part, and, on executors that hand over, so many small
     ones that KV leaves all the time.
     """
-    if rested := list(_rested(cluster, effort, cost)):
+    if rested := _rested(cluster, effort, cost):
         yield _Plan("contexts after rests", rested, None)
     if not cluster.hands_over or not effort.handed_over_s:
         return
@@ -377,14 +377,15 @@ def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_P
     yield _Plan("hand-overs without a rest", asks, 3 * at_once * cluster.num_prefilling)  # some are on their way
 
 
-def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Ask]:
+def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> list[_Ask]:
     """Bursts each of which begins with one prompt alone; the others come while it runs. Some come after so long a rest that
-    none before is still running.
+    none before is still running. None at all where one of them does not fit.
     """
 
     def seconds(*prompts: int) -> float:
         return cost.step_time(StepFeatures(0, 0, tuple((0, n, True) for n in prompts))) / UNITS_PER_S
 
+    asks: list[_Ask] = []
     random, at = Random(37), 0.0
     rests = [rest for rest in _RESTS_S for _ in range(effort.rests)]
     rests = random.sample(rests, len(rests))
@@ -397,10 +398,11 @@ def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_
         others = (_LOADING,) * count
         fits = cluster.rounded(first) + count * cluster.rounded(_LOADING) <= cluster.kv_tokens // 2
         if not fits or count > cluster.context_batch or first > cluster.step_tokens:
-            return  # of a device that is too small or too fast for such a load
-        yield from [_Ask(first, 1, at)] * cluster.num_prefilling
-        yield from [_Ask(n, 1, at + alone_s / 3) for n in others for _ in range(cluster.num_prefilling)]
+            return []  # of a device that is too small or too fast for such a load
+        asks += [_Ask(first, 1, at)] * cluster.num_prefilling
+        asks += [_Ask(n, 1, at + alone_s / 3) for n in others for _ in range(cluster.num_prefilling)]
         at += _LONGER * (alone_s + seconds(*others)) + rest
+    return asks
 
 
 def _lengths(config: Experiment, cluster: _Cluster, effort: Effort) -> list[tuple[int, int]]:

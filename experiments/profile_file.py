@@ -345,7 +345,7 @@ def measured_cost(profile: Profile, entry: EngineEntry, max_batch_size: int) -> 
         longest_token=0 if chunks is None else _units(chunks.longest_token_ns),
         full_batch=0 if decode is None else decode.full_batch,
         full_kv=0 if decode is None else _units(decode.full_kv_ns),
-        full_shared=0 if decode is None else _part(decode.full_shared_part),
+        full_shared=0 if decode is None else _full_part(decode),
     )
 
 
@@ -358,10 +358,17 @@ def _attention_in_graphs(chunks: ChunkFit | None) -> dict[str, int]:
     }
 
 
-def _part(part: float) -> int:
+def _part(part: float, key: str = "shared_part") -> int:
     if part > 1:
-        raise ValueError(f"shared_part is {part}; allowed: 0 to 1")
+        raise ValueError(f"{key} is {part}; allowed: 0 to 1")
     return round(part * (1 << UNIT_BITS))
+
+
+def _full_part(decode: DecodeFit) -> int:
+    part, most = decode.full_shared_part, decode.shared_part
+    if decode.full_batch and part > most:  # a step gets no cheaper by more decodes
+        raise ValueError(f"full_shared_part is {part}; allowed: at most shared_part, which is {most}")
+    return _part(part, "full_shared_part")
 
 
 def _mixed_shared(decode: DecodeFit | None, chunks: ChunkFit | None, measured: Measured) -> int:

@@ -100,6 +100,9 @@ def _print_engine(profile: Profile, entry: EngineEntry) -> None:
     if entry.decode is not None and decodes:
         times = ", ".join(f"{f.num_decodes}: {_ms(cost.step_time(f))}" for f in decodes)
         print(f"  decode step in ms by batch, 1,024 tokens each: {times}")
+    if entry.decode is not None and entry.decode.full_batch:
+        more_ns = entry.decode.full_kv_ns
+        print(f"  from {entry.decode.full_batch} sequences on a KV token of a decode step takes {more_ns:.2f} ns more")
     if entry.chunks is not None and chunks:
         times = ", ".join(f"{f.chunks[0][1]}: {_ms(cost.step_time(f))}" for f in chunks)
         print(f"  step in ms by tokens of one prompt: {times}")

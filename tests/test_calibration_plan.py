@@ -117,6 +117,19 @@ def test_bursts_of_prompts_come_after_rests_of_many_lengths_where_prompts_are_ha
     assert len(firsts) > 30  # hardly any two are alike
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["cluster.context_servers.scheduler.max_num_tokens=1900"],
+        ["cluster.context_servers.kv_cache={tokens_per_block: 32, max_tokens: 11000}"],
+    ],
+    ids=["short steps", "little KV"],
+)
+def test_where_a_later_burst_does_not_fit_none_comes_after_a_rest(overrides: list[str]) -> None:
+    """The first bursts would: they begin with shorter prompts."""
+    assert "contexts after rests" not in {s.name for s in sessions_of("calibrate_1p1", overrides, STANDARD)}
+
+
 def test_kv_leaves_all_the_time_in_one_session_without_a_rest() -> None:
     (session,) = [s for s in sessions_of("calibrate_1p1", [], STANDARD) if s.name == "hand-overs without a rest"]
     (phase,) = session.phases

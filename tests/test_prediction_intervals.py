@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -130,11 +131,16 @@ def test_intervals_are_those_of_the_draws_and_of_no_other_run(tmp_path: Path) ->
         assert prediction == predicted(simulate_summary(point.experiment), draws)
 
 
-def test_the_median_of_the_draws_lies_between_the_bounds_of_every_figure(tmp_path: Path) -> None:
-    points = run_points(load_experiment(written(tmp_path)), tmp_path)
+def test_the_bounds_of_every_figure_are_percentiles_of_its_draws_and_further_apart_by_more_noise(
+    tmp_path: Path,
+) -> None:
+    (point,) = points = run_points(load_experiment(written(tmp_path)), tmp_path)
     (found,) = predict_points(points, FEW).values()
+    draws = [simulate_summary(drawn(point.experiment, FEW, number)) for number in range(FEW.draws)]
     assert set(found.intervals) == set(METRICS)
-    assert all(each.low <= each.median <= each.high for each in found.intervals.values())
+    for key, each in found.intervals.items():
+        low, median, high = np.percentile([draw[key] for draw in draws], [5, 50, 95])
+        assert (each.low, each.median, each.high) == (low, median, high), key
     assert found.intervals["mean_ttft_s"].low < found.intervals["mean_ttft_s"].high
     (wider,) = predict_points(points, Noise(draws=6, jitter=0.1, error=0.1)).values()
     for key in ("mean_ttft_s", "mean_tpot_s", "p50_e2e_latency_s"):

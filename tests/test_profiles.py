@@ -37,6 +37,7 @@ from disagg.experiments.profile_file import (
 )
 from disagg.experiments.profile_merge import merge_profiles, merged
 from disagg.experiments.profile_refit import refit_profile
+from disagg.experiments.profile_show import print_profile
 from tests.profile_examples import EXPERIMENT, a_profile, entry
 
 
@@ -125,6 +126,10 @@ def _broken(change: Any) -> bytes:
     return json.dumps(plain).encode()
 
 
+def _decode_parts(**keys: float) -> Any:
+    return lambda plain: plain["engines"][1]["decode"].update(keys)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -145,6 +150,12 @@ def _broken(change: Any) -> bytes:
         (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[1, 8])), "ascend from 0"),
         (_broken(lambda p: p["engines"][0].update(layers_per_stage=[1] * 2000)), "2000 items; allowed: at most 1024"),
         (_broken(lambda p: p["device"].update(memory_bytes="much")), "Expected `int`"),
+        (_broken(_decode_parts(shared_part=1.5)), ": shared_part is 1.5; allowed: 0 to 1"),
+        (_broken(_decode_parts(full_shared_part=1.5)), ": full_shared_part is 1.5; allowed: 0 to 1"),
+        (
+            _broken(_decode_parts(shared_part=0.3, full_batch=4, full_shared_part=0.4)),
+            ": full_shared_part is 0.4; allowed: at most shared_part, which is 0.3",
+        ),
     ],
 )
 def test_what_is_no_profile_is_refused_in_one_line(tmp_path: Path, data: bytes, said: str) -> None:
@@ -154,6 +165,27 @@ def test_what_is_no_profile_is_refused_in_one_line(tmp_path: Path, data: bytes, 
         load_profile(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_full_batch_may_save_as_much_of_kv_that_is_read_again_as_others_and_without_one_it_is_no_matter() -> None:
+    decode = a_profile().engines[1].decode
+    assert decode is not None
+    for parts in ({"full_batch": 4, "shared_part": 0.4}, {"full_batch": 0, "shared_part": 0.0}):
+        fit = msgspec.structs.replace(decode, full_shared_part=0.4, **parts)
+        profile = a_profile(engines=(entry("generation", decode=fit),))
+        assert measured_cost(profile, profile.engines[0], 8).full_shared == round(0.4 * (1 << 20))
+
+
+def test_what_is_shown_says_from_which_batch_on_a_kv_token_takes_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    decode = a_profile().engines[1].decode
+    assert decode is not None
+    fit = msgspec.structs.replace(decode, shared_part=0.4, full_batch=5, full_kv_ns=4.164, full_shared_part=0.25)
+    print_profile(a_profile(engines=(entry("generation", decode=fit),)))
+    shown = capsys.readouterr().out
+    assert "  from 5 sequences on a KV token of a decode step takes 4.16 ns more\n" in shown
+    assert "costs 40% less by fewer than 5 decodes alone, 25% less by more" in shown
+    print_profile(a_profile())
+    assert "sequences on" not in capsys.readouterr().out
 
 
 def test_a_profile_that_is_too_large_is_not_read(tmp_path: Path) -> None:
