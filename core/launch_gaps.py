@@ -21,7 +21,9 @@ def gap_of(
         if before == "decode":
             return gaps.chunk_after_decode
         gap = gaps.kernels if by_kernels else 0
-        return gap + (gaps.chunk_after_chunk if before == "chunk" else gaps.chunk_after_idle)
+        if before == "idle":
+            return gap + gaps.chunk_after_idle
+        return gap + gaps.chunk_after_chunk + (gaps.decodes_after_chunk if num_decodes else 0)
     gap = gaps.joined * num_joined + gaps.left * num_left
     if before == "decode":
         return gap + gaps.decode_after_decode

@@ -16,6 +16,7 @@ class LaunchGaps(Struct, frozen=True):
     sequence that enters and leaves the decode batch, `sequence_after_chunk` for each in it where a step with chunks came
     before: the host sees to all of them then. A plan that goes on with its epoch has `continued`. `kernels` is for a step
     with chunks that no graph runs: before its first kernel the host has more to do, which is hidden behind decodes only.
+    `decodes_after_chunk` is for a step with chunks that follows another while sequences decode: the host sees to these first.
 
     No gap, but by what came before, too: where steps with chunks follow each other without a rest, a device's clock falls. They
     take `millionths_under_load` of their own time longer once that has gone on for `load_after`, in proportion before.
@@ -34,6 +35,7 @@ class LaunchGaps(Struct, frozen=True):
     left: int = 0
     sequence_after_chunk: int = 0
     kernels: int = 0
+    decodes_after_chunk: int = 0
     millionths_under_load: int = 0
     load_after: int = 0
     load_drain: int = 0

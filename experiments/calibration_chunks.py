@@ -108,8 +108,7 @@ def _gaps(found: _Solved, effect: LoadEffect) -> dict[str, int]:
     for name in _GAP_BEHIND.values():  # what was hardly ever seen is like what was
         if known:
             gaps.setdefault(name, round(sum(known) / len(known)))
-    if "kernels" in found.places:
-        gaps["kernels"] = round(found.one("kernels") * 1000)
+    gaps |= {name: round(found.one(name) * 1000) for name in ("kernels", "decodes_after_chunk") if name in found.places}
     if effect.share:
         gaps |= {
             "millionths_under_load": round(effect.share * 1e6),
@@ -164,7 +163,7 @@ class _Steps:
         self._pairs, self._longest = columns["num_pairs"], longest
         features = self._features(columns, _attention(columns, longest, waits, in_graphs))
         num_own = sum(each.shape[1] for each in features.values())
-        features |= _launches(graphs, waits, columns["before"])
+        features |= _launches(graphs, waits, columns)
         self._cool = np.concatenate(list(features.values()), axis=1)
         self._places = _places(features)
         self._own = slice(0, num_own)  # of the step's own time, which is what a load lengthens
@@ -224,14 +223,20 @@ def _as_column(values: NDArray[Any]) -> Floats:
     return values[:, None].astype(float)
 
 
-def _launches(graphs: NDArray[np.int64] | None, waits: NDArray[np.bool_], before: NDArray[Any]) -> dict[str, Floats]:
-    """Which steps came behind what, as far as it was seen often enough, and which of them wait for their kernels, by names
-    of `LaunchGaps`."""
+def _launches(graphs: NDArray[np.int64] | None, waits: NDArray[np.bool_], columns: dict[str, Any]) -> dict[str, Floats]:
+    """Which steps came behind what, as far as it was seen often enough, and which of them wait for their kernels or for
+    what decodes along, by names of `LaunchGaps`.
+    """
+    before = columns["before"]
     found = {name: before == kind for kind, name in _GAP_BEHIND.items()}
     found = {name: each for name, each in found.items() if each.sum() >= LEAST_SAMPLES}
     late = _late_kernels(graphs, waits, before)
     if late is not None:
         found["kernels"] = late
+    decodes = columns["num_decodes"] > 0
+    behind = [(before == "chunk") & each for each in (decodes, ~decodes)]
+    if min(each.sum() for each in behind) >= LEAST_SAMPLES:
+        found["decodes_after_chunk"] = behind[0]
     return {name: _as_column(each) for name, each in found.items()}
 
 

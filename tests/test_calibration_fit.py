@@ -172,6 +172,24 @@ def test_what_kernels_wait_for_where_no_decodes_hide_it_is_told_apart_from_rows_
     assert behind_chunks.gaps.kernels == 0  # nothing to tell it from the rows by: it is in them
 
 
+@pytest.mark.parametrize("more_ms", [0.0, 0.8])
+def test_what_prompts_behind_prompts_wait_for_where_sequences_decode_is_told_apart(more_ms: float) -> None:
+    """3 ms + 20 us a row; behind a step with chunks 1 ms more, and `more_ms` more still with decodes along."""
+    random = Random(10)
+    samples = []
+    for length in (64, 200, 500, 900, 1200, 1500, 1900, 2040):
+        for decodes in (0, 8):
+            for before, shift in (("decode", 0.0), ("chunk", 1.0 + more_ms * (decodes > 0))):
+                graph = chunk_graph(decodes, 1, length, 32)
+                ms = 3 + 0.02 * (padded_rows(length + decodes) if graph is None else graph[1]) + shift
+                for _ in range(4):
+                    sample = chunk_sample([length], 0, decodes, before, random)
+                    samples.append(replace(sample, duration_ps=round(ms * random.gauss(1, 0.003) * 1e9)))
+    gaps = fit_engine(samples, "cuda", 32, chunk_graphs=True).gaps
+    assert gaps.decodes_after_chunk == pytest.approx(more_ms * 1e9, abs=0.15e9)
+    assert gaps.chunk_after_chunk - gaps.chunk_after_decode == pytest.approx(1e9, abs=0.1e9)
+
+
 @pytest.mark.parametrize("part", [0.0, 0.4, 1.0])
 def test_what_kv_saves_that_is_read_again_is_told_from_steps_that_share_it(part: float) -> None:
     random = Random(8)

@@ -94,6 +94,21 @@ def test_a_step_that_no_graph_runs_waits_longer_unless_decodes_hide_its_launch()
     assert timing.end_of_step(1, 1) == ended + 33 * MS // 2
 
 
+def test_prompts_behind_prompts_wait_longer_while_sequences_decode() -> None:
+    timing = ModelTiming(
+        {1: ConstantCost(10 * MS)}, 1, gaps={1: LaunchGaps(chunk_after_chunk=MS, decodes_after_chunk=3 * MS)}
+    )
+    along = changed(chunk(2), decodes=decodes(1).decodes, num_decodes=1)
+    timing.begin(1, chunk(1), 0)
+    ended = timing.end_of_step(1, 1)
+    for epoch, run, took in ((2, chunk(2), 11), (3, along, 14), (4, along, 14)):
+        timing.begin(1, changed(run, epoch=epoch), ended)
+        before, ended = ended, timing.end_of_step(1, 1)
+        assert ended - before == took * MS
+    timing.begin(1, changed(along, epoch=5), ended + 1)
+    assert timing.end_of_step(1, 1) == ended + 1 + 10 * MS, "after a rest the host has seen to them"
+
+
 def test_the_step_at_an_instant_before_the_first_one_began_is_the_first() -> None:
     timing = ModelTiming({1: ConstantCost(10 * MS)}, 1, gaps={1: GAPS})
     timing.begin(1, decodes(1), 0)
