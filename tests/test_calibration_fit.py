@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -150,21 +150,28 @@ def test_what_the_host_takes_is_found_in_short_steps_that_told_of_their_layers(f
     assert fit_engine(samples, "cpu", 32) == fit_engine([s for s in samples if not s.sends_early], "cpu", 32)
 
 
-@pytest.mark.parametrize("kernels_ms", [0.0, 3.0])
-def test_what_kernels_wait_for_where_no_decodes_hide_it_is_told_apart_from_rows_and_graphs(kernels_ms: float) -> None:
-    """3 ms + 20 us a row; behind a step with chunks 2 ms more, and `kernels_ms` more still where no graph runs the step."""
-    random = Random(6)
+def behind_others(waits_ms: Callable[[bool, int, str], float], seed: int) -> list[StepSample]:
+    """Prompts of many lengths behind decodes and prompts: 3 ms + 20 us a row, and what `waits_ms` says by whether a graph runs
+    the step, by how many decodes run along, and by what came before.
+    """
+    random = Random(seed)
     samples = []
     for length in (64, 200, 500, 900, 1200, 1500, 1900, 2040):
         for decodes in (0, 8):
-            for before, shift in (("decode", 0.0), ("chunk", 2.0)):
+            for before in ("decode", "chunk"):
                 graph = chunk_graph(decodes, 1, length, 32)
-                ms = 3 + 0.02 * (padded_rows(length + decodes) if graph is None else graph[1]) + shift
-                if graph is None and before == "chunk":
-                    ms += kernels_ms
+                ms = 3 + 0.02 * (padded_rows(length + decodes) if graph is None else graph[1])
+                ms += waits_ms(graph is not None, decodes, before)
                 for _ in range(4):
                     sample = chunk_sample([length], 0, decodes, before, random)
                     samples.append(replace(sample, duration_ps=round(ms * random.gauss(1, 0.003) * 1e9)))
+    return samples
+
+
+@pytest.mark.parametrize("kernels_ms", [0.0, 3.0])
+def test_what_kernels_wait_for_where_no_decodes_hide_it_is_told_apart_from_rows_and_graphs(kernels_ms: float) -> None:
+    """Behind a step with chunks 2 ms more, and `kernels_ms` more still where no graph runs the step."""
+    samples = behind_others(lambda graph, _, before: (before == "chunk") * (2.0 + kernels_ms * (not graph)), seed=6)
     gaps = fit_engine(samples, "cuda", 32, chunk_graphs=True).gaps
     assert gaps.kernels == pytest.approx(kernels_ms * 1e9, abs=0.15e9)
     assert gaps.chunk_after_chunk - gaps.chunk_after_decode == pytest.approx(2e9, abs=0.1e9)
@@ -174,17 +181,8 @@ def test_what_kernels_wait_for_where_no_decodes_hide_it_is_told_apart_from_rows_
 
 @pytest.mark.parametrize("more_ms", [0.0, 0.8])
 def test_what_prompts_behind_prompts_wait_for_where_sequences_decode_is_told_apart(more_ms: float) -> None:
-    """3 ms + 20 us a row; behind a step with chunks 1 ms more, and `more_ms` more still with decodes along."""
-    random = Random(10)
-    samples = []
-    for length in (64, 200, 500, 900, 1200, 1500, 1900, 2040):
-        for decodes in (0, 8):
-            for before, shift in (("decode", 0.0), ("chunk", 1.0 + more_ms * (decodes > 0))):
-                graph = chunk_graph(decodes, 1, length, 32)
-                ms = 3 + 0.02 * (padded_rows(length + decodes) if graph is None else graph[1]) + shift
-                for _ in range(4):
-                    sample = chunk_sample([length], 0, decodes, before, random)
-                    samples.append(replace(sample, duration_ps=round(ms * random.gauss(1, 0.003) * 1e9)))
+    """Behind a step with chunks 1 ms more, and `more_ms` more still with decodes along."""
+    samples = behind_others(lambda _, decodes, before: (before == "chunk") * (1.0 + more_ms * (decodes > 0)), seed=10)
     gaps = fit_engine(samples, "cuda", 32, chunk_graphs=True).gaps
     assert gaps.decodes_after_chunk == pytest.approx(more_ms * 1e9, abs=0.15e9)
     assert gaps.chunk_after_chunk - gaps.chunk_after_decode == pytest.approx(1e9, abs=0.1e9)
