@@ -11,15 +11,17 @@ import numpy as np
 from .calibration_points import LEAST_SAMPLES, Floats, keep_near
 from .calibration_samples import MessageSample
 
-_UNLIKE: Final = (
-    2.0  # of a long prompt to a short one, at least: else a slope would be noise, drawn out to prompts never seen
-)
+# Of a long prompt to a short one, at least: else a slope would be noise, drawn out to prompts never seen.
+_UNLIKE: Final = 2.0
+_LEAST_CARRYING: Final = 30  # messages: among fewer a stall or two look like tokens
+_LEAST_GAIN: Final = 0.1  # of how far off a constant is
 _GROUPS: Final = 16
 _ROUNDS: Final = 5
 
 
 def prompt_token_time(samples: Sequence[MessageSample]) -> int:
-    """Picoseconds for each token id; 0 where too few prompts, or none of unlike lengths, tell.
+    """Picoseconds for each token id; 0 where too few prompts, or none of unlike lengths, tell, or where they do not tell
+    tokens from what a busy machine takes: a line gains little over a constant, or says that without tokens it took nothing.
 
     From messages that carry prompts alone, so that others, should they have less to wait for, do not make it steeper. A line
     by least squares in proportion to itself, through all that is not far from it: a stall is no matter of tokens.
@@ -27,7 +29,7 @@ def prompt_token_time(samples: Sequence[MessageSample]) -> int:
     from scipy.optimize import nnls
 
     carrying = [(sample.num_tokens, sample.latency_ps) for sample in samples if sample.num_tokens > 0]
-    if len(carrying) < 2 * LEAST_SAMPLES:
+    if len(carrying) < _LEAST_CARRYING:
         return 0
     tokens, ps = np.array(carrying, dtype=float).T
     short, long = np.quantile(tokens, (0.1, 0.9))
@@ -36,13 +38,20 @@ def prompt_token_time(samples: Sequence[MessageSample]) -> int:
     largest = float(tokens.max())  # columns of like size
     features = np.stack((np.ones(len(tokens)), tokens / largest), axis=1)
     line = features @ _through_medians(tokens / largest, ps)
-    slope = 0.0
+    start, slope = 0.0, 0.0
     for _ in range(_ROUNDS):
         line = np.maximum(line, 1.0)
         near = keep_near(ps / line)
         coefficients = nnls(features[near] / line[near, None], ps[near] / line[near])[0]
-        line, slope = features @ coefficients, float(coefficients[1])
+        line, start, slope = features @ coefficients, float(coefficients[0]), float(coefficients[1])
+    if not start or _off(ps, line) > (1 - _LEAST_GAIN) * _off(ps, np.full(len(ps), np.median(ps))):
+        return 0
     return round(slope / largest)
+
+
+def _off(ps: Floats, line: Floats) -> float:
+    """How far off a line is, in proportion to it: of every other message no more."""
+    return float(np.median(np.abs(ps / np.maximum(line, 1.0) - 1)))
 
 
 def _through_medians(x: Floats, y: Floats) -> Floats:

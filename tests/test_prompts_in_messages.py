@@ -195,6 +195,15 @@ def test_prompts_of_one_length_or_too_few_tell_nothing_of_a_token() -> None:
         fit_messages([])
 
 
+def test_what_a_busy_machine_takes_is_no_matter_of_tokens() -> None:
+    nothing_without = [sample(n * 16 * US, n) for n in range(20, 260, 5)]
+    random = Random(4)
+    anything = [sample(FIXED * random.lognormvariate(0, 1) * (1 + n / 500), n) for n in range(20, 260, 5)]
+    for samples in (nothing_without, anything):
+        latency, _ = fit_messages(samples)
+        assert (latency.prompt_token, latency.into_executor > 0) == (0, True)
+
+
 def test_beside_samples_that_tell_those_that_do_not_are_left_out() -> None:
     told = [sample(FIXED + n * TOKEN, n) for n in range(100, 9000, 20)]
     assert fit_messages([*told, *[sample(5000 * US)] * 300]) == fit_messages(told)
@@ -210,7 +219,7 @@ def test_a_latency_that_does_not_depend_on_tokens_is_found_to_be_just_that() -> 
 
 def test_the_logs_of_a_session_give_both_numbers_back() -> None:
     world = World("cg", latency=LATENCY)
-    for number, prompt in enumerate((20, 50, 200, 500, 1000, 1500, 2000, 3000), 1):
+    for number, prompt in enumerate(2 * (20, 50, 200, 500, 1000, 1500, 2000, 3000), 1):
         world.submit(number, number * 200 * PS_PER_MS, prompt, 5)
     world.run()
     samples = Samples()
