@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/h200/heldout/run.sh OUTPUT [PART [SECONDS [TIMES]]]     # archives of at most 15 MB each are left in OUTPUT
 #
-#   calibrate  two GPUs: 1 + 1, then a mixed executor of each shape, one on each GPU; profiles in OUTPUT (4 minutes)
+#   calibrate  two GPUs: 1 + 1, then a mixed executor of each shape, one on each GPU; profiles in OUTPUT (5 minutes)
 #   pair       two GPUs: the 1p1_* files (four minutes a time)
 #   routers    two GPUs: the 2_mixed* files (six minutes a time)
 #   singles    two GPUs, a lane each: the queues beside the other 1_mixed_* files (4 minutes a time)
