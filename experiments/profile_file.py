@@ -50,7 +50,9 @@ class CurveFit(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DecodeFit(Struct, frozen=True, forbid_unknown_fields=True):
-    """Of steps of decodes only; see `core.measured_cost.MeasuredCost`."""
+    """Of steps of decodes only; see `core.measured_cost.MeasuredCost`. From `full_batch` sequences on (0: never) a KV token
+    takes `full_kv_ns` more, and `full_shared_part` holds in place of `shared_part`.
+    """
 
     rows: CurveFit
     kv_tokens: CurveFit

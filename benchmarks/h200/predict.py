@@ -17,9 +17,8 @@ from typing import Any
 from disagg.experiments.cli_run import run_file
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.noise import Noise
-from disagg.experiments.prediction_intervals import predict_points, predictions_data, title_of
+from disagg.experiments.prediction_intervals import predict_points, predictions_data
 from disagg.experiments.run_point import run_points
-from disagg.reports.prediction_intervals import METRICS
 
 # What is to be told from chance is fixed before hardware runs, so these do not follow the command's defaults.
 DRAWS = 40  # two lie beyond each bound
@@ -44,11 +43,8 @@ def main() -> int:
             return code
         points = run_points(loaded, target)
         drawn = predict_points(points, NOISE)
-        for point in points:
-            summary = json.loads((point.directory / "summary.json").read_text(encoding="utf-8"))
-            title = title_of(point, points)
-            predictions[title] = drawn[title].plain() | {name: summary[name] for name in METRICS}
-            profiles.add(point.experiment.cluster.profile)
+        predictions |= {title: prediction.plain() for title, prediction in drawn.items()}
+        profiles |= {point.experiment.cluster.profile for point in points}
     data = predictions_data(asked.files, profiles, NOISE, predictions)
     asked.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0
