@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .calibration_points import Floats
 
 _AFTER_NS: Final = (5e7, 1e8, 2e8, 4e8)  # until a device's clock has followed its load
-_DRAINS: Final = (0, 1, 2, 3, 5, 10)  # ns of load that a ns of rest takes; 0: all of it at once
+_DRAINS: Final = (0, 1, 2, 3, 5, 10, 15, 20, 30, 50)  # ns of load that a ns of rest takes; 0: all of it at once
 _RESTS_NS: Final = (1e6, 6e7)  # that tell at which rate
 # Samples of small, of middling and of large steps, to tell what a load does from what rows do.
 _LEAST_LOADED: Final = 20

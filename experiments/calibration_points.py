@@ -21,6 +21,7 @@ LEAST_SAMPLES: Final = 3  # of a family that is to be fitted
 _FAR: Final = 5.0  # standard deviations, by the median of deviations
 _LEAST_FAR: Final = 0.05  # of the value: nearer than this nothing is an outlier
 _STALLED: Final = 10.0  # times the median
+_SHORTEST: Final = 50.0  # times shorter than the median is no time of a device
 _ROUNDS: Final = 5
 _LEAST_RATIO: Final = 1.05  # of a knot to the one before
 
@@ -77,7 +78,8 @@ def fit_points(points: Points, ns: Floats, features: Floats, family: str) -> Fit
     """Non-negative coefficients of the features; `ns` and `features` are the samples that the points come from."""
     from scipy.optimize import nnls
 
-    keep = np.ones(len(points.ns), dtype=bool)
+    # A host that is held up sees two steps end at once, the second after nothing: in proportion to that all else is nothing.
+    keep = points.ns * _SHORTEST >= np.median(points.ns)
     scale = np.maximum(points.ns, 1.0)
     largest = np.maximum(points.features.max(axis=0), 1e-12)  # columns of like size: far quicker, and better told
     coefficients = np.zeros(points.features.shape[1])
@@ -169,6 +171,7 @@ def curve_fit(start: float, knots: Sequence[int], increments: Floats) -> CurveFi
 
 def residual_of_samples(family: str, ns: Floats, fitted: Floats, num_samples: int) -> Residual:
     """Of samples that are points by themselves; `num_samples`: with those that were left out."""
+    fitted = np.maximum(fitted, 1.0)
     relative = np.abs(ns / fitted - 1)
     return Residual(
         family,

@@ -96,13 +96,17 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def merge(
     profiles: Annotated[list[Path], typer.Argument(metavar="PROFILE.json...", help="Of one device and model.")],
     output: Annotated[Path, typer.Option(metavar="PROFILE.json", help="File to write.")],
+    pool: Annotated[
+        bool,
+        typer.Option("--pool", help="Fit what several of them measured to the samples of all; else the first counts."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Put the executors, links and samples of several profiles of one device and one model into one."""
     from .profile_merge import merge_profiles
 
     _check_free(output, overwrite)
-    merge_profiles(profiles, output)
+    merge_profiles(profiles, output, pool=pool)
     print(f"wrote {output}")
 
 

@@ -79,15 +79,16 @@ def predict_points(points: Sequence[RunPoint], noise: Noise, workers: int | None
 
 
 def predictions_data(
-    files: Sequence[Path], profiles: set[str], noise: Noise, predictions: Mapping[str, dict[str, Any]]
+    files: Sequence[Path], profiles: set[str], noise: Noise | None, predictions: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """A file of predictions, as `reports.prediction_intervals` has it. `predictions`: plain, by title."""
+    """A file of predictions, as `reports.prediction_intervals` has it. `predictions`: plain, by title; without intervals
+    where `noise` is None.
+    """
+    drawn = {} if noise is None else {"draws": noise.draws, "jitter": noise.jitter, "error": noise.error}
     return {
         "profiles": sorted(profiles),
         "files": [str(file) for file in files],
-        "draws": noise.draws,
-        "jitter": noise.jitter,
-        "error": noise.error,
+        **drawn,
         "predictions": dict(predictions),
     }
 

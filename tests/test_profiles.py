@@ -29,6 +29,7 @@ from disagg.experiments.profile_diff import diff_profiles
 from disagg.experiments.profile_file import (
     CurveFit,
     DecodeFit,
+    Profile,
     load_profile,
     measured_cost,
     profile_path,
@@ -231,6 +232,42 @@ def test_samples_of_merged_profiles_go_on_in_numbers_so_that_each_entry_finds_it
     assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 2, 3), (20, 3, 4)]
     assert [s.session for s in found.clients] == [3, 20]
     assert both.messages == refit_profile(tmp_path / "both.json", tmp_path / "later" / "again.json").messages
+
+
+def test_pooled_profiles_are_fitted_to_the_samples_of_all_that_measured_a_kind(tmp_path: Path) -> None:
+    def measured(name: str, role: str, ms: float) -> Path:
+        """A profile whose decode steps took `ms` each, whatever is in them."""
+        path = tmp_path / f"{name}.json"
+        save_profile(a_profile(name=name, engines=(entry(role, executors=(1,)),), links=()), path)
+        steps = [
+            StepSample(
+                0, 1, 1, 2, "following", "same", round(ms * 10**9), batch, batch * 100, 0, 0, 0, 0, 0, 0, 0, False
+            )
+            for batch in (1, 2, 4, 8)
+            for _ in range(4)
+        ]
+        write_samples(Samples(steps), path.with_suffix(".samples"))
+        return path
+
+    def decode_ms(profile: Profile) -> list[float]:
+        return [e.decode.rows.ns[-1] / 1e6 for e in profile.engines if e.decode is not None]
+
+    paths = [
+        measured("fast", "generation", 10.0),
+        measured("slow", "generation", 10.4),
+        measured("other", "mixed", 20.0),
+    ]
+    both = merge_profiles(paths, tmp_path / "both.json", pool=True)
+    assert [e.executors for e in both.engines] == [(1, 2), (3,)]
+    assert decode_ms(both) == pytest.approx([10.2, 20.0], rel=1e-3)
+    assert load_profile(tmp_path / "both.json") == both
+    assert refit_profile(tmp_path / "both.json", tmp_path / "again.json").engines == both.engines
+    limited = a_profile(engines=(entry("generation", executors=(1,), max_batch_size=3),), links=())
+    with pytest.raises(ConfigError, match=r"have max_batch_size 3, those of an earlier profile .* equal limits"):
+        merged([load_profile(paths[0]), limited], "both", pool=True)
+    save_profile(a_profile(engines=(entry("generation", executors=(1,)),), links=()), tmp_path / "bare.json")
+    with pytest.raises(ConfigError, match="holds no samples of steps, so there is nothing to pool"):
+        merge_profiles([paths[0], tmp_path / "bare.json"], tmp_path / "no.json", pool=True)
 
 
 def test_the_difference_of_two_profiles_is_that_of_their_predictions() -> None:

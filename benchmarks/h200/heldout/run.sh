@@ -4,12 +4,15 @@
 #   bash benchmarks/h200/heldout/run.sh OUTPUT [PART [SECONDS [TIMES]]]     # archives of at most 15 MB each are left in OUTPUT
 #
 #   calibrate  two GPUs: 1 + 1, then a mixed executor of each shape, one on each GPU; profiles in OUTPUT (5 minutes)
+#   calibrate4 four GPUs: the same, and beside it 1 + 1 of the second shape, then a mixed executor of two GPUs (5 minutes)
+#   calibrate_lanes  four GPUs: 1 + 1 and two mixed executors, each on the GPUs that `lanes` gives them (3 minutes)
 #   pair       two GPUs: the 1p1_* files (four minutes a time)
 #   routers    two GPUs: the 2_mixed* files (six minutes a time)
 #   singles    two GPUs, a lane each: the queues beside the other 1_mixed_* files (4 minutes a time)
 #   single     one GPU: all 1_mixed_* files (seven minutes a time)
-#   lanes      four GPUs: the 1p1_* files beside the 2_mixed_* ones (seven minutes for two times); the default
-#   four       four GPUs: the 4gpu_* files (five minutes for two times)
+#   lanes      four GPUs: the 1p1_* files beside the 2_mixed* ones (five minutes a time); the default
+#   four       four GPUs: the 4gpu_* files (three minutes a time)
+#   four_singles  four GPUs: the 1_mixed_* files but the queues, in four lanes (90 s a time)
 #
 # After SECONDS (default 520) no further cluster is started. Predictions are committed before (benchmarks/h200/predict.py).
 # DISAGG_TRACES names the folder of the traces.
@@ -29,13 +32,19 @@ lane() { # lane GPUS FILE...
         echo "GPUs $gpus: ended with $?"
 }
 case $part in
-calibrate)
+calibrate*)
     at=$output/profiles
-    calibrate() { CUDA_VISIBLE_DEVICES=$1 python3 -m disagg calibrate "benchmarks/h200/calibrate_$2.yaml" --output "$at/$2.json"; }
+    calibrate() { CUDA_VISIBLE_DEVICES=$1 python3 -m disagg calibrate "benchmarks/h200/calibrate_$2.yaml" --output "$at/${3:-$2}.json"; }
     mkdir -p "$at"
+    case $part in
+    calibrate4) (calibrate 2,3 qwen && calibrate 2,3 mixed_tp2) & ;;
+    calibrate_lanes) calibrate 2 mixed & calibrate 3 mixed mixed_b & ;;
+    esac
     calibrate 0,1 1p1
-    calibrate 0 mixed &
-    calibrate 1 qwen_mixed &
+    if [ "$part" != calibrate_lanes ]; then
+        calibrate 0 mixed &
+        calibrate 1 qwen_mixed &
+    fi
     wait
     tar czf "$output/profiles.tgz" -C "$at" --exclude '*.sessions' .
     rm -r "$at"
@@ -56,15 +65,22 @@ single)
     lane 0 $here/1_mixed_{near,closed,azure,bursty,prefixes,short,long,queues,qwen}.yaml
     ;;
 lanes)
-    lane 0,1 $here/1p1_{short,long,bursty,azure,near,closed,25gbps,5gbps}.yaml &
-    lane 2,3 $here/2_mixed_routers.yaml $here/2_mixed.yaml $here/1p1_qwen.yaml &
+    lane 0,1 $here/1p1_{azure,near,closed,short,bursty,long,25gbps,5gbps,qwen}.yaml &
+    lane 2,3 $here/2_mixed.yaml $here/2_mixed_routers.yaml $here/2_mixed_prefix_routers.yaml &
     wait
     ;;
 four)
     lane 0,1,2,3 $here/4gpu_{2c2g,1c3g,4_mixed}.yaml
     ;;
+four_singles)
+    lane 0 $here/1_mixed_{near,closed,long}.yaml &
+    lane 1 $here/1_mixed_{azure,bursty}.yaml &
+    lane 2 $here/1_mixed_{short,prefixes}.yaml &
+    lane 3 $here/1_mixed_qwen.yaml &
+    wait
+    ;;
 *)
-    echo "PART $part; allowed: calibrate, pair, routers, singles, single, lanes, four" >&2
+    echo "PART $part; allowed: calibrate, calibrate4, calibrate_lanes, pair, routers, singles, single, lanes, four, four_singles" >&2
     exit 2
     ;;
 esac
