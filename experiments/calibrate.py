@@ -57,16 +57,8 @@ from .config import Experiment
 from .device_names import device_name
 from .errors import EXIT_TIMEOUT, ConfigError, ExperimentError, ResourceError
 from .manifest import git_commit, package_versions
-from .profile_file import (
-    FORMAT_VERSION,
-    EngineEntry,
-    LinkEntry,
-    MeasuredFor,
-    Profile,
-    Residual,
-    save_profile,
-    shape_hash,
-)
+from .measured_profile import FORMAT_VERSION, EngineEntry, LinkEntry, MeasuredFor, Profile, Residual, shape_hash
+from .profile_file import save_profile
 from .run_hardware import hardware_spec
 
 _PLAN: Final = "plan.sha256"

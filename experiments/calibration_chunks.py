@@ -24,7 +24,7 @@ from .calibration_points import (
     residual_of_samples,
 )
 from .calibration_shared import curve_at, kv_read, residuals_of_shared, saved_part, without_shared
-from .profile_file import ChunkFit, Residual
+from .measured_profile import ChunkFit, Residual
 
 # Rows of the engine's own steps, which are a staircase: between two of them lies nothing to interpolate.
 _ROW_KNOTS: Final = (

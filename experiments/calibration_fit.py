@@ -27,7 +27,8 @@ from .calibration_points import (
 )
 from .calibration_samples import CONTINUED, FIRST, FOLLOWING, NOTHING, StepSample, as_arrays
 from .calibration_shared import curve_at, kv_read, residuals_of_shared, saved_part, without_shared
-from .profile_file import ChunkFit, DecodeFit, Residual, row_multiple
+from .measured_profile import ChunkFit, DecodeFit, Residual
+from .profile_cost import row_multiple
 
 _KV_KNOTS: Final = (0, 512, 2048, 8192, 32_768, 131_072, 524_288, 2_097_152)
 _LEAST_OF_A_KERNEL: Final = 200  # decode steps of smaller and of larger batches, to tell two kernels apart

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .profile_file import CurveFit, Residual
+from .measured_profile import CurveFit, Residual
 
 Floats = NDArray[np.float64]
 LEAST_SAMPLES: Final = 3  # of a family that is to be fitted

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calibration_points import LEAST_SAMPLES, Floats, keep_near, residual_of_samples
-from .profile_file import Residual
+from .measured_profile import Residual
 
 _PARTS: Final = np.linspace(0.0, 1.0, 101)
 _LEAST_TELLING: Final = 20  # steps

@@ -23,18 +23,9 @@ from ..policies.vocabulary import PS_PER_MS, PS_PER_S, Role
 from .config import Cluster, ExecutorKeys, Experiment, Instance
 from .config_keys import PolicyChoice
 from .errors import ConfigError, ResourceError, did_you_mean
+from .measured_profile import LinkEntry, Profile, find_engine, find_link, shape_hash
 from .predictions import prediction_of
-from .profile_file import (
-    LinkEntry,
-    Profile,
-    find_engine,
-    find_link,
-    is_path,
-    load_profile,
-    profile_path,
-    shape_hash,
-    shipped_profiles,
-)
+from .profile_file import is_path, load_profile, profile_path, shipped_profiles
 from .weights_checks import check_same_shape, check_tensors
 
 SPEC_PREFIX: Final = "spec:"

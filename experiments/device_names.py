@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from .errors import ConfigError
-from .profile_file import Profile
+from .measured_profile import Profile
 
 UNKNOWN: Final = "unknown GPU"
 

@@ -11,7 +11,9 @@ from ..core.cost import StepFeatures
 from ..core.measured_cost import MeasuredCost
 from ..core.measured_range import Measured
 from .errors import ConfigError
-from .profile_file import EngineEntry, Profile, load_profile, measured_cost, profile_path
+from .measured_profile import EngineEntry, Profile
+from .profile_cost import measured_cost
+from .profile_file import load_profile, profile_path
 
 _BATCHES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _CONTEXTS: Final = (128, 512, 1024, 2048, 4096, 8192)

@@ -13,7 +13,8 @@ from ..core.commands import ORCHESTRATOR
 from .calibrate import fit_messages
 from .calibration_samples import Samples, read_samples, write_samples
 from .errors import ConfigError
-from .profile_file import EngineEntry, LinkEntry, Profile, load_profile, save_profile, told_of
+from .measured_profile import EngineEntry, LinkEntry, Profile, told_of
+from .profile_file import load_profile, save_profile
 from .profile_refit import refitted
 
 _LIMITS: Final = (

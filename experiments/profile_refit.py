@@ -10,7 +10,8 @@ from .calibrate import fit_link, fit_messages
 from .calibration_fit import fit_engine
 from .calibration_samples import Samples, read_samples, write_samples
 from .errors import ConfigError
-from .profile_file import EngineEntry, LinkEntry, Profile, load_profile, save_profile
+from .measured_profile import EngineEntry, LinkEntry, Profile
+from .profile_file import load_profile, save_profile
 
 
 def refit_profile(path: Path, output: Path) -> Profile:

@@ -16,8 +16,10 @@ from ..core.measured_cost import UNITS_PER_NS, MeasuredCost
 from ..core.overheads import MessageLatency
 from .calibration_samples import FIRST, FOLLOWING, NOTHING, Samples, StepSample, TransferSample, as_arrays, read_samples
 from .errors import ConfigError
+from .measured_profile import EngineEntry, Profile, Residual
+from .profile_cost import measured_cost
 from .profile_diff import chunk_grid, decode_grid, named_profile
-from .profile_file import EngineEntry, Profile, Residual, measured_cost, profile_path
+from .profile_file import profile_path
 
 _PS_PER_MS: Final = 1e9
 _PS_PER_US: Final = 1e6

@@ -23,8 +23,9 @@ from .config import Experiment
 from .errors import EXIT_RESOURCES, EXIT_RUN_FAILED, EXIT_TIMEOUT
 from .event_files import log_name
 from .load_source import LoadSource
+from .measured_profile import find_engine
 from .policy_failure import policy_failure
-from .profile_file import find_engine, measured_cost
+from .profile_cost import measured_cost
 from .run_directory import RunDirectory
 from .run_point import Progress, RunOutcome, RunPoint, none_served
 from .simulated_load import SimulatedLoad, TimeIsUpError, is_open_loop

@@ -8,7 +8,7 @@ from disagg.core.devices import DEVICES
 from disagg.core.measured_range import Measured
 from disagg.core.model_shapes import preset
 from disagg.core.overheads import LaunchGaps, LinkCost, MessageLatency
-from disagg.experiments.profile_file import (
+from disagg.experiments.measured_profile import (
     ChunkFit,
     CurveFit,
     DecodeFit,

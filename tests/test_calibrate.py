@@ -22,7 +22,8 @@ from disagg.experiments import calibrate as calibrating
 from disagg.experiments.calibration_samples import FIRST, FOLLOWING, Samples, read_samples
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
-from disagg.experiments.profile_file import Profile, load_profile
+from disagg.experiments.measured_profile import Profile
+from disagg.experiments.profile_file import load_profile
 from disagg.runtime.hardware_run import HardwareRunError
 
 pytestmark = pytest.mark.mpi

@@ -18,7 +18,8 @@ from disagg.experiments import calibrate as calibrating
 from disagg.experiments.calibrate import CalibrationFailedError, calibrate
 from disagg.experiments.errors import ConfigError, ResourceError
 from disagg.experiments.experiment_file import load_experiment
-from disagg.experiments.profile_file import Profile, load_profile, save_profile
+from disagg.experiments.measured_profile import Profile
+from disagg.experiments.profile_file import load_profile, save_profile
 from disagg.runtime.hardware_run import HardwareRunError
 from disagg.runtime.session_series import SessionResult, result_file
 from tests.profile_examples import EXPERIMENT, a_profile

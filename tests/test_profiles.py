@@ -25,17 +25,10 @@ from disagg.experiments.calibration_samples import (
 )
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
+from disagg.experiments.measured_profile import CurveFit, DecodeFit, Profile
+from disagg.experiments.profile_cost import measured_cost
 from disagg.experiments.profile_diff import diff_profiles
-from disagg.experiments.profile_file import (
-    CurveFit,
-    DecodeFit,
-    Profile,
-    load_profile,
-    measured_cost,
-    profile_path,
-    save_profile,
-    shipped_profiles,
-)
+from disagg.experiments.profile_file import load_profile, profile_path, save_profile, shipped_profiles
 from disagg.experiments.profile_merge import merge_profiles, merged
 from disagg.experiments.profile_refit import refit_profile
 from disagg.experiments.profile_show import print_profile

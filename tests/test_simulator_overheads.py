@@ -165,7 +165,8 @@ def test_a_simulated_run_takes_dispatch_messages_launch_and_link_from_its_profil
     import pandas as pd
 
     from disagg.experiments.cli_run import run_file
-    from disagg.experiments.profile_file import measured_cost, save_profile
+    from disagg.experiments.profile_cost import measured_cost
+    from disagg.experiments.profile_file import save_profile
 
     gaps = LaunchGaps(decode_after_idle=2 * MS, chunk_after_idle=4 * MS)
     profile = a_profile(engines=(entry("context", gaps=gaps), entry("generation", gaps=gaps)))
