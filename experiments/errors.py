@@ -36,6 +36,10 @@ class ResourceError(ExperimentError):
     exit_code = EXIT_RESOURCES
 
 
+class CalibrationFailedError(ExperimentError):
+    """The cluster did not get through; what had ended by then is kept for --resume."""
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` when one of `allowed` is close to `word`, otherwise the empty string."""
     matches = get_close_matches(word, list(allowed), n=1, cutoff=0.6)

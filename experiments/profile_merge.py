@@ -10,7 +10,7 @@ from typing import Any, Final
 from msgspec.structs import replace
 
 from ..core.commands import ORCHESTRATOR
-from .calibrate import fit_messages
+from .calibration_messages import fit_messages
 from .calibration_samples import Samples, read_samples, write_samples
 from .errors import ConfigError
 from .measured_profile import EngineEntry, LinkEntry, Profile, told_of

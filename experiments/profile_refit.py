@@ -6,8 +6,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from .calibrate import fit_link, fit_messages
 from .calibration_fit import fit_engine
+from .calibration_messages import fit_messages
+from .calibration_profile import fit_link
 from .calibration_samples import Samples, read_samples, write_samples
 from .errors import ConfigError
 from .measured_profile import EngineEntry, LinkEntry, Profile

@@ -20,7 +20,7 @@ pytest.importorskip("mpi4py")
 
 from disagg.experiments import calibrate as calibrating
 from disagg.experiments.calibration_samples import FIRST, FOLLOWING, Samples, read_samples
-from disagg.experiments.errors import ConfigError
+from disagg.experiments.errors import CalibrationFailedError, ConfigError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.measured_profile import Profile
 from disagg.experiments.profile_file import load_profile
@@ -82,7 +82,7 @@ class Loop:
         self.output.write_text("an older profile", encoding="utf-8")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibrating, "run_series", cut_short)
-            with pytest.raises(calibrating.CalibrationFailedError, match=r"went away; --resume goes on"):
+            with pytest.raises(CalibrationFailedError, match=r"went away; --resume goes on"):
                 calibrated(overwrite=True)
         self.kept = self.output.read_text(encoding="utf-8")
         self.told_before = list(self.told)

@@ -15,8 +15,8 @@ pytest.importorskip("torch")
 pytest.importorskip("mpi4py")
 
 from disagg.experiments import calibrate as calibrating
-from disagg.experiments.calibrate import CalibrationFailedError, calibrate
-from disagg.experiments.errors import ConfigError, ResourceError
+from disagg.experiments.calibrate import calibrate
+from disagg.experiments.errors import CalibrationFailedError, ConfigError, ResourceError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.measured_profile import Profile
 from disagg.experiments.profile_file import load_profile, save_profile

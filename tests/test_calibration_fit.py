@@ -13,9 +13,10 @@ from msgspec.structs import replace
 from disagg.core.chunk_sums import chunk_pairs
 from disagg.core.step_sizes import chunk_graph, graph_sizes, padded_rows
 from disagg.experiments import calibration_load
-from disagg.experiments.calibrate import fit_link, fit_messages
 from disagg.experiments.calibration_fit import fit_engine
+from disagg.experiments.calibration_messages import fit_messages
 from disagg.experiments.calibration_points import curve_fit, keep_near, knots_for, ramps
+from disagg.experiments.calibration_profile import fit_link
 from disagg.experiments.calibration_samples import (
     CONTINUED,
     FIRST,

@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from disagg.core.commands import ORCHESTRATOR, Send
 from disagg.core.events import Cancel, Enqueue, FirstTokens, KvRequested, Message, Report
 from disagg.core.overheads import MessageLatency, num_token_ids
-from disagg.experiments.calibrate import CalibrationFailedError, fit_messages
+from disagg.experiments.calibration_messages import fit_messages
 from disagg.experiments.calibration_samples import MessageSample, Samples, pair_kind, read_samples, write_samples
+from disagg.experiments.errors import CalibrationFailedError
 from disagg.experiments.profile_diff import diff_profiles
 from disagg.experiments.profile_refit import refitted
 from disagg.experiments.profile_show import print_profile
