@@ -100,7 +100,7 @@ QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, (), 0, 0.0)
 
 
 @dataclass(frozen=True)
-class _Ask:
+class Ask:
     """One request of a session: its lengths, and its instant where the loop is open. `prefix`: (which one it begins with,
     its tokens)."""
 
@@ -110,7 +110,7 @@ class _Ask:
     prefix: tuple[int, int] | None = None
 
 
-class _Cluster:
+class ClusterLimits:
     """The limits that a plan must keep, taken from the least of the executors that a phase may go to."""
 
     def __init__(self, config: Experiment) -> None:
@@ -143,7 +143,7 @@ class _Cluster:
 
 def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STANDARD) -> tuple[Session, ...]:
     """All sessions, in order. `cost`: about how long steps take, to space what must not meet."""
-    cluster = _Cluster(config)
+    cluster = ClusterLimits(config)
     plans = [
         *_contexts(cluster, effort, cost),
         *_launches(cluster, effort, cost),
@@ -155,43 +155,43 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
     ]
     random = Random(config.seed)
     tokens = tuple(random.choices(range(_TOKEN_IDS), k=2 * (cluster.longest + 1)))
-    return tuple(_session(plan, cluster, random, tokens) for plan in plans)
+    return tuple(session_of(plan, cluster, random, tokens) for plan in plans)
 
 
-class _Plan(NamedTuple):
+class SessionPlan(NamedTuple):
     """One session. `concurrency` None: the requests' own instants. `sends_early`: its steps tell of their layers.
     `shares`: executors reuse the blocks of prefixes.
     """
 
     name: str
-    asks: Sequence[_Ask]
+    asks: Sequence[Ask]
     concurrency: int | None
     is_canned: bool = False
     sends_early: bool = False
     shares: bool = False
 
 
-def _contexts(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+def _contexts(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
     """Prompts one at a time, several at once, and longer than a step holds."""
     most = min(cluster.longest, effort.most_tokens)
     lengths = [n for n in _PROMPTS[:: effort.share] if n <= min(most, cluster.step_tokens)]
     lengths += [n * cluster.step_tokens + 100 for n in (1, 3) if n * cluster.step_tokens + 100 <= most]
-    singles = [_Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
-    yield _Plan("contexts one at a time", singles, cluster.num_prefilling)
-    bursts: list[_Ask] = []
+    singles = [Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
+    yield SessionPlan("contexts one at a time", singles, cluster.num_prefilling)
+    bursts: list[Ask] = []
     at = 0.0
     for _ in range(effort.repeats):
         for count, length in _BURSTS[:: effort.share]:
             count = min(count, cluster.context_batch)
             if length > most or cluster.rounded(length) * (count + 1) > cluster.kv_tokens:
                 continue
-            bursts += [_Ask(length, 1, at)] * ((count + 1) * cluster.num_prefilling)  # the first one runs alone
+            bursts += [Ask(length, 1, at)] * ((count + 1) * cluster.num_prefilling)  # the first one runs alone
             chunk = StepFeatures(0, 0, ((0, length, True),))
             at += 2.5 * (count + 1) * cost.step_time(chunk) / UNITS_PER_S + 0.01
-    yield _Plan("contexts in bursts", bursts, None)
+    yield SessionPlan("contexts in bursts", bursts, None)
 
 
-def _launches(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+def _launches(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
     """Short prompts in steps that are no graph: they take as long as the host launches kernels.
 
     Such are all that tell of their layers, and those with more prompts than a graph has room for.
@@ -199,8 +199,8 @@ def _launches(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
     if cluster.sends_early:
         most = min(cluster.longest, effort.most_tokens, cluster.step_tokens)
         lengths = [n for n in _LAUNCHED[:: effort.share] if n <= most]
-        asks = [_Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
-        yield _Plan("contexts kernel by kernel", asks, 2 * cluster.num_prefilling, sends_early=True)
+        asks = [Ask(n, 1) for _ in range(effort.repeats) for n in lengths for _ in range(cluster.num_prefilling)]
+        yield SessionPlan("contexts kernel by kernel", asks, 2 * cluster.num_prefilling, sends_early=True)
     count, length = _TOO_MANY
     long = min(cluster.step_tokens, effort.most_tokens, cluster.longest)  # the others come while it fills a step
     room = cluster.kv_tokens - cluster.rounded(long)
@@ -211,18 +211,18 @@ def _launches(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator
     ):
         every_s = 0.06 + 2.5 * cost.step_time(StepFeatures(0, 0, ((0, long, True),))) / UNITS_PER_S
         bursts = [
-            _Ask(tokens, 1, every_s * number)
+            Ask(tokens, 1, every_s * number)
             for number in range(2 * effort.repeats)
             for tokens in (long, *(length,) * count)
             for _ in range(cluster.num_prefilling)
         ]
-        yield _Plan("more contexts than a graph holds", bursts, None)
+        yield SessionPlan("more contexts than a graph holds", bursts, None)
 
 
-def _cached(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+def _cached(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
     """Prompts behind prefixes that were computed before, one and several at once: steps with few rows behind much KV."""
     most = min(cluster.longest, effort.most_tokens)
-    asks: list[_Ask] = []
+    asks: list[Ask] = []
     at = 0.0
     computed: set[int] = set()
     for _ in range(-(-effort.repeats // 2) if cluster.may_share else 0):
@@ -234,16 +234,16 @@ def _cached(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_
                 continue
             if prefix not in computed:
                 computed.add(prefix)
-                asks += [_Ask(prefix + 1, 1, at, (prefix, prefix))] * cluster.num_prefilling
+                asks += [Ask(prefix + 1, 1, at, (prefix, prefix))] * cluster.num_prefilling
                 at += 1.5 * cost.step_time(StepFeatures(0, 0, ((0, prefix + 1, True),))) / UNITS_PER_S + 0.01
             # the first one runs alone, while the others come
-            asks += [_Ask(prefix + own, 1, at, (prefix, prefix))] * ((count + 1) * cluster.num_prefilling)
+            asks += [Ask(prefix + own, 1, at, (prefix, prefix))] * ((count + 1) * cluster.num_prefilling)
             at += 2.5 * (count + 1) * cost.step_time(StepFeatures(0, 0, ((prefix, own, True),))) / UNITS_PER_S + 0.01
     if asks:
-        yield _Plan("contexts behind cached tokens", asks, None, shares=True)
+        yield SessionPlan("contexts behind cached tokens", asks, None, shares=True)
 
 
-def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
+def _decodes(cluster: ClusterLimits, effort: Effort) -> Iterator[SessionPlan]:
     """Full batches at several mean context lengths whose sequences end one batch size after another.
 
     Lengths are unlike in each, as users' are: attention over such a batch takes longer than over one of equal lengths.
@@ -254,10 +254,10 @@ def _decodes(cluster: _Cluster, effort: Effort) -> Iterator[_Plan]:
             ends = _staggered(_batch_at(cluster, level, effort), effort.hold)
             if ends and level <= effort.most_tokens and level + max(ends) + 2 <= cluster.longest:
                 lengths = _spread(level, len(ends), cluster.longest - max(ends) - 2, random)
-                asks = [_Ask(n, end) for n, end in zip(lengths, ends, strict=True) for _ in range(cluster.num_decoding)]
-                yield _Plan(f"decodes at {level} tokens", asks, None, is_canned=True)
+                asks = [Ask(n, end) for n, end in zip(lengths, ends, strict=True) for _ in range(cluster.num_decoding)]
+                yield SessionPlan(f"decodes at {level} tokens", asks, None, is_canned=True)
         unlike = list(_unlike(cluster, effort, Random(7 + number)))
-        yield _Plan("decodes at mixed lengths", unlike, None, is_canned=True)
+        yield SessionPlan("decodes at mixed lengths", unlike, None, is_canned=True)
 
 
 def _spread(mean: int, count: int, most: int, random: Random) -> list[int]:
@@ -267,17 +267,17 @@ def _spread(mean: int, count: int, most: int, random: Random) -> list[int]:
     return [max(1, min(most, int(share * scale))) for share in shares]
 
 
-def _unlike(cluster: _Cluster, effort: Effort, random: Random) -> Iterator[_Ask]:
+def _unlike(cluster: ClusterLimits, effort: Effort, random: Random) -> Iterator[Ask]:
     """Sequences of lengths as users have them, ending in no order of length."""
     ends = _staggered(_batch_at(cluster, 1024, effort), effort.hold)
     typical = min(1024, cluster.longest // 4, effort.most_tokens)
     for end in random.sample(ends, len(ends)):
         for _ in range(cluster.num_decoding):
             length = max(1, min(round(random.lognormvariate(0, 0.8) * typical * 0.7), cluster.longest // 2))
-            yield _Ask(length, end)
+            yield Ask(length, end)
 
 
-def _shared(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+def _shared(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
     """Decode batches whose sequences begin alike, some in each of several ways: KV of theirs is read again in every step.
 
     Prompts alone compute the prefixes. Then the sequences come one by one, in no order of kind: their prompts are short
@@ -302,17 +302,17 @@ def _shared(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_
         random = Random(29 + number)
         asks, at = [], 0.0
         for kind in range(kinds):
-            asks += [_Ask(prefix + 1, 1, at, (kind, prefix))] * cluster.num_decoding
+            asks += [Ask(prefix + 1, 1, at, (kind, prefix))] * cluster.num_decoding
             at += alone_s
         all_kinds = [kind for kind in range(kinds) for _ in range(alike)]
         for kind, output in zip(random.sample(all_kinds, batch), outputs, strict=True):
             prompt = prefix + random.randint(1, behind)
-            asks += [_Ask(prompt, output, at, (kind, prefix))] * cluster.num_decoding
+            asks += [Ask(prompt, output, at, (kind, prefix))] * cluster.num_decoding
             at += next_s
-        yield _Plan(f"decodes that share {prefix} tokens, {alike} at a time", asks, None, shares=True)
+        yield SessionPlan(f"decodes that share {prefix} tokens, {alike} at a time", asks, None, shares=True)
 
 
-def _batch_at(cluster: _Cluster, level: int, effort: Effort) -> int:
+def _batch_at(cluster: ClusterLimits, level: int, effort: Effort) -> int:
     """Sequences of `level` tokens that fit into a decode batch, with the tokens that they will generate."""
     longest = level + effort.hold * (len(graph_sizes(cluster.max_batch)) + 2) + cluster.max_batch // 8
     return min(cluster.max_batch, cluster.kv_tokens * 9 // 10 // cluster.rounded(longest), _MOST_KV_TOKENS // level)
@@ -327,44 +327,44 @@ def _staggered(batch: int, hold: int) -> list[int]:
     return [2 + hold + batch // 8 + hold * sum(size > i for size in sizes) for i in range(batch)]
 
 
-def _serving(config: Experiment, cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+def _serving(config: Experiment, cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
     """Requests of the file's own lengths, at several loads; and hand-overs of every length."""
-    lengths = cycle(_Ask(*pair) for pair in _lengths(config, cluster, effort))
+    lengths = cycle(Ask(*pair) for pair in _lengths(config, cluster, effort))
     if cluster.hands_over:
         sizes = [n for n in _PROMPTS[1 :: max(2, effort.share)] if n <= min(cluster.longest - 2, effort.most_tokens)]
-        yield _Plan("hand-overs one at a time", [_Ask(n, 2) for n in sizes for _ in range(effort.repeats)], 1)
-        burst = [_Ask(n, 3) for n in (64, 256) for _ in range(min(8, cluster.context_batch))]
-        yield _Plan("hand-overs at once", [ask for ask in burst if ask.prompt < cluster.longest - 4], 8)
+        yield SessionPlan("hand-overs one at a time", [Ask(n, 2) for n in sizes for _ in range(effort.repeats)], 1)
+        burst = [Ask(n, 3) for n in (64, 256) for _ in range(min(8, cluster.context_batch))]
+        yield SessionPlan("hand-overs at once", [ask for ask in burst if ask.prompt < cluster.longest - 4], 8)
     most = cluster.max_batch * cluster.num_decoding
     for concurrency, count in effort.serving:
         if concurrency <= most:
             scale = 1 if concurrency == 1 else cluster.num_decoding
             asks = list(islice(lengths, count * scale))
-            yield _Plan(f"serving, {concurrency * scale} at a time", asks, concurrency * scale)
+            yield SessionPlan(f"serving, {concurrency * scale} at a time", asks, concurrency * scale)
     for at_a_time, seconds in effort.busy:
         count = min(at_a_time or 2 * cluster.context_batch, 2 * cluster.context_batch)
         if busy := list(_busy(lengths, cluster, seconds, cost)):
-            yield _Plan(f"contexts without a rest, {count} at a time", busy, count * cluster.num_prefilling)
+            yield SessionPlan(f"contexts without a rest, {count} at a time", busy, count * cluster.num_prefilling)
     asks = list(islice(lengths, effort.poisson))
-    yield _Plan("serving, open loop", list(_spaced(asks, cost, cluster)), None)
+    yield SessionPlan("serving, open loop", list(_spaced(asks, cost, cluster)), None)
 
 
-def _busy(lengths: Iterable[_Ask], cluster: _Cluster, seconds: float, cost: RooflineCost) -> Iterator[_Ask]:
+def _busy(lengths: Iterable[Ask], cluster: ClusterLimits, seconds: float, cost: RooflineCost) -> Iterator[Ask]:
     """Prompts alone for so long that a device gets as warm, and its clock as low, as under a load that does not end."""
     left = seconds * UNITS_PER_S * cluster.num_prefilling
     for ask in islice(lengths, _MOST_BUSY):
         left -= cost.step_time(StepFeatures(0, 0, ((0, ask.prompt, True),)))
         if left < 0:
             return
-        yield _Ask(ask.prompt, 1)
+        yield Ask(ask.prompt, 1)
 
 
-def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_Plan]:
+def _loads(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
     """What a rest takes of a load: prompts alone, in bursts that rests part, and, on executors that hand over, so many small
     ones that KV leaves all the time.
     """
     if rested := _rested(cluster, effort, cost):
-        yield _Plan("contexts after rests", rested, None)
+        yield SessionPlan("contexts after rests", rested, None)
     if not cluster.hands_over or not effort.handed_over_s:
         return
     mean = min(cluster.step_tokens // _AT_ONCE, cluster.longest // 4, effort.most_tokens)
@@ -373,11 +373,11 @@ def _loads(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> Iterator[_P
         return
     step_s = cost.step_time(StepFeatures(0, 0, ((0, mean, True),) * at_once)) / UNITS_PER_S
     count = min(_MOST_BUSY, round(effort.handed_over_s * at_once / step_s)) * cluster.num_prefilling
-    asks = [_Ask(n, 2) for n in _spread(mean, count, 2 * mean, Random(31))]
-    yield _Plan("hand-overs without a rest", asks, 3 * at_once * cluster.num_prefilling)  # some are on their way
+    asks = [Ask(n, 2) for n in _spread(mean, count, 2 * mean, Random(31))]
+    yield SessionPlan("hand-overs without a rest", asks, 3 * at_once * cluster.num_prefilling)  # some are on their way
 
 
-def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> list[_Ask]:
+def _rested(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> list[Ask]:
     """Bursts each of which begins with one prompt alone; the others come while it runs. Some come after so long a rest that
     none before is still running. None at all where one of them does not fit.
     """
@@ -385,7 +385,7 @@ def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> list[_Ask]
     def seconds(*prompts: int) -> float:
         return cost.step_time(StepFeatures(0, 0, tuple((0, n, True) for n in prompts))) / UNITS_PER_S
 
-    asks: list[_Ask] = []
+    asks: list[Ask] = []
     random, at = Random(37), 0.0
     rests = [rest for rest in _RESTS_S for _ in range(effort.rests)]
     rests = random.sample(rests, len(rests))
@@ -399,13 +399,13 @@ def _rested(cluster: _Cluster, effort: Effort, cost: RooflineCost) -> list[_Ask]
         fits = cluster.rounded(first) + count * cluster.rounded(_LOADING) <= cluster.kv_tokens // 2
         if not fits or count > cluster.context_batch or first > cluster.step_tokens:
             return []  # of a device that is too small or too fast for such a load
-        asks += [_Ask(first, 1, at)] * cluster.num_prefilling
-        asks += [_Ask(n, 1, at + alone_s / 3) for n in others for _ in range(cluster.num_prefilling)]
+        asks += [Ask(first, 1, at)] * cluster.num_prefilling
+        asks += [Ask(n, 1, at + alone_s / 3) for n in others for _ in range(cluster.num_prefilling)]
         at += _LONGER * (alone_s + seconds(*others)) + rest
     return asks
 
 
-def _lengths(config: Experiment, cluster: _Cluster, effort: Effort) -> list[tuple[int, int]]:
+def _lengths(config: Experiment, cluster: ClusterLimits, effort: Effort) -> list[tuple[int, int]]:
     """(prompt, output) as the file's workload draws them, as far as they fit."""
     found = []
     for planned in islice(Workload(config, with_block_hashes=False), 1000):
@@ -414,16 +414,16 @@ def _lengths(config: Experiment, cluster: _Cluster, effort: Effort) -> list[tupl
     return found
 
 
-def _spaced(asks: Iterable[_Ask], cost: RooflineCost, cluster: _Cluster) -> Iterator[_Ask]:
+def _spaced(asks: Iterable[Ask], cost: RooflineCost, cluster: ClusterLimits) -> Iterator[Ask]:
     """At random instants, at about a third of what the prefilling executors would bear."""
     random, at = Random(11), 0.0
     for ask in asks:
-        yield _Ask(ask.prompt, ask.output, at)
+        yield Ask(ask.prompt, ask.output, at)
         chunk = StepFeatures(0, 0, ((0, ask.prompt, True),))
         at += random.expovariate(1.0) * 3 * cost.step_time(chunk) / UNITS_PER_S / cluster.num_prefilling
 
 
-def _session(plan: _Plan, cluster: _Cluster, random: Random, tokens: tuple[int, ...]) -> Session:
+def session_of(plan: SessionPlan, cluster: ClusterLimits, random: Random, tokens: tuple[int, ...]) -> Session:
     """The load as the runtime takes it; prompts are cuts of `tokens`."""
     longest = max((ask.output for ask in plan.asks), default=1)
     submissions = []
@@ -447,7 +447,7 @@ def _session(plan: _Plan, cluster: _Cluster, random: Random, tokens: tuple[int, 
     return Session(plan.name, orchestrator, (LoadPhase(tuple(submissions), plan.concurrency, plan.name),))
 
 
-def _prompt(ask: _Ask, random: Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
+def _prompt(ask: Ask, random: Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
     """A cut of `tokens`, behind its prefix, which begins where its kind says."""
     kind, length = ask.prefix or (0, 0)
     own = ask.prompt - length
@@ -455,7 +455,7 @@ def _prompt(ask: _Ask, random: Random, tokens: tuple[int, ...]) -> tuple[int, ..
     return tokens[kind : kind + length] + tokens[cut : cut + own]
 
 
-def _names(number: int, ask: _Ask, tokens_per_block: int) -> tuple[int, ...]:
+def _names(number: int, ask: Ask, tokens_per_block: int) -> tuple[int, ...]:
     """Of the full blocks of a prompt: those of its prefix are everybody's of its kind, the others its own."""
     kind, length = ask.prefix or (0, 0)
     shared, all_of_it = length // tokens_per_block, ask.prompt // tokens_per_block
