@@ -9,22 +9,16 @@ experiment file's own workload.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from random import Random
-from typing import Final, NamedTuple
+from typing import Final
 
-from msgspec.structs import replace
-
-from ..core.config import OrchestratorConfig, PolicySpec
 from ..core.cost import UNITS_PER_S, RooflineCost, StepFeatures
-from ..core.orchestrator import AT_CONTEXT_DONE, AT_CONTEXT_START
 from ..core.step_sizes import CHUNK_SLOTS, graph_sizes
-from ..policies.vocabulary import PS_PER_S, Request, Role
-from ..runtime.orchestrator_load import LoadPhase, PlannedSubmission
 from ..runtime.session_series import Session
-from .cluster import cluster_of, shape_of
+from .calibration_session import Ask, ClusterLimits, SessionPlan, session_of
 from .config import Experiment
 from .workload import Workload
 
@@ -52,7 +46,6 @@ _CACHED: Final = tuple(
         *((2, 640), (3, 512), (4, 384), (8, 160)),  # more rows than a graph has
     )
 )
-_MOST_NAMES: Final = 1 << 24  # blocks of one prompt
 # Bursts of so long each, behind rests that are as even as the length of a burst is foreseen; the first prompt of each is
 # the one that is behind the rest.
 _BURST_S: Final = 0.12
@@ -63,7 +56,6 @@ _RESTED_IN_A_ROW: Final = 6  # bursts
 _RESTED: Final = (256, 1024, 2048)  # tokens of the first prompt, about
 _LOADING: Final = 1024  # tokens of each of the others
 _AT_ONCE: Final = 18  # prompts of a step, of those that are handed over without a rest
-_ROUND_ROBIN: Final = PolicySpec("round_robin")
 
 
 @dataclass(frozen=True)
@@ -99,48 +91,6 @@ STANDARD: Final = Effort(
 QUICK: Final = Effort(5, 1, 2, 3, ((1, 4), (6, 24)), 12, 1024, (), 0, 0.0)
 
 
-@dataclass(frozen=True)
-class Ask:
-    """One request of a session: its lengths, and its instant where the loop is open. `prefix`: (which one it begins with,
-    its tokens)."""
-
-    prompt: int
-    output: int
-    at_s: float | None = None
-    prefix: tuple[int, int] | None = None
-
-
-class ClusterLimits:
-    """The limits that a plan must keep, taken from the least of the executors that a phase may go to."""
-
-    def __init__(self, config: Experiment) -> None:
-        self.orchestrator: OrchestratorConfig = replace(
-            cluster_of(config),
-            context_router=_ROUND_ROBIN,
-            generation_router=_ROUND_ROBIN,
-            mixed_router=_ROUND_ROBIN,
-            router=None,
-            admission=PolicySpec("accept_all"),
-        )
-        executors = self.orchestrator.executors
-        decoding = [e for e in executors if e.role is Role.GENERATION] or [e for e in executors if e.role is Role.MIXED]
-        prefilling = [e for e in executors if e.role is Role.CONTEXT] or [e for e in executors if e.role is Role.MIXED]
-        self.hands_over = any(e.role is Role.CONTEXT for e in executors)
-        self.sends_early = self.hands_over and all(e.layerwise for e in prefilling)
-        self.num_decoding, self.num_prefilling = len(decoding), len(prefilling)
-        self.max_batch = min(e.scheduler.max_batch_size for e in decoding)
-        self.kv_tokens = min(e.num_blocks * e.tokens_per_block for e in executors)
-        self.tokens_per_block = max(e.tokens_per_block for e in executors)
-        self.may_share = len({e.tokens_per_block for e in executors}) == 1
-        self.step_tokens = min(e.scheduler.max_num_tokens for e in prefilling)
-        self.context_batch = min(e.scheduler.max_batch_size for e in prefilling)
-        self.longest = min(shape_of(config).max_position_embeddings, self.kv_tokens) - 2
-
-    def rounded(self, tokens: int) -> int:
-        """What a sequence of so many tokens takes of the KV, in whole blocks."""
-        return -(-tokens // self.tokens_per_block) * self.tokens_per_block
-
-
 def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STANDARD) -> tuple[Session, ...]:
     """All sessions, in order. `cost`: about how long steps take, to space what must not meet."""
     cluster = ClusterLimits(config)
@@ -156,19 +106,6 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
     random = Random(config.seed)
     tokens = tuple(random.choices(range(_TOKEN_IDS), k=2 * (cluster.longest + 1)))
     return tuple(session_of(plan, cluster, random, tokens) for plan in plans)
-
-
-class SessionPlan(NamedTuple):
-    """One session. `concurrency` None: the requests' own instants. `sends_early`: its steps tell of their layers.
-    `shares`: executors reuse the blocks of prefixes.
-    """
-
-    name: str
-    asks: Sequence[Ask]
-    concurrency: int | None
-    is_canned: bool = False
-    sends_early: bool = False
-    shares: bool = False
 
 
 def _contexts(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:
@@ -421,43 +358,3 @@ def _spaced(asks: Iterable[Ask], cost: RooflineCost, cluster: ClusterLimits) -> 
         yield Ask(ask.prompt, ask.output, at)
         chunk = StepFeatures(0, 0, ((0, ask.prompt, True),))
         at += random.expovariate(1.0) * 3 * cost.step_time(chunk) / UNITS_PER_S / cluster.num_prefilling
-
-
-def session_of(plan: SessionPlan, cluster: ClusterLimits, random: Random, tokens: tuple[int, ...]) -> Session:
-    """The load as the runtime takes it; prompts are cuts of `tokens`."""
-    longest = max((ask.output for ask in plan.asks), default=1)
-    submissions = []
-    for number, ask in enumerate(plan.asks):
-        # a bound that no sequence reaches: in serving, too, it is the world that ends them
-        bound = 1 if ask.output == 1 and not plan.is_canned else longest + 1
-        request = Request(number, ask.prompt, bound, input_token_ids=_prompt(ask, random, tokens))
-        if ask.prefix is not None:
-            request = replace(request, block_hashes=_names(number, ask, cluster.tokens_per_block))
-        offset = round((ask.at_s or 0.0) * PS_PER_S) if plan.concurrency is None else None
-        submissions.append(PlannedSubmission(request, offset, ask.output))
-    executors = cluster.orchestrator.executors
-    if plan.shares:
-        executors = tuple(replace(executor, enable_block_reuse=True) for executor in executors)
-    orchestrator = replace(
-        cluster.orchestrator,
-        executors=executors,
-        skip_context_phase=plan.is_canned,
-        generation_binding=AT_CONTEXT_START if plan.sends_early else AT_CONTEXT_DONE,
-    )
-    return Session(plan.name, orchestrator, (LoadPhase(tuple(submissions), plan.concurrency, plan.name),))
-
-
-def _prompt(ask: Ask, random: Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
-    """A cut of `tokens`, behind its prefix, which begins where its kind says."""
-    kind, length = ask.prefix or (0, 0)
-    own = ask.prompt - length
-    cut = random.randrange(len(tokens) - own)
-    return tokens[kind : kind + length] + tokens[cut : cut + own]
-
-
-def _names(number: int, ask: Ask, tokens_per_block: int) -> tuple[int, ...]:
-    """Of the full blocks of a prompt: those of its prefix are everybody's of its kind, the others its own."""
-    kind, length = ask.prefix or (0, 0)
-    shared, all_of_it = length // tokens_per_block, ask.prompt // tokens_per_block
-    prefix = [_MOST_NAMES * (1 + kind) + i for i in range(shared)]
-    return (*prefix, *(-_MOST_NAMES * (1 + number) - i for i in range(shared, all_of_it)))
