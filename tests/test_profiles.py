@@ -292,7 +292,8 @@ def test_where_a_fit_has_what_every_step_with_chunks_begins_with_makes_no_differ
         rows = CurveFit((0, 512), (rows_ms * 1e6, rows_ms * 1e6 + 7e6), 1.5e4)
         chunks = ChunkFit(rows, 10.0, 1.0, 1e5, 0.0, CurveFit(), 0.0)
         gaps = LaunchGaps(chunk_after_idle=gap + 10**9, chunk_after_decode=gap, chunk_after_chunk=gap)
-        return a_profile(engines=(entry("context", chunks=chunks, gaps=gaps),), links=())
+        no_decodes = Measured(0, 0, 512, 4, 10**6, 512)
+        return a_profile(engines=(entry("context", chunks=chunks, gaps=gaps, measured=no_decodes),), links=())
 
     assert diff_profiles(split(5.0, 0.0), split(2.0, 3.0))["mean_step_time"] == pytest.approx(0, abs=1e-9)
     assert diff_profiles(split(5.0, 0.0), split(5.0, 1.0))["mean_step_time"] > 0.05
