@@ -12,6 +12,7 @@ import pytest
 
 from disagg.core.cost import StepFeatures
 from disagg.core.measured_cost import MeasuredCost
+from disagg.core.measured_range import Measured
 from disagg.core.overheads import LaunchGaps, LinkCost
 from disagg.experiments.calibration_samples import (
     ClientSample,
