@@ -12,7 +12,8 @@ import pytest
 
 from disagg.core.cost import StepFeatures
 from disagg.core.measured_cost import MeasuredCost
-from disagg.core.overheads import LinkCost
+from disagg.core.measured_range import Measured
+from disagg.core.overheads import LaunchGaps, LinkCost
 from disagg.experiments.calibration_samples import (
     ClientSample,
     MessageSample,
@@ -25,7 +26,7 @@ from disagg.experiments.calibration_samples import (
 )
 from disagg.experiments.errors import ConfigError
 from disagg.experiments.experiment_file import load_experiment
-from disagg.experiments.measured_profile import CurveFit, DecodeFit, Profile
+from disagg.experiments.measured_profile import ChunkFit, CurveFit, DecodeFit, Profile
 from disagg.experiments.profile_cost import measured_cost
 from disagg.experiments.profile_diff import diff_profiles
 from disagg.experiments.profile_file import load_profile, profile_path, save_profile, shipped_profiles
@@ -276,6 +277,19 @@ def test_the_difference_of_two_profiles_is_that_of_their_predictions() -> None:
     assert diff_profiles(first, first)["mean_step_time"] == 0
     with pytest.raises(ConfigError, match="no kind of executor in common"):
         diff_profiles(a_profile(links=()), a_profile(engines=(entry("mixed"),), links=()))
+
+
+def test_where_a_fit_has_what_every_step_with_chunks_begins_with_makes_no_difference() -> None:
+    def split(rows_ms: float, gap_ms: float) -> Profile:
+        gap = round(gap_ms * 10**9)
+        rows = CurveFit((0, 512), (rows_ms * 1e6, rows_ms * 1e6 + 7e6), 1.5e4)
+        chunks = ChunkFit(rows, 10.0, 1.0, 1e5, 0.0, CurveFit(), 0.0)
+        gaps = LaunchGaps(chunk_after_idle=gap + 10**9, chunk_after_decode=gap, chunk_after_chunk=gap)
+        no_decodes = Measured(0, 0, 512, 4, 10**6, 512)
+        return a_profile(engines=(entry("context", chunks=chunks, gaps=gaps, measured=no_decodes),), links=())
+
+    assert diff_profiles(split(5.0, 0.0), split(2.0, 3.0))["mean_step_time"] == pytest.approx(0, abs=1e-9)
+    assert diff_profiles(split(5.0, 0.0), split(5.0, 1.0))["mean_step_time"] > 0.05
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
