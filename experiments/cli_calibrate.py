@@ -173,7 +173,7 @@ def run_calibration(
         print(profile_json(profile))
     else:
         print_profile(profile)
-        print(f"wrote {target}; cluster.profile: {target} uses it")
+        print(f"wrote {target}; --set cluster.profile={target} uses it")
     return EXIT_OK
 
 

@@ -21,6 +21,7 @@ from .config import Experiment, validate_mapping
 from .config_checks import Problem, check_experiment
 from .config_loader import KEY_ALIASES, Document, KeyPath, parse_override, read_document
 from .errors import ConfigError, ResourceError, did_you_mean
+from .set_paths import from_working_folder
 
 MAX_POINTS: Final = 10_000
 
@@ -54,19 +55,21 @@ def load_experiment(
 ) -> LoadedExperiment:
     """Read, override and check `file`; `overrides` have the form `key.path=value`, later ones win. `edit` comes last.
 
+    A relative path in `file` starts at its folder, one in `overrides` at the working folder if it leads to something there.
     Raises `ConfigError` with a line per problem, `ResourceError` when only memory is the trouble.
     """
     document = read_document(file)
+    root = file.resolve().parent
     for text in overrides:
         key, value = parse_override(text)
-        document.set(key, value, f"--set {text}")
+        place = f"--set {text}"
+        document.set(key, from_working_folder(key, value, root, place), place)
     if backend is not None:
         document.set("backend", backend, f"--backend {backend}")
     if seed is not None:
         document.set("seed", seed, f"--seed {seed}")
     if edit is not None:
         edit(document)
-    root = file.resolve().parent
     warnings: list[str] = []
     experiment = _check(document, root, warnings)
     points = tuple(_points(document, experiment, root, warnings))
