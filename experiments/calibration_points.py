@@ -21,7 +21,7 @@ LEAST_SAMPLES: Final = 3  # of a family that is to be fitted
 _FAR: Final = 5.0  # standard deviations, by the median of deviations
 _LEAST_FAR: Final = 0.05  # of the value: nearer than this nothing is an outlier
 _STALLED: Final = 10.0  # times the median
-_SHORTEST: Final = 50.0  # times shorter than the median is no time of a device
+SHORTEST: Final = 50.0  # times shorter than the median is no time of a device
 _ROUNDS: Final = 5
 _LEAST_RATIO: Final = 1.05  # of a knot to the one before
 
@@ -79,7 +79,7 @@ def fit_points(points: Points, ns: Floats, features: Floats, family: str) -> Fit
     from scipy.optimize import nnls
 
     # A host that is held up sees two steps end at once, the second after nothing: in proportion to that all else is nothing.
-    keep = points.ns * _SHORTEST >= np.median(points.ns)
+    keep = points.ns * SHORTEST >= np.median(points.ns)
     scale = np.maximum(points.ns, 1.0)
     largest = np.maximum(points.features.max(axis=0), 1e-12)  # columns of like size: far quicker, and better told
     coefficients = np.zeros(points.features.shape[1])

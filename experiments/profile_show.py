@@ -1,42 +1,26 @@
-"""A profile in words and pictures: what it was measured for, its costs, its residuals, measured against fitted."""
+"""A profile in words: what it was measured for, its costs, its residuals."""
 
 from __future__ import annotations
 
 import json as json_text
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import numpy as np
 
-from ..core.launch_gaps import gap_of
-from ..core.measured_cost import UNITS_PER_NS, MeasuredCost
+from ..core.measured_cost import UNITS_PER_NS
 from ..core.overheads import MessageLatency
-from .calibration_samples import FIRST, FOLLOWING, NOTHING, Samples, StepSample, TransferSample, as_arrays, read_samples
+from .calibration_samples import read_samples
 from .errors import ConfigError
-from .measured_profile import EngineEntry, Profile, Residual
+from .measured_profile import EngineEntry, Profile, Residual, link_title
 from .profile_cost import measured_cost
 from .profile_diff import chunk_grid, decode_grid, named_profile
 from .profile_file import profile_path
+from .profile_plots import write_plots
 
 _PS_PER_MS: Final = 1e9
 _PS_PER_US: Final = 1e6
-_BAND: Final = 0.1
-_EDGE: Final = 0.6
-_MOST_DOTS: Final = 4000
-_SUMS: Final = (
-    "num_decodes",
-    "num_kv_tokens",
-    "num_chunks",
-    "num_chunk_tokens",
-    "num_pairs",
-    "num_cached_tokens",
-    "longest_cached",
-    "num_sampled",
-    "num_shared_kv",
-)
 
 
 def profile_json(profile: Profile) -> str:
@@ -68,10 +52,7 @@ def print_profile(profile: Profile) -> None:
         _print_engine(profile, entry)
     for link in profile.links:
         rate, fixed = link.cost.bytes_per_s / 1e9, link.cost.fixed / _PS_PER_MS
-        print(
-            f"\nKV over {link.transport}, tp {link.source_tp} pp {link.source_pp} to tp {link.reader_tp} pp"
-            f" {link.reader_pp}: {fixed:.3f} ms + bytes at {rate:.1f} GB/s"
-        )
+        print(f"\n{link_title(link)}: {fixed:.3f} ms + bytes at {rate:.1f} GB/s")
         _print_residuals(link.residuals)
     latency = profile.messages
     print(
@@ -151,134 +132,3 @@ def _print_residuals(residuals: Sequence[Residual]) -> None:
 
 def _ms(units: int) -> str:
     return f"{units / UNITS_PER_NS / 1e6:.2f}"
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def write_plots(profile: Profile, samples: Samples, folder: Path) -> list[Path]:
-    """One PNG for each kind of executor, and one of transfers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for entry in profile.engines:
-        steps = [s for s in samples.steps if s.executor in entry.executors and s.before != NOTHING]
-        path = folder / f"{entry.title.replace(' ', '-')}.png"
-        if steps:
-            _plot_engine(measured_cost(profile, entry, entry.max_batch_size), entry, steps, path)
-            written.append(path)
-    if samples.transfers and profile.links:
-        path = folder / "transfers.png"
-        _plot_transfers(profile, samples.transfers, path)
-        written.append(path)
-    return written
-
-
-def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -> Any:
-    """What the profile says of each sample, launch gap included, in nanoseconds."""
-    found = []
-    launched = replace(cost, chunk_graphs=False)
-    for i in range(len(columns["duration_ps"])):
-        row = {name: column[i] for name, column in columns.items()}
-        if row["longest_cached"] < 0:  # an older sample: nearly all have one chunk behind cached KV
-            row["longest_cached"] = row["num_cached_tokens"]
-        num_decodes, num_kv, *chunks = (int(row[name]) for name in _SUMS)
-        own = launched if row["sends_early"] else cost
-        units = own.time_of_sums(num_decodes, num_kv, *chunks)
-        gap = 0
-        if row["kind"] == FIRST:
-            joined, left, decodes = (int(row[name]) for name in ("num_joined", "num_left", "num_decodes"))
-            by_kernels = bool(chunks[0]) and own.runs_by_kernels(num_decodes, chunks[0], chunks[1])
-            gap = gap_of(entry.gaps, row["before"], bool(row["num_chunks"]), joined, left, decodes, by_kernels)
-        elif row["kind"] != FOLLOWING:
-            gap = entry.gaps.continued
-        found.append(units / UNITS_PER_NS + gap / 1000)
-    return np.array(found)
-
-
-def _plot_engine(cost: MeasuredCost, entry: EngineEntry, steps: Sequence[StepSample], path: Path) -> None:
-    columns = as_arrays(steps)
-    measured = columns["duration_ps"] / _PS_PER_MS
-    fitted = fitted_ns(cost, entry, columns) / 1e6
-    chunks = columns["num_chunks"] > 0
-    following = columns["kind"] == FOLLOWING
-    panels = [
-        ("decode steps inside a plan", ~chunks & following, "num_decodes", "sequences in the batch"),
-        ("first decode steps of plans", ~chunks & ~following, "num_decodes", "sequences in the batch"),
-        ("steps with chunks", chunks, "num_chunk_tokens", "prompt tokens in the step"),
-    ]
-    panels = [panel for panel in panels if panel[1].any()]
-    figure, axes = _figure(len(panels), entry.title)
-    for column, (title, chosen, feature, words) in zip(axes.T, panels, strict=True):
-        dots = np.flatnonzero(chosen)
-        dots = dots[:: max(1, len(dots) // _MOST_DOTS)]
-        _scatter(column[0], fitted[dots], measured[dots], title)
-        column[1].axhspan(-_BAND, _BAND, color="0.93")
-        column[1].axhline(0, color="0.4", linewidth=0.8)
-        column[1].plot(
-            columns[feature][dots],
-            np.clip(measured[dots] / fitted[dots] - 1, -_EDGE, _EDGE),
-            ".",
-            markersize=3,
-            alpha=0.4,
-        )
-        column[1].set_xscale("symlog", linthresh=1)
-        column[1].set_ylim(-_EDGE * 1.02, _EDGE * 1.02)  # what lies beyond is drawn there
-        column[1].set_xlabel(words)
-        column[1].set_ylabel("measured over fitted, less one")
-    _save(figure, path)
-
-
-def _plot_transfers(profile: Profile, transfers: Sequence[TransferSample], path: Path) -> None:
-    columns = as_arrays(transfers)
-    cost = profile.links[0].cost
-    figure, axes = _figure(1, f"KV over {profile.links[0].transport}")
-    alone = columns["num_in_flight"] == 1
-    tokens, measured = columns["num_tokens"], columns["duration_ps"] / _PS_PER_MS
-    fitted = cost.fixed / _PS_PER_MS + tokens * profile.kv_bytes_per_token / cost.bytes_per_s * 1e3
-    _scatter(axes[0, 0], fitted[alone], measured[alone], "alone on the link")
-    for chosen, label in ((alone, "alone"), (~alone, "with others")):
-        axes[1, 0].plot(tokens[chosen], measured[chosen], ".", markersize=4, alpha=0.5, label=label)
-    order = np.argsort(tokens)
-    axes[1, 0].plot(tokens[order], fitted[order], color="0.3", linewidth=1, label="fit")
-    axes[1, 0].set_xlabel("tokens")
-    axes[1, 0].set_ylabel("ms")
-    axes[1, 0].legend()
-    _save(figure, path)
-
-
-def _figure(columns: int, title: str) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, columns, figsize=(4.6 * columns, 8), squeeze=False, layout="constrained")
-    figure.suptitle(title)
-    return figure, axes
-
-
-def _scatter(axes: Any, fitted: Any, measured: Any, title: str) -> None:
-    low, high = min(fitted.min(), measured.min()) * 0.9, max(fitted.max(), measured.max()) * 1.1
-    line = np.array([max(low, 1e-6), high])
-    axes.fill_between(line, line * (1 - _BAND), line * (1 + _BAND), color="0.93", label="±10 %")
-    axes.plot(line, line, color="0.4", linewidth=0.8)
-    axes.plot(fitted, measured, ".", markersize=3, alpha=0.4)
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):  # plain numbers, few enough to be read
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / line[0] < 50 else (1,), numticks=8))
-        axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_title(title)
-    axes.set_xlabel("fitted, ms")
-    axes.set_ylabel("measured, ms")
-    axes.legend(loc="upper left")
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
