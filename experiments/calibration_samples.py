@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import fields, replace
+from msgspec.structs import replace
 
 from ..core.chunk_sums import chunk_pairs
 from ..core.commands import ORCHESTRATOR, PrepareReceive, ReceiveKv, RunSteps, Send, ServeKv
@@ -22,6 +22,7 @@ from ..core.event_log import Frame, read_log
 from ..core.events import Arrive, KvReceived, KvRequested, KvTaken
 from ..core.overheads import num_token_ids
 from .errors import ConfigError
+from .sample_columns import checked_rows
 
 if TYPE_CHECKING:
     from ..runtime.session_series import SessionResult
@@ -302,6 +303,11 @@ _TABLES: Final[dict[str, type[Struct]]] = {
     "transfers": TransferSample,
     "clients": ClientSample,
 }
+# What a column of words may hold.
+_WORDS: Final[dict[str, dict[str, Sequence[str]]]] = {
+    "steps": {"kind": (FIRST, CONTINUED, FOLLOWING), "before": (NOTHING, "idle", "decode", "chunk", "same")},
+    "messages": {"pair": (_INTO_EXECUTOR, _FROM_EXECUTOR, _BETWEEN)},
+}
 
 
 def write_samples(samples: Samples, folder: Path) -> None:
@@ -320,7 +326,7 @@ def write_samples(samples: Samples, folder: Path) -> None:
 
 
 def read_samples(folder: Path) -> Samples | None:
-    """None where there are none. Raises ConfigError for a file that is damaged, or lacks a column."""
+    """None where there are none. Raises ConfigError for a file that is damaged, or whose columns are not those of samples."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -332,15 +338,8 @@ def read_samples(folder: Path) -> Samples | None:
         try:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
-        missing = [field.name for field in fields(kind) if field.name not in table.column_names]
-        lacking = [field.name for field in fields(kind) if field.required and field.name in missing]
-        if lacking:
-            raise ConfigError(f"{path}: has no column {', '.join(lacking)}")
-        # a field that came later, with a default, is not in older files
-        names = [field for field in kind.__struct_fields__ if field not in missing]
-        columns = [table.column(field).to_pylist() for field in names]
-        rows = [kind(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+            raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        rows = [kind(**row) for row in checked_rows(table, kind, _WORDS.get(name, {}), path)]
         setattr(samples, name, rows)
     return samples
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -12,14 +10,12 @@ import msgspec
 
 from .errors import ConfigError, did_you_mean
 from .measured_profile import FORMAT_VERSION, Profile
+from .profile_checks import problem_of
 from .profile_cost import measured_cost
 
 _FORMATS: Final = (1, 2)  # 1: steps of a GPU whose chunks were behind cached KV, or more than eight, had no graph
 SHIPPED: Final = Path(__file__).resolve().parent / "profiles"
 _MOST_BYTES: Final = 4 << 20
-_MOST_ITEMS: Final = 1024
-_MOST_NS: Final = 1e15
-_PS_PER_NS: Final = 1000
 _decoder: Final = msgspec.json.Decoder(Profile)
 
 
@@ -70,7 +66,7 @@ def _load(path: Path, mtime_ns: int, size: int) -> Profile:
             f"profile {path}: of format {profile.format_version}, measured on an engine that ran other steps as CUDA graphs;"
             f" allowed: {FORMAT_VERSION}, by calibrating again"
         )
-    problem = next(_problems(msgspec.to_builtins(profile), "profile"), None)
+    problem = problem_of(profile)
     if problem is not None:
         raise ConfigError(f"{path}: {problem}")
     for entry in profile.engines:
@@ -79,23 +75,6 @@ def _load(path: Path, mtime_ns: int, size: int) -> Profile:
         except ValueError as error:
             raise ConfigError(f"profile {path}: {entry.title}: {error}") from None
     return profile
-
-
-def _problems(value: Any, place: str) -> Iterator[str]:
-    """Numbers that no measurement gives: negative, not finite, absurdly large; lists without end."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            # a bias may have either sign
-            yield from _problems(abs(item) if key == "bias" and isinstance(item, float) else item, f"{place}.{key}")
-    elif isinstance(value, list | tuple):
-        if len(value) > _MOST_ITEMS:
-            yield f"{place} has {len(value)} items; allowed: at most {_MOST_ITEMS}"
-        for item in value[:_MOST_ITEMS]:
-            yield from _problems(item, place)
-    elif isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value <= _MOST_NS * _PS_PER_NS:
-        yield f"{place} is {value}; allowed: 0 to {_MOST_NS * _PS_PER_NS:g}"
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{place} is {value}"
 
 
 def save_profile(profile: Profile, path: Path) -> None:

@@ -95,7 +95,7 @@ def test_steps_that_one_kind_of_executor_never_ran_cost_what_its_siblings_say() 
             ["cluster.cache_transceiver.backend=host"],
             "was measured for KV over mpi from tp 1 pp 1 to tp 1 pp 1, not host",
         ),
-        (["cluster.profile=./missing.json"], "cannot be read"),
+        (["cluster.profile=./missing.json"], "there is no profile "),
         (["cluster.profile=cpu-3core-tiny"], "unknown profile 'cpu-3core-tiny'"),
     ],
 )
@@ -121,6 +121,19 @@ def _broken(change: Any) -> bytes:
     return json.dumps(plain).encode()
 
 
+def _residual(**other: float) -> dict[str, Any]:
+    told = dict.fromkeys(("num_points", "num_samples", "num_outliers"), 1) | dict.fromkeys(
+        ("mean", "p90", "max", "jitter"), 0.1
+    )
+    return {"family": "transfers alone", **told, "bias": -0.1, **other}
+
+
+def test_a_bias_may_have_either_sign(tmp_path: Path) -> None:
+    path = tmp_path / "biased.json"
+    path.write_bytes(_broken(lambda p: p["links"][0].update(residuals=[_residual()])))
+    assert load_profile(path).links[0].residuals[0].bias == -0.1
+
+
 def _decode_parts(**keys: float) -> Any:
     return lambda plain: plain["engines"][1]["decode"].update(keys)
 
@@ -141,7 +154,32 @@ def _decode_parts(**keys: float) -> Any:
         (_broken(lambda p: p["messages"].update(into_executor=-1)), r"messages.into_executor is -1; allowed"),
         (_broken(lambda p: p["engines"][1]["decode"].update(sequence_ns=float("nan"))), "malformed|nan|NaN"),
         (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(ns=[5.0, 1.0])), "negative"),
-        (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[0, 8, 9])), "argument 2 is shorter|strict"),
+        (
+            _broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[0, 8, 9])),
+            r"engines\.1\.decode\.rows has 3 knots and 2 ns; allowed",
+        ),
+        (
+            _broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[], ns=[])),
+            r"engines\.1\.decode\.rows has 0 knots and 0 ns; allowed: .* one at least",
+        ),
+        (_broken(lambda p: p.update(engines=[])), "engines is empty; allowed: what one kind of executor costs"),
+        (
+            _broken(lambda p: p["links"][0]["cost"].update(bytes_per_s=0)),
+            r"links\.0\.cost\.bytes_per_s is 0.*allowed: 1 to",
+        ),
+        (_broken(lambda p: p["device"].update(link_bandwidth=0.0)), r"device\.link_bandwidth is 0.0; allowed: 1 to"),
+        (
+            _broken(lambda p: p["engines"][0].update(max_batch_size=10**11)),
+            r"engines\.0\.max_batch_size is 100000000000; allowed: 1 to 1048576",
+        ),
+        (
+            _broken(lambda p: p["engines"][0]["chunks"].update(pair_ns=1e11)),
+            r"pair_ns is 100000000000.0; allowed: 0 to 1e\+07",
+        ),
+        (
+            _broken(lambda p: p["links"][0].update(residuals=[_residual(p90=-0.1)])),
+            r"residuals\.0\.p90 is -0.1; allowed",
+        ),
         (_broken(lambda p: p["engines"][1]["decode"]["rows"].update(knots=[1, 8])), "ascend from 0"),
         (_broken(lambda p: p["engines"][0].update(layers_per_stage=[1] * 2000)), "2000 items; allowed: at most 1024"),
         (_broken(lambda p: p["device"].update(memory_bytes="much")), "Expected `int`"),
