@@ -338,7 +338,7 @@ def read_samples(folder: Path) -> Samples | None:
         try:
             table = pq.read_table(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{path}: cannot be read: {str(error).partition(chr(10))[0]}") from error
         rows = [kind(**row) for row in checked_rows(table, kind, _WORDS.get(name, {}), path)]
         setattr(samples, name, rows)
     return samples
