@@ -165,10 +165,6 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True):
     measured_s: float
 
 
-def profile_hash(profile: Profile) -> str:
-    return sha256(msgspec.json.encode(profile)).hexdigest()
-
-
 def shape_hash(shape: ModelShape) -> str:
     """Equal for models of equal shape and dtype, whatever they are called."""
     return sha256(msgspec.json.encode(msgspec.structs.replace(shape, name=""))).hexdigest()[:16]
