@@ -120,7 +120,11 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LinkEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of link: how KV travelled, from which layout to which."""
+    """One kind of link: how KV travelled, from which layout to which.
+
+    `sources`, `readers`: executors of the calibration's own cluster, between which the samples are. Other links may be of
+    equal layouts, so layouts alone do not tell; both are empty in a profile of a time that did not tell either.
+    """
 
     transport: str
     source_tp: int
@@ -131,6 +135,8 @@ class LinkEntry(Struct, frozen=True, forbid_unknown_fields=True):
     cost: LinkCost
     residuals: tuple[Residual, ...]
     throttle_gb_per_s: float | None = None
+    sources: tuple[int, ...] = ()
+    readers: tuple[int, ...] = ()
 
 
 class MeasuredFor(Struct, frozen=True, forbid_unknown_fields=True):
