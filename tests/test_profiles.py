@@ -215,15 +215,15 @@ def test_samples_of_merged_profiles_go_on_in_numbers_so_that_each_entry_finds_it
     bare = a_profile(engines=(entry("mixed", tensor_parallel_size=2, executors=(1,)),), links=())
     for path, profile in zip(paths, (one, other, bare), strict=True):
         save_profile(profile, path)
-    write_samples(samples(3, 2), tmp_path / "one.samples")
+    write_samples(samples(3, 1), tmp_path / "one.samples")
     write_samples(samples(0, 1), tmp_path / "other.samples")
     both = merge_profiles(paths, tmp_path / "both.json")
     assert [e.executors for e in both.engines] == [(1,), (2,), (3, 4), (5,)]
     found = read_samples(tmp_path / "both.samples")
     assert found is not None
-    assert [(s.session, s.executor) for s in found.steps] == [(3, 2), (20, 3)]
-    assert [(s.session, s.sender, s.receiver) for s in found.messages] == [(3, 0, 2), (20, 0, 3)]
-    assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 2, 3), (20, 3, 4)]
+    assert [(s.session, s.executor) for s in found.steps] == [(3, 1), (20, 3)]
+    assert [(s.session, s.sender, s.receiver) for s in found.messages] == [(3, 0, 1), (20, 0, 3)]
+    assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 1, 2), (20, 3, 4)]
     assert [s.session for s in found.clients] == [3, 20]
     assert both.messages == refit_profile(tmp_path / "both.json", tmp_path / "later" / "again.json").messages
 
