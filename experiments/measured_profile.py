@@ -138,6 +138,11 @@ class LinkEntry(Struct, frozen=True, forbid_unknown_fields=True):
     sources: tuple[int, ...] = ()
     readers: tuple[int, ...] = ()
 
+    @property
+    def kind(self) -> tuple[str, int, int, int, int, float | None]:
+        """What no two links of a profile have in common."""
+        return self.transport, self.source_tp, self.source_pp, self.reader_tp, self.reader_pp, self.throttle_gb_per_s
+
 
 class MeasuredFor(Struct, frozen=True, forbid_unknown_fields=True):
     """What a profile holds good for."""

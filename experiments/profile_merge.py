@@ -90,8 +90,8 @@ def merged(
             own = replace(engine, executors=_numbered(engine.executors, offset))
             engines[key] = _pooled(engines[key], own, profile) if pool and key in engines else engines.get(key, own)
         for link in _links(profile, offset):
-            kind = _link_kind(link)
-            links[kind] = _joined(links[kind], link, profile) if pool and kind in links else links.get(kind, link)
+            there = links.get(link.kind, link)
+            links[link.kind] = _joined(there, link, profile) if pool and link.kind in links else there
     latest = max(profiles, key=lambda profile: profile.created)
     versions = {package: None for profile in profiles for package in profile.versions}
     return replace(
@@ -139,11 +139,6 @@ def _joined(link: LinkEntry, other: LinkEntry, profile: Profile) -> LinkEntry:
     if not link.sources or not other.sources:
         return link
     return replace(link, sources=link.sources + other.sources, readers=link.readers + other.readers)
-
-
-def _link_kind(link: LinkEntry) -> tuple[Any, ...]:
-    layouts = link.source_tp, link.source_pp, link.reader_tp, link.reader_pp
-    return link.transport, *layouts, link.throttle_gb_per_s
 
 
 def _links(profile: Profile, offset: int) -> list[LinkEntry]:
