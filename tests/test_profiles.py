@@ -299,6 +299,24 @@ def test_every_shipped_profile_loads(name: str) -> None:
     assert load_profile(SHIPPED / f"{name}.json").engines
 
 
+@pytest.mark.parametrize("name", [name for name in shipped_profiles() if name.startswith("h200")])
+def test_a_prompt_beside_decodes_makes_no_step_shorter_in_a_profile_that_is_shipped(name: str) -> None:
+    from disagg.experiments.profile_file import SHIPPED
+
+    profile = load_profile(SHIPPED / f"{name}.json")
+    mixed = [engine for engine in profile.engines if engine.role == "mixed"]
+    assert mixed
+    for engine in mixed:
+        cost = measured_cost(profile, engine, engine.max_batch_size)
+        for batch in range(1, engine.measured.mixed_decodes):
+            for context in (128, 1024):
+                alone = cost.step_time(StepFeatures(batch, batch * context))
+                assert cost.step_time(StepFeatures(batch, batch * context, ((0, 16, True),))) > alone, (
+                    engine.title,
+                    batch,
+                )
+
+
 def test_another_gpu_than_the_profile_was_measured_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from disagg.experiments import device_names
 
