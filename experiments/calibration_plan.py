@@ -18,11 +18,10 @@ from typing import Final
 from ..core.cost import UNITS_PER_S, RooflineCost, StepFeatures
 from ..core.step_sizes import CHUNK_SLOTS, graph_sizes
 from ..runtime.session_series import Session
-from .calibration_session import Ask, ClusterLimits, SessionPlan, session_of
+from .calibration_session import Ask, ClusterLimits, PromptIds, SessionPlan, session_of
 from .config import Experiment
 from .workload import Workload
 
-_TOKEN_IDS: Final = 128  # prompts draw from so many ids: one byte each on the way, and no matter to a device
 _MOST_BUSY: Final = 1000  # prompts without a rest, where each takes next to nothing
 _MOST_KV_TOKENS: Final = 1 << 18  # in one decode batch
 _LEVELS: Final = (16, 128, 512, 1024, 2048, 4096, 8192, 16384)
@@ -103,9 +102,8 @@ def plan_sessions(config: Experiment, cost: RooflineCost, effort: Effort = STAND
         *_serving(config, cluster, effort, cost),
         *_loads(cluster, effort, cost),
     ]
-    random = Random(config.seed)
-    tokens = tuple(random.choices(range(_TOKEN_IDS), k=2 * (cluster.longest + 1)))
-    return tuple(session_of(plan, cluster, random, tokens) for plan in plans)
+    prompts = PromptIds(config.seed, cluster.vocab_size)
+    return tuple(session_of(plan, cluster, prompts.of_session(number, plan.asks)) for number, plan in enumerate(plans))
 
 
 def _contexts(cluster: ClusterLimits, effort: Effort, cost: RooflineCost) -> Iterator[SessionPlan]:

@@ -52,10 +52,12 @@ class Session(Struct, frozen=True):
 
 
 class Series(Struct, frozen=True):
-    """`todo`: which of the sessions, by number, are still to run."""
+    """`sessions`: encoded, since rank 0 alone has use for them, and their prompts are some hundred megabytes decoded.
+    `todo`: which of them, by number, are still to run.
+    """
 
     spec: HardwareSpec
-    sessions: tuple[Session, ...]
+    sessions: msgspec.Raw
     todo: tuple[int, ...]
     warm_up: int = 1
 
@@ -81,6 +83,7 @@ class ClusterFacts(Struct, frozen=True):
 
 
 _series_decoder: Final = msgspec.msgpack.Decoder(Series)
+_sessions_decoder: Final = msgspec.msgpack.Decoder(tuple[Session, ...])
 _result_decoder: Final = msgspec.msgpack.Decoder(SessionResult)
 _facts_decoder: Final = msgspec.msgpack.Decoder(ClusterFacts)
 
@@ -88,6 +91,11 @@ _facts_decoder: Final = msgspec.msgpack.Decoder(ClusterFacts)
 def decode_series(data: bytes) -> Series:
     """Raises msgspec.ValidationError for anything else."""
     return _series_decoder.decode(data)
+
+
+def decode_sessions(series: Series) -> tuple[Session, ...]:
+    """Raises msgspec.ValidationError for anything else."""
+    return _sessions_decoder.decode(series.sessions)
 
 
 def result_file(number: int) -> str:
@@ -140,7 +148,8 @@ def run_series(
     needs = world_needs(roster, one_host=True)
     with tempfile.TemporaryDirectory(prefix="disagg-series-") as name:
         job = Path(name) / SERIES
-        job.write_bytes(msgspec.msgpack.encode(Series(spec, tuple(sessions), todo, warm_up)))
+        encoded = msgspec.Raw(msgspec.msgpack.encode(tuple(sessions)))
+        job.write_bytes(msgspec.msgpack.encode(Series(spec, encoded, todo, warm_up)))
         with _Watcher(folder, todo, finished):
             try:
                 code = launch(

@@ -36,6 +36,7 @@ from .session_series import (
     SessionResult,
     Stopwatch,
     decode_series,
+    decode_sessions,
     result_file,
 )
 from .transport import TransportError
@@ -57,6 +58,7 @@ def run(series: Series, results: Path, failed: Callable[[BaseException], None]) 
         rank.serve()
         rank.close()
         return
+    sessions = decode_sessions(series)
     driver = OrchestratorDriver(world, roster, LoadDriver(()))
     try:
         driver.start()
@@ -67,7 +69,7 @@ def run(series: Series, results: Path, failed: Callable[[BaseException], None]) 
         facts = ClusterFacts(world.hostname, [driver.ranks[rank] for rank in sorted(driver.ranks)], os.getpid())
         _write_whole(results / CLUSTER, msgspec.msgpack.encode(facts))
         for number in series.todo:
-            result = run_session(driver, series.sessions[number])
+            result = run_session(driver, sessions[number])
             _write_whole(results / result_file(number), msgspec.msgpack.encode(result))
         driver.end()
     except BaseException as error:  # a policy's SystemExit too, which must not pass for a good end

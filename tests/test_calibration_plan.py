@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain, islice
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("torch")
@@ -14,6 +17,7 @@ from disagg.experiments.calibration_plan import QUICK, STANDARD, Effort, _stagge
 from disagg.experiments.calibration_points import LEAST_SAMPLES
 from disagg.experiments.cluster import cluster_of, device_of, shape_of
 from disagg.experiments.experiment_file import load_experiment
+from disagg.experiments.workload import Workload
 from disagg.runtime.session_series import Session
 
 H200 = Path(__file__).resolve().parent.parent / "benchmarks" / "h200"
@@ -216,3 +220,52 @@ def test_prompts_behind_cached_kv_come_alone_and_several_at_once_after_what_they
 
 def test_one_plan_is_the_same_every_time() -> None:
     assert sessions_of("calibrate_1p1", [], QUICK) == sessions_of("calibrate_1p1", [], QUICK)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------------
+
+
+def prompts_of(session: Session) -> list[tuple[int, ...]]:
+    return [each.request.input_token_ids or () for phase in session.phases for each in phase.submissions]
+
+
+@pytest.mark.parametrize("name", ["calibrate_1p1", "calibrate_qwen_mixed"])
+def test_prompts_weigh_as_much_on_their_way_as_those_of_a_workload(name: str) -> None:
+    """What a token takes on its way is measured, and an id above 127 is three to five bytes."""
+    config = load_experiment(H200 / f"{name}.yaml", []).experiment
+    shape = shape_of(config)
+
+    def bytes_a_token(prompts: list[tuple[int, ...]]) -> float:
+        drawn = list(chain.from_iterable(prompts))
+        return len(msgspec.msgpack.encode(drawn)) / len(drawn)
+
+    served = islice(Workload(config, vocab_size=shape.vocab_size), 50)
+    wanted = bytes_a_token([planned.input_token_ids or () for planned in served])
+    assert wanted > 3.9
+    for session in sessions_of(name, [], QUICK):
+        assert bytes_a_token(prompts_of(session)) == pytest.approx(wanted, rel=0.02), session.name
+        assert 0.97 * shape.vocab_size < max(map(max, prompts_of(session))) < shape.vocab_size
+
+
+def test_every_prompt_is_drawn_by_itself_but_for_the_prefixes_that_a_session_shares() -> None:
+    def repeated(prompts: list[tuple[int, ...]]) -> int:
+        """Runs of eight ids that are there more than once: none, by chance, in any number of prompts."""
+        runs = Counter(ids[at : at + 8] for ids in prompts for at in range(len(ids) - 7))
+        return sum(count > 1 for count in runs.values())
+
+    sessions = {session.name: session for session in sessions_of("calibrate_1p1", [], QUICK)}
+    alone = [ids for name in ("contexts in bursts", "serving, 6 at a time") for ids in prompts_of(sessions[name])]
+    assert len(alone) > 30
+    assert repeated(alone) == 0
+    (sharing,) = [s for name, s in sessions.items() if name.startswith("decodes that share")]
+    prefix = int(sharing.name.split()[3])
+    kinds = {ids[:prefix] for ids in prompts_of(sharing)}
+    assert 1 < len(kinds) < len(prompts_of(sharing)) / 2
+    assert repeated([*kinds, *(ids[prefix:] for ids in prompts_of(sharing)), *alone]) == 0
+
+
+def test_prompts_of_millions_of_tokens_hold_one_object_an_id() -> None:
+    config = load_experiment(H200 / "calibrate_1p1.yaml", []).experiment
+    prompts = [ids for session in sessions_of("calibrate_1p1", [], STANDARD) for ids in prompts_of(session)]
+    assert sum(map(len, prompts)) > 5_000_000
+    assert len({id(token) for ids in prompts for token in ids}) <= shape_of(config).vocab_size

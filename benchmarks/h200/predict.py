@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from disagg.experiments.cli_run import run_file
+from disagg.experiments.errors import ConfigError, ExperimentError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.noise import Noise
 from disagg.experiments.prediction_intervals import predict_points, predictions_data, title_of
@@ -49,6 +50,35 @@ def without_intervals(points: list[RunPoint]) -> dict[str, Any]:
     return {title: dict(predicted(json.loads(text), ()).values) for title, text in summaries.items()}
 
 
+def check(files: list[Path], runs: Path, output: Path) -> None:
+    """Raises ExperimentError for what would else be found out in the midst of simulations, or behind them."""
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: {'is a folder' if output.is_dir() else 'its folder does not exist'}")
+    for file in files:
+        points_of(file, runs)
+
+
+def predict(files: list[Path], runs: Path, output: Path, *, with_intervals: bool) -> int:
+    """Simulate and write `output`; the exit code. Raises ExperimentError, for files that are wrong before anything is run."""
+    check(files, runs, output)
+    with ProcessPoolExecutor() as pool:
+        for code in pool.map(partial(simulate, runs), files):
+            if code:
+                return code
+    predictions: dict[str, Any] = {}
+    profiles: set[str] = set()
+    for file in files:
+        points = points_of(file, runs)
+        if with_intervals:
+            predictions |= {title: each.plain() for title, each in predict_points(points, NOISE).items()}
+        else:
+            predictions |= without_intervals(points)
+        profiles |= {point.experiment.cluster.profile for point in points}
+    data = predictions_data(files, profiles, NOISE if with_intervals else None, predictions)
+    output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
@@ -56,22 +86,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--no-intervals", action="store_true")
     asked = parser.parse_args()
-    with ProcessPoolExecutor() as pool:
-        for code in pool.map(partial(simulate, asked.runs), asked.files):
-            if code:
-                return code
-    predictions: dict[str, Any] = {}
-    profiles: set[str] = set()
-    for file in asked.files:
-        points = points_of(file, asked.runs)
-        if asked.no_intervals:
-            predictions |= without_intervals(points)
-        else:
-            predictions |= {title: each.plain() for title, each in predict_points(points, NOISE).items()}
-        profiles |= {point.experiment.cluster.profile for point in points}
-    data = predictions_data(asked.files, profiles, None if asked.no_intervals else NOISE, predictions)
-    asked.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return 0
+    try:
+        return predict(asked.files, asked.runs, asked.output, with_intervals=not asked.no_intervals)
+    except ExperimentError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

@@ -14,12 +14,23 @@ import sys
 import time
 from pathlib import Path
 
+from disagg.experiments.errors import ExperimentError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.run_hardware import run_hardware
 from disagg.experiments.run_point import NoProgress, RunPoint, run_points
 from disagg.experiments.run_warm import by_cluster, run_warm, warm_groups
 from disagg.experiments.sweep import Tally
 from disagg.experiments.sweep_task import try_one
+
+
+def points_of(files: list[Path], overrides: list[str], runs: Path, labels: list[str]) -> list[RunPoint]:
+    """All runs of all files, once for each label. Raises ExperimentError for a file that is wrong."""
+    points: list[RunPoint] = []
+    for label in labels:
+        for file in files:
+            loaded = load_experiment(file, overrides, backend="hardware")
+            points += run_points(loaded, runs / loaded.experiment.name / label)
+    return points
 
 
 def main() -> int:
@@ -30,12 +41,13 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=V")
     parser.add_argument("--until", type=float, default=float("inf"), metavar="SECONDS")
     asked = parser.parse_args()
+    try:
+        points = points_of(asked.files, asked.overrides, asked.runs, asked.labels or ["hardware-1"])
+    except ExperimentError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
     began = time.monotonic()
-    points: list[RunPoint] = []
-    for label in asked.labels or ["hardware-1"]:
-        for file in asked.files:
-            loaded = load_experiment(file, asked.overrides, backend="hardware")
-            points += run_points(loaded, asked.runs / loaded.experiment.name / label)
     todo = [point for point in by_cluster(points) if not (point.directory / "manifest.json").exists()]
     tally = Tally(len(points), len(todo))
     for group in warm_groups(todo):
