@@ -212,15 +212,10 @@ def find_link(profile: Profile, transport: str | None, layouts: Sequence[int], t
     raise ConfigError(f"profile {profile.name} was measured for KV over {there or 'no link'}, not {wanted}")
 
 
-def layouts_of(link: LinkEntry) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Tensor and pipeline parallelism of the source and of the reader."""
-    return (link.source_tp, link.source_pp), (link.reader_tp, link.reader_pp)
-
-
 def link_title(link: LinkEntry) -> str:
     """In words, for a table or a picture."""
     throttle = "" if link.throttle_gb_per_s is None else f", throttled to {link.throttle_gb_per_s:g} GB/s"
-    source, reader = (f"tp {tp} pp {pp}" for tp, pp in layouts_of(link))
+    source, reader = f"tp {link.source_tp} pp {link.source_pp}", f"tp {link.reader_tp} pp {link.reader_pp}"
     return f"KV over {link.transport}, {source} to {reader}{throttle}"
 
 

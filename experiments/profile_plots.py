@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..core.launch_gaps import gap_of
 from ..core.measured_cost import UNITS_PER_NS, MeasuredCost
@@ -15,8 +16,9 @@ from ..core.overheads import LaunchGaps
 from .calibration_load import Load, LoadEffect
 from .calibration_points import SHORTEST
 from .calibration_samples import FIRST, FOLLOWING, NOTHING, Samples, StepSample, TransferSample, as_arrays
-from .measured_profile import EngineEntry, LinkEntry, Profile, layouts_of, link_title
+from .measured_profile import EngineEntry, LinkEntry, Profile, link_title
 from .profile_cost import measured_cost
+from .profile_refit import link_ends
 
 _PS_PER_MS: Final = 1e9
 _BAND: Final = 0.1
@@ -45,10 +47,11 @@ def write_plots(profile: Profile, samples: Samples, folder: Path) -> list[Path]:
         if steps:
             _plot_engine(measured_cost(profile, entry, entry.max_batch_size), entry, steps, path)
             written.append(path)
-    with_transfers = [(link, own) for link in profile.links if (own := transfers_of(profile, link, samples))]
-    if with_transfers:
+    by_link = [(link, *transfers_of(profile, link, samples)) for link in profile.links]
+    by_link = [each for each in by_link if each[1]]
+    if by_link:
         path = folder / "transfers.png"
-        _plot_transfers(profile, with_transfers, path)
+        _plot_transfers(profile, by_link, path)
         written.append(path)
     return written
 
@@ -64,7 +67,7 @@ def fitted_ns(cost: MeasuredCost, entry: EngineEntry, columns: dict[str, Any]) -
     """What the profile says of each sample, launch gap and load included, in nanoseconds."""
     found = []
     slower = _slower(entry.gaps, columns)
-    launched = replace(cost, chunk_graphs=False)
+    launched = dataclasses.replace(cost, chunk_graphs=False)
     for i in range(len(columns["duration_ps"])):
         row = {name: column[i] for name, column in columns.items()}
         if row["longest_cached"] < 0:  # an older sample: nearly all have one chunk behind cached KV
@@ -126,28 +129,28 @@ def _plot_engine(cost: MeasuredCost, entry: EngineEntry, steps: Sequence[StepSam
     _save(figure, path)
 
 
-def transfers_of(profile: Profile, link: LinkEntry, samples: Samples) -> list[TransferSample]:
-    """Those between executors of the link's layouts: of all links that have them."""
-    layouts = {
-        executor: (entry.tensor_parallel_size, entry.pipeline_parallel_size)
-        for entry in profile.engines
-        for executor in entry.executors
-    }
-    return [t for t in samples.transfers if (layouts.get(t.source), layouts.get(t.reader)) == layouts_of(link)]
+def transfers_of(profile: Profile, link: LinkEntry, samples: Samples) -> tuple[list[TransferSample], bool]:
+    """Those that `link` is fitted to, and whether nothing else is among them: of several links of equal layouts, in a profile
+    of a time in which links did not say between which executors they are, all transfers between such executors.
+    """
+    ends = link_ends(profile, link)
+    is_told = all(ends)
+    sources, readers = ends if is_told else link_ends(replace(profile, links=(link,)), link)
+    return [t for t in samples.transfers if t.source in sources and t.reader in readers], is_told
 
 
 def _plot_transfers(
-    profile: Profile, with_transfers: Sequence[tuple[LinkEntry, Sequence[TransferSample]]], path: Path
+    profile: Profile, by_link: Sequence[tuple[LinkEntry, Sequence[TransferSample], bool]], path: Path
 ) -> None:
-    figure, axes = _figure(len(with_transfers), "Transfers")
-    for (link, transfers), (above, below) in zip(with_transfers, axes.T, strict=True):
+    figure, axes = _figure(len(by_link), "Transfers")
+    for (link, transfers, is_told), (above, below) in zip(by_link, axes.T, strict=True):
         columns = as_arrays(transfers)
         alone = columns["num_in_flight"] == 1
         tokens, measured = columns["num_tokens"], columns["duration_ps"] / _PS_PER_MS
         fitted = link.cost.fixed / _PS_PER_MS + tokens * profile.kv_bytes_per_token / link.cost.bytes_per_s * 1e3
-        others = sum(layouts_of(other) == layouts_of(link) for other in profile.links) - 1
-        of_others = f"\n(and of {others} more of these layouts)" if others else ""
-        where = link_title(link).replace(", ", ",\n", 1) + of_others
+        where = link_title(link).replace(", ", ",\n", 1)
+        if not is_told:
+            where += "\n(and of others between such executors)"
         kind, shown = ("alone", alone) if alone.any() else ("with others", ~alone)
         _scatter(above, fitted[shown], measured[shown], f"{where}\n{kind} on the link")
         for chosen, label in ((alone, "alone"), (~alone, "with others")):

@@ -114,10 +114,28 @@ def linked() -> tuple[Profile, Samples]:
 
 def test_each_link_is_drawn_with_its_own_transfers(tmp_path: Path) -> None:
     profile, samples = linked()
-    first, second = (transfers_of(profile, link, samples) for link in profile.links)
+    (first, is_first), (second, is_second) = (transfers_of(profile, link, samples) for link in profile.links)
     assert [t.reader for t in first] == [2]
     assert [t.reader for t in second] == [3, 3]
+    assert is_first
+    assert is_second
     assert write_plots(profile, samples, tmp_path) == [tmp_path / "transfers.png"]
+
+
+def test_of_links_of_equal_layouts_each_has_its_own_transfers_if_it_says_between_which_executors() -> None:
+    profile, samples = linked()
+    fast = LinkEntry("mpi", 1, 1, 1, 1, 16, LinkCost(1e9, 2 * MS), ())
+    engines = (entry("context", executors=(1,)), entry("generation", executors=(2, 3)))
+    silent = replace(profile, engines=engines, links=(fast, replace(fast, throttle_gb_per_s=5.0)))
+    for link in silent.links:
+        own, is_told = transfers_of(silent, link, samples)
+        assert (len(own), is_told) == (3, False)
+    told = replace(
+        silent,
+        links=tuple(replace(e, sources=(1,), readers=(n,)) for e, n in zip(silent.links, (2, 3), strict=True)),
+    )
+    found = [transfers_of(told, link, samples) for link in told.links]
+    assert [([t.reader for t in own], is_told) for own, is_told in found] == [([2], True), ([3, 3], True)]
 
 
 def test_what_is_shown_of_a_link_names_its_throttle(capsys: pytest.CaptureFixture[str]) -> None:
