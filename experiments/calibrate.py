@@ -81,8 +81,11 @@ def calibrate(
 
     try:
         spec = hardware_spec(config)
-        if overwrite or not all((folder / result_file(number)).exists() for number in range(len(sessions))):
+        left = [number for number in range(len(sessions)) if not (folder / result_file(number)).exists()]
+        if overwrite or left:
             _check_world(spec)
+        if not overwrite and 0 < len(left) < len(sessions):
+            _check_device(folder, config.device_type)
         _make_folder(folder, config, plan, now, overwrite=overwrite)
         run_series(spec, sessions, folder, finished=finished, timeout_s=timeout_s)
     except (SpecError, TransportError, ModelError) as error:
@@ -97,7 +100,15 @@ def calibrate(
     facts, about = _read_facts(folder), _read_about(folder)
     if facts is None:
         raise CalibrationFailedError(f"{folder} holds sessions and no cluster; start again with --overwrite")
-    profile = make_profile(config, samples, facts, about, num_sessions=len(sessions), measured_s=measured_s)
+    profile = make_profile(
+        config,
+        samples,
+        facts,
+        about,
+        num_sessions=len(sessions),
+        measured_s=measured_s,
+        effort="quick" if quick else "standard",
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_samples(samples, samples_folder(output))
     save_profile(profile, output)
@@ -152,6 +163,16 @@ def _check_world(spec: HardwareSpec) -> None:
     check_machine(roster)
     world_needs(roster, one_host=True)
     find_mpiexec()
+
+
+def _check_device(folder: Path, device_type: str) -> None:
+    """ConfigError unless the sessions that are left would run on the device that those before them ran on."""
+    there, here = _read_about(folder).device_name, device_name(device_type)
+    if here != there:
+        raise ConfigError(
+            f"{folder} holds sessions of {there}, and here is {here}: a profile is of one device; allowed: --resume on"
+            f" {there}, or --overwrite"
+        )
 
 
 def _make_folder(folder: Path, config: Experiment, plan: str, now: datetime, *, overwrite: bool) -> None:

@@ -6,7 +6,7 @@ It knows the cluster of the experiment file and what ran on it, and neither how 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -49,8 +49,9 @@ def make_profile(
     *,
     num_sessions: int = 0,
     measured_s: float = 0.0,
+    effort: Literal["standard", "quick"] = "standard",
 ) -> Profile:
-    """Fit everything that `samples` tell of the cluster of `config`."""
+    """Fit everything that `samples` tell of the cluster of `config`; `effort` is written down as it is."""
     shape = shape_of(config)
     placements = {placement.id: placement for placement in placements_of(config)}
     device = device_of(config)
@@ -82,6 +83,7 @@ def make_profile(
         git_commit=about.git_commit,
         num_sessions=num_sessions,
         measured_s=round(measured_s, 3),
+        effort=effort,
     )
 
 

@@ -152,9 +152,9 @@ def run_calibration(
 
     if timeout_s is not None and not timeout_s > 0:
         raise ConfigError(f"--timeout {timeout_s:g}: must be more than 0 seconds")
-    if output is not None:
-        _check_output(output)
     loaded = load_experiment(file, overrides or [], backend="hardware")
+    target = output if output is not None else Path("profiles") / f"{loaded.experiment.name}.json"
+    _check_output(target)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
@@ -163,7 +163,6 @@ def run_calibration(
         if error.name not in ("torch", "mpi4py", "safetensors"):
             raise
         raise ConfigError(f"calibrate needs {error.name}: pip install 'disagg[runtime]'") from None
-    target = output if output is not None else Path("profiles") / f"{loaded.experiment.name}.json"
 
     def told(done: int, total: int, name: str) -> None:
         print(f"[{done}/{total}] {name}", file=sys.stderr, flush=True)
@@ -187,6 +186,15 @@ def run_calibration(
 
 
 def _check_output(output: Path) -> None:
-    """Raises ConfigError unless it is a .json file: `cluster.profile` knows files by it, and names beside it end otherwise."""
+    """Raises ConfigError unless it is, or can be, a .json file: `cluster.profile` knows files by it, and names beside it end
+    otherwise.
+    """
     if output.suffix != ".json":
         raise ConfigError(f"--output {output}: allowed: a file name that ends in .json")
+    if output.is_dir():
+        raise ConfigError(f"--output {output}: is a folder; allowed: a file name that ends in .json")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ConfigError(
+            f"--output {output}: {above} is no folder; allowed: a file in a folder, which is made if need be"
+        )

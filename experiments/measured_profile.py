@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import pairwise
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -157,6 +157,7 @@ class MeasuredFor(Struct, frozen=True, forbid_unknown_fields=True):
 class Profile(Struct, frozen=True, forbid_unknown_fields=True):
     """`created`: ISO time by the clock of whoever calibrated. `device`: memory and names; its speeds are not used where
     an entry says better. `dispatch_delay_ps`: from a request's intended send to the orchestrator's being given it.
+    `effort`: quick for one of few points, which shows that calibration works and is no measure.
     """
 
     format_version: int
@@ -174,6 +175,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True):
     git_commit: str | None
     num_sessions: int
     measured_s: float
+    effort: Literal["standard", "quick"] = "standard"
 
 
 def shape_hash(shape: ModelShape) -> str:

@@ -47,7 +47,8 @@ def print_profile(profile: Profile) -> None:
     """Tables for a terminal."""
     for_ = profile.measured_for
     print(f"{profile.name}: {for_.model} ({for_.dtype}) on {for_.device_name}")
-    print(f"measured {profile.created} in {profile.num_sessions} sessions of {profile.measured_s:.1f} s in all")
+    quick = ", with --quick: few points, to see that it works" if profile.effort == "quick" else ""
+    print(f"measured {profile.created} in {profile.num_sessions} sessions of {profile.measured_s:.1f} s in all{quick}")
     for entry in profile.engines:
         _print_engine(profile, entry)
     for link in profile.links:

@@ -14,8 +14,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("mpi4py")
 
+from disagg.core.cost import roofline
 from disagg.experiments import calibrate as calibrating
 from disagg.experiments.calibrate import calibrate
+from disagg.experiments.calibration_plan import QUICK, plan_sessions
+from disagg.experiments.cluster import device_of, shape_of
 from disagg.experiments.errors import CalibrationFailedError, ConfigError, ResourceError
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.measured_profile import Profile
@@ -117,21 +120,48 @@ def test_a_machine_that_cannot_run_the_cluster_gets_no_folder(place: Place) -> N
     assert not place.sessions.exists()
 
 
+def on(name: str, place: Place, patch: pytest.MonkeyPatch, **options: Any) -> str:
+    """Calibrate on a device of this name, in vain; the name that the folder of sessions tells then."""
+    patch.setattr(calibrating, "device_name", lambda _: name)
+    with pytest.raises(CalibrationFailedError):
+        place.calibrate(**options)
+    told: str = json.loads((place.sessions / "about.json").read_bytes())["device_name"]
+    return told
+
+
 def test_the_device_is_named_anew_until_a_session_has_ended_on_it(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def named(name: str, **options: Any) -> str:
-        monkeypatch.setattr(calibrating, "device_name", lambda _: name)
-        with pytest.raises(CalibrationFailedError):
-            place.calibrate(**options)
-        told: str = json.loads((place.sessions / "about.json").read_bytes())["device_name"]
-        return told
-
     place.leaves()
-    assert named("unknown GPU") == "unknown GPU"
-    assert named("NVIDIA H200", resume=True) == "NVIDIA H200"
+    assert on("unknown GPU", place, monkeypatch) == "unknown GPU"
+    assert on("NVIDIA H200", place, monkeypatch, resume=True) == "NVIDIA H200"
     (place.sessions / result_file(0)).write_bytes(b"")
-    assert named("another GPU", resume=True) == "NVIDIA H200"
+    assert on("NVIDIA H200", place, monkeypatch, resume=True) == "NVIDIA H200"
+
+
+def test_sessions_that_are_left_run_on_no_other_device_than_those_before_them(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.leaves()
+    on("NVIDIA H200", place, monkeypatch)
+    (place.sessions / result_file(0)).write_bytes(b"")
+    monkeypatch.setattr(calibrating, "device_name", lambda _: "NVIDIA A100")
+    held = (
+        r"holds sessions of NVIDIA H200, and here is NVIDIA A100: .*; allowed: --resume on NVIDIA H200, or --overwrite"
+    )
+    with pytest.raises(ConfigError, match=held):
+        place.calibrate(resume=True)
+    assert on("NVIDIA A100", place, monkeypatch, overwrite=True) == "NVIDIA A100"
+
+
+def test_where_only_the_fit_is_missing_any_device_may_make_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.leaves()
+    on("NVIDIA H200", place, monkeypatch)
+    config = load_experiment(place.file, (), backend="hardware").experiment
+    for number in range(len(plan_sessions(config, roofline(shape_of(config), device_of(config)), QUICK))):
+        (place.sessions / result_file(number)).write_bytes(b"")  # damaged: the fit comes to say so
+    place.leaves({0: b""})
+    assert on("NVIDIA A100", place, monkeypatch, resume=True) == "NVIDIA H200"
 
 
 @pytest.mark.parametrize(
@@ -170,3 +200,21 @@ def test_a_profile_is_written_to_a_json_file_only(
     told = capsys.readouterr().err
     assert told.count("allowed: a file name that ends in .json") == 2
     assert not output.exists()
+
+
+def test_a_folder_is_refused_as_a_profile_before_anything_is_measured(
+    place: Place, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.finish()
+    folder, below = place.output.with_name("dir.json"), place.file / "gpus.json"
+    folder.mkdir()
+    monkeypatch.setattr(calibrating, "calibrate", lambda *_, **__: pytest.fail("it measures"))
+    for output, told in ((folder, "dir.json: is a folder; allowed"), (below, "experiment.yaml is no folder; allowed")):
+        for call in (
+            ("calibrate", place.file, "--quick", "--overwrite"),
+            ("profile", "merge", place.output, "--overwrite"),
+            ("profile", "refit", place.output, "--overwrite"),
+        ):
+            assert disagg(*call, "--output", output) == 2
+            assert told in capsys.readouterr().err
+    assert not list(folder.iterdir())

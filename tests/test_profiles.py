@@ -221,6 +221,13 @@ def test_what_is_shown_says_from_which_batch_on_a_kv_token_takes_longer(capsys: 
     assert "sequences on" not in capsys.readouterr().out
 
 
+def test_a_quick_profile_says_that_it_is_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_profile(a_profile(effort="quick"), folder / "quick.json")
+    for name, is_quick in (("quick.json", True), ("measured.json", False)):
+        print_profile(load_profile(folder / name))
+        assert ("1 sessions of 1.0 s in all, with --quick: few points" in capsys.readouterr().out) is is_quick
+
+
 def test_a_profile_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     with path.open("wb") as file:
