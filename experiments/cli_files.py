@@ -59,8 +59,7 @@ def _policies() -> list[dict[str, Any]]:
 
 def _profiles() -> list[dict[str, Any]]:
     from ..core.devices import DEVICES
-    from .cluster import SPEC_PREFIX
-    from .profile_file import SHIPPED, load_profile, shipped_profiles
+    from .profile_file import SHIPPED, SPEC_PREFIX, load_profile, shipped_profiles
 
     specified = [
         {

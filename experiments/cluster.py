@@ -25,10 +25,9 @@ from .config_keys import PolicyChoice
 from .errors import ConfigError, ResourceError, did_you_mean
 from .measured_profile import LinkEntry, Profile, find_engine, find_link, shape_hash
 from .predictions import prediction_of
-from .profile_file import is_path, load_profile, profile_path, shipped_profiles
+from .profile_file import SPEC_PREFIX, is_path, load_profile, profile_path, shipped_profiles
 from .weights_checks import check_same_shape, check_tensors
 
-SPEC_PREFIX: Final = "spec:"
 TRANSFER_TIMEOUT_FLOOR: Final = 30 * PS_PER_S
 TRANSFER_TIMEOUT_FACTOR: Final = 4  # times the ideal time of the bytes
 _MOST_CONFIG_BYTES: Final = 1 << 20

@@ -14,6 +14,7 @@ from .profile_checks import problem_of
 from .profile_cost import measured_cost
 
 _FORMATS: Final = (1, 2)  # 1: steps of a GPU whose chunks were behind cached KV, or more than eight, had no graph
+SPEC_PREFIX: Final = "spec:"  # of `cluster.profile`: a device's data sheet
 SHIPPED: Final = Path(__file__).resolve().parent / "profiles"
 _MOST_BYTES: Final = 4 << 20
 _decoder: Final = msgspec.json.Decoder(Profile)
@@ -32,9 +33,14 @@ def profile_path(name: str, root: Path) -> Path:
     """Of a shipped profile by name, or of a file from `root`. Raises ConfigError for a name that is not shipped."""
     if is_path(name):
         return root / name
+    if name.startswith(SPEC_PREFIX):
+        raise ConfigError(
+            f"{name} is a data sheet, of which nothing was measured; allowed: a file, or {', '.join(shipped_profiles())}"
+        )
     path = SHIPPED / f"{name}.json"
     if name not in shipped_profiles():
-        raise ConfigError(f"unknown profile '{name}'{did_you_mean(name, shipped_profiles())}")
+        allowed = f"a file (.json), or {', '.join(shipped_profiles())}"
+        raise ConfigError(f"unknown profile '{name}'{did_you_mean(name, shipped_profiles())} (allowed: {allowed})")
     return path
 
 

@@ -118,24 +118,45 @@ def as_data(fidelity: Fidelity) -> dict[str, Any]:
     }
 
 
+class _Version(Struct):
+    schema_version: int
+
+
+class _Row(Struct):
+    experiment: str
+
+
+class _Data(Struct):
+    """What is read of a page's data again."""
+
+    commit: str
+    rows: list[dict[str, Any]]
+    experiments: list[dict[str, Any]]
+    rankings: tuple[Ranking, ...]
+
+
 def read_data(path: Path) -> Fidelity:
-    """What `as_data` gave, from its file. Raises ReportError for any other file."""
+    """What `as_data` gave, from its file. Raises ReportError, with the key that is to blame, for any other file."""
     try:
-        data = msgspec.json.decode(path.read_bytes())
-        if data["schema_version"] != SCHEMA_VERSION:
-            raise ReportError(f"{path}: schema_version {data['schema_version']}; allowed: {SCHEMA_VERSION}")
+        raw = path.read_bytes()
+        version = msgspec.json.decode(raw, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise ReportError(f"{path}: schema_version {version}; allowed: {SCHEMA_VERSION}")
+        data = msgspec.json.decode(raw, type=_Data)
         rows: dict[str, list[Any]] = {}
-        for row in data["rows"]:
-            rows.setdefault(row["experiment"], []).append(row)
+        for row in data.rows:
+            rows.setdefault(msgspec.convert(row, _Row).experiment, []).append(row)
         findings = [  # the first pages had one commit for all
-            msgspec.convert({"commit": data["commit"], **each, "rows": rows.get(each["experiment"], [])}, Finding)
-            for each in data["experiments"]
+            msgspec.convert({"commit": data.commit, **each, "rows": rows.get(str(each.get("experiment")), [])}, Finding)
+            for each in data.experiments
         ]
-        return Fidelity(tuple(findings), tuple(msgspec.convert(data["rankings"], list[Ranking])))
+        return Fidelity(tuple(findings), data.rankings)
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ReportError(f"{path}: not the data of a page of `disagg fidelity`: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ReportError(
+            f"{path}: not the data of a page of `disagg fidelity`: {error}; allowed: the .json beside one"
+        ) from error
 
 
 def _by_commit(findings: Sequence[Finding]) -> dict[str, list[str]]:

@@ -60,22 +60,34 @@ def predicted(quiet: Mapping[str, Any], draws: Sequence[Mapping[str, Any]]) -> P
     return Prediction({key: quiet.get(key) for key in METRICS}, intervals)
 
 
+class _File(Struct):
+    predictions: dict[str, dict[str, Any]]
+
+
 def read_predictions(path: Path) -> dict[str, Prediction]:
-    """By title, from a file of predictions; those without intervals are left out. Raises ReportError if all are."""
+    """By title, from a file of predictions; those without intervals are left out. Raises ReportError if all are, and for any
+    other file, with the key that is to blame.
+    """
     try:
-        data = msgspec.json.decode(path.read_bytes())
-        found = {
-            title: Prediction(
-                msgspec.convert({k: v for k, v in each.items() if k != "interval"}, dict[str, float | None]),
-                msgspec.convert(each["interval"], dict[str, Interval]),
-            )
-            for title, each in data["predictions"].items()
-            if "interval" in each
-        }
+        predictions = msgspec.json.decode(path.read_bytes(), type=_File).predictions
+        found = {title: _prediction(title, each) for title, each in predictions.items() if "interval" in each}
     except OSError as error:
         raise ReportError(f"{path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ReportError(f"{path}: not a file of predictions: {error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ReportError(
+            f"{path}: not a file of predictions: {error}; allowed: what `disagg interval --output` writes"
+        ) from error
     if not found:
         raise ReportError(f"{path}: its predictions have no interval; `disagg interval --output` writes them with one")
     return found
+
+
+def _prediction(title: str, plain: dict[str, Any]) -> Prediction:
+    """Raises msgspec.ValidationError, with the title, for what is none."""
+    values = {key: value for key, value in plain.items() if key != "interval"}
+    try:
+        return Prediction(
+            msgspec.convert(values, dict[str, float | None]), msgspec.convert(plain["interval"], dict[str, Interval])
+        )
+    except msgspec.ValidationError as error:
+        raise msgspec.ValidationError(f"of {title}: {error}") from error

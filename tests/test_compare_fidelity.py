@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from disagg.experiments.config import validate_mapping
 from disagg.experiments.config_checks import check_experiment
 from disagg.experiments.config_loader import read_document
 from disagg.reports.fidelity import GOALS, FidelityRow, fidelity_rows, groups_of
+from disagg.reports.fidelity_page import as_data, read_data
 from disagg.reports.runs import ReportError
 from disagg.reports.summary import summarise
 from tests.test_reports_runs import MS, config_of, request, serve, write_run
@@ -240,7 +242,14 @@ def test_intervals_of_another_prediction_than_was_simulated_are_left_out(
         ('{"x": "\udcff"}', "not a file of predictions"),
         ('{"predictions": {"early": {"mean_ttft_s": 1.0}}}', "have no interval"),
         ('{"predictions": {"early": {"interval": {"mean_ttft_s": [2.0, 1.0, 3.0]}}}}', "must be low, median and high"),
-        ('{"predictions": []}', "not a file of predictions"),
+        (
+            '{"predictions": []}',
+            "not a file of predictions: Expected `object`, got `array` - at `$.predictions`; allowed",
+        ),
+        ("{}", "missing required field `predictions`; allowed: what `disagg interval --output` writes"),
+        ('{"predictions": {"early": null}}', "Expected `object`, got `null` - at `$.predictions[...]`; allowed"),
+        ('{"predictions": {"early": {"interval": {}, "x": "y"}}}', "of early: Expected `float | null`, got `str`"),
+        ('{"predictions": {"early": {"interval": null}}}', "of early: Expected `object`, got `null`"),
         ("{", "not a file of predictions"),
     ],
 )
@@ -274,6 +283,35 @@ def test_a_file_that_is_no_such_page_is_not_taken_over(
     other.write_bytes(page.with_suffix(".json").read_bytes())
     assert disagg("fidelity", tmp_path / "runs", "--output", page, "--no-replay", "--earlier", other) == 2
     assert "must lie beside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda data: data.pop("schema_version"),
+            "missing required field `schema_version`; allowed: the .json beside one",
+        ),
+        (lambda data: data.update(schema_version=2), "schema_version 2; allowed: 1"),
+        (lambda data: data.update(schema_version=None), "Expected `int`, got `null` - at `$.schema_version`"),
+        (lambda data: data.pop("rows"), "missing required field `rows`"),
+        (lambda data: data["rows"][0].pop("experiment"), "missing required field `experiment`"),
+        (lambda data: data.update(experiments=[None]), "Expected `object`, got `null` - at `$.experiments[0]`"),
+        (lambda data: data["experiments"][0].pop("experiment"), "missing required field `experiment`"),
+        (lambda data: data.update(rankings={}), "at `$.rankings`"),
+    ],
+)
+def test_a_damaged_page_is_named_with_the_key_that_is_to_blame(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any], told: str
+) -> None:
+    data = as_data(read_data(BENCHMARKS.parent.parent / "docs" / "benchmarks" / "fidelity.json"))
+    change(data)
+    path = tmp_path / "page.json"
+    path.write_bytes(msgspec.json.encode(data))
+    with pytest.raises(ReportError) as error:
+        read_data(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert told in str(error.value)
 
 
 def test_compare_prints_json_and_leaves_its_plots(

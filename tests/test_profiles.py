@@ -392,6 +392,13 @@ def test_prompts_whose_layers_are_sent_early_are_simulated_kernel_by_kernel(bind
     assert not generation.chunk_graphs  # it records none, whatever its siblings do
 
 
+def test_what_is_no_profile_by_name_is_refused_with_what_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^spec:h200 is a data sheet, .*; allowed: a file, or cpu-2core-tiny, h200-"):
+        profile_path("spec:h200", tmp_path)
+    with pytest.raises(ConfigError, match=r"'h200-qwen';.* \(allowed: a file \(\.json\), or cpu-2core-tiny, h200-"):
+        profile_path("h200-qwen", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["h200-llama-3.1-8b", "h200-qwen2.5-7b"])
 def test_a_shipped_profile_is_what_its_shipped_samples_give(name: str, tmp_path: Path) -> None:
     """But for launch floors, which no sample shows, and executors without samples, which stay as they are."""
