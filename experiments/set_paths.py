@@ -49,7 +49,7 @@ def _seen(keys: tuple[str, ...], value: Any, root: Path, place: str) -> Any:
         if not os.path.exists(root / found):
             tried = dict.fromkeys(str(folder.absolute() / value) for folder in (Path.cwd(), root))
             raise ConfigError(
-                f"{place}: there is no profile {' and no '.join(tried)}; allowed: a file from the working folder or from"
+                f"{place}: {'.'.join(keys)}: there is no profile {' and no '.join(tried)}; allowed: a file from the working folder or from"
                 " the experiment file's, or a name of `disagg list profiles`"
             )
         return found
