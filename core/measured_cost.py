@@ -1,8 +1,9 @@
 """What a step costs, from measurements: the evaluation of a fitted profile. Fitting is `experiments/`' business.
 
 Each part of a step is a feature that means something on a device - rows through the matrices, KV read, query-key pairs -
-times a coefficient that is never negative, so a step never gets cheaper by doing more. Outside what was measured the
-outer slope goes on; `covers` says where that begins.
+times a coefficient that is never negative, so a step never gets cheaper by doing more in the same kernels; one that is too
+large for any graph runs in others, which may be quicker. Outside what was measured the mean slope of the outer half goes
+on; `covers` says where that begins.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ class MeasuredCost:
         return features.num_kv_tokens - (features.num_shared_kv * saved >> UNIT_BITS), is_full
 
     def covers(self, features: StepFeatures) -> bool:
-        """Whether every feature of the step is within what was measured."""
+        """Whether every feature of the step is within what was measured; a graph's rows always are."""
         n, kv, chunks = features.num_decodes, features.num_kv_tokens, features.chunks
         most = self.measured
         if not chunks:

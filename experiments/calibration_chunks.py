@@ -59,11 +59,11 @@ def fit_chunks(
     the device, but of how long a launch kernel by kernel takes.
     """
     steps = _Steps(columns, multiple, graphs)
-    walk, effect = 0, NO_EFFECT
+    walk = 0
     if steps.in_graphs is not None:
         walk = min(_WALKS, key=lambda walk: steps.solved(walk, NO_EFFECT).error)
-    if steps.load.tells(steps.rows, steps.told):
-        effect = best_effect(lambda effect: steps.solved(walk, effect).error, steps.tells_of_rests)
+    steps.count_from_least(steps.solved(walk, steps.effect(walk)))
+    effect = steps.effect(walk)
     found = steps.solved(walk, effect)
     read_ns, by = curve_at(steps.kv_knots, found.of("mixed_kv")), steps.load.slower(effect)
     rest = found.features @ found.coefficients - read_ns(columns["num_kv_tokens"]) * by
@@ -169,6 +169,22 @@ class _Steps:
         self._own = slice(0, num_own)  # of the step's own time, which is what a load lengthens
         self.launches = slice(num_own, None)
         self._groups = self._alike(columns)
+
+    def effect(self, walk: int) -> LoadEffect:
+        """What a load does, if there are enough steps under one."""
+        if not self.load.tells(self.rows, self.told):
+            return NO_EFFECT
+        return best_effect(lambda effect: self.solved(walk, effect).error, self.tells_of_rests)
+
+    def count_from_least(self, found: _Solved) -> None:
+        """Have the least of the gaps by what came before in the start of a step's own time, and the others counted from it.
+
+        Every step with chunks came behind something, so how a constant is shared between its start and all gaps is otherwise
+        for noise to say: a prompt could take less than a decode step, and every gap five milliseconds.
+        """
+        gaps = [name for name in _GAP_BEHIND.values() if name in self._places]
+        if gaps:
+            self._cool[:, self._places[min(gaps, key=found.one)]] = 0.0
 
     def _features(self, columns: dict[str, Any], attention: Sequence[NDArray[Any]]) -> dict[str, Floats]:
         """[steps, coefficients] each, of what a step's own time is made of."""

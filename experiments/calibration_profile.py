@@ -15,7 +15,7 @@ from msgspec import Struct
 from ..core.devices import Device
 from ..core.kv_layout import KvLayout
 from ..core.model_shapes import ModelShape
-from ..core.overheads import LinkCost
+from ..core.overheads import LinkCost, MessageLatency
 from ..policies.vocabulary import PS_PER_S
 from .calibration_fit import fit_engine
 from .calibration_messages import fit_messages
@@ -64,10 +64,6 @@ def make_profile(
         device,
         name=name,
         memory_bytes=_memory_of(device, keys, shape, first.num_blocks),
-        link_bandwidth=links[0].cost.bytes_per_s if links else device.link_bandwidth,
-        link_efficiency=1.0 if links else device.link_efficiency,
-        link_latency_s=links[0].cost.fixed / PS_PER_S if links else device.link_latency_s,
-        message_latency_s=messages.into_executor / PS_PER_S,
         source=f"measured {about.created}",
     )
     return Profile(
@@ -75,12 +71,12 @@ def make_profile(
         name=config.name,
         created=about.created,
         measured_for=MeasuredFor(name, config.device_type, shape.name, shape_hash(shape), shape.dtype),
-        device=device,
+        device=with_measured_latencies(device, links, messages),
         engines=engines,
         links=links,
         messages=messages,
         message_residuals=spreads,
-        dispatch_delay_ps=_dispatch_delay(samples),
+        dispatch_delay_ps=dispatch_delay(samples),
         kv_bytes_per_token=shape.kv_bytes_per_token,
         versions=about.versions,
         git_commit=about.git_commit,
@@ -155,6 +151,8 @@ def _links(
             cost=cost,
             residuals=residuals,
             throttle_gb_per_s=None if transceiver is None else transceiver.throttle_gb_per_s,
+            sources=tuple(sorted({sample.source for sample in group})),
+            readers=tuple(sorted({sample.reader for sample in group})),
         )
         for layouts, group in groups.items()
         if len(group) >= _LEAST
@@ -201,7 +199,18 @@ def fit_link(
     return LinkCost(bytes_per_s=round(rate), fixed=round(fixed_ns * 1000)), tuple(residuals)
 
 
-def _dispatch_delay(samples: Samples) -> int:
+def with_measured_latencies(device: Device, links: Sequence[LinkEntry], messages: MessageLatency) -> Device:
+    """`device`, its link that of the first of `links`, where there is one, and its messages those into executors."""
+    if links:
+        cost = links[0].cost
+        device = msgspec.structs.replace(
+            device, link_bandwidth=cost.bytes_per_s, link_efficiency=1.0, link_latency_s=cost.fixed / PS_PER_S
+        )
+    return msgspec.structs.replace(device, message_latency_s=messages.into_executor / PS_PER_S)
+
+
+def dispatch_delay(samples: Samples) -> int:
+    """Picoseconds from a request's intended send to the orchestrator's being given it; of open loops, where there are any."""
     chosen = [s.delay_ps for s in samples.clients if s.is_open_loop] or [s.delay_ps for s in samples.clients]
     return max(0, round(float(usual(chosen).mean()))) if chosen else 0
 

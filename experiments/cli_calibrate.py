@@ -79,8 +79,9 @@ def diff(
     json: Json = False,
 ) -> None:
     """Compare what two profiles predict for the same steps: mean and largest relative difference."""
-    from .profile_diff import print_diff
+    from .profile_diff import check_limit, print_diff
 
+    check_limit(limit)
     worst = print_diff(first, second, as_json=wants_json(format, json))
     if limit is not None and worst > limit:
         raise typer.Exit(EXIT_RUN_FAILED)
@@ -94,7 +95,10 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 @profile_app.command()
 def merge(
-    profiles: Annotated[list[Path], typer.Argument(metavar="PROFILE.json...", help="Of one device and model.")],
+    profiles: Annotated[
+        list[str],
+        typer.Argument(metavar="PROFILE...", help="Shipped profiles' names, or files; of one device and model."),
+    ],
     output: Annotated[Path, typer.Option(metavar="PROFILE.json", help="File to write.")],
     pool: Annotated[
         bool,
@@ -103,24 +107,29 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Put the executors, links and samples of several profiles of one device and one model into one."""
+    from .profile_file import profile_path
     from .profile_merge import merge_profiles
 
     _check_free(output, overwrite)
-    merge_profiles(profiles, output, pool=pool)
+    merge_profiles([profile_path(name, Path(".")) for name in profiles], output, pool=pool)
     print(f"wrote {output}")
 
 
 @profile_app.command()
 def refit(
-    profile: Annotated[Path, typer.Argument(metavar="PROFILE.json", help="With its samples beside it.")],
+    profile: Annotated[
+        str,
+        typer.Argument(metavar="PROFILE", help="A shipped profile's name, or a file with its samples beside it."),
+    ],
     output: Annotated[Path, typer.Option(metavar="PROFILE.json", help="File to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False,
 ) -> None:
     """Fit a profile anew from its samples: after a change of the cost model or of the fit."""
+    from .profile_file import profile_path
     from .profile_refit import refit_profile
 
     _check_free(output, overwrite)
-    refit_profile(profile, output)
+    refit_profile(profile_path(profile, Path(".")), output)
     print(f"wrote {output}")
 
 

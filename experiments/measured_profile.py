@@ -120,7 +120,11 @@ class EngineEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LinkEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of link: how KV travelled, from which layout to which."""
+    """One kind of link: how KV travelled, from which layout to which.
+
+    `sources`, `readers`: executors of the calibration's own cluster, between which the samples are. Other links may be of
+    equal layouts, so layouts alone do not tell; both are empty in a profile of a time that did not tell either.
+    """
 
     transport: str
     source_tp: int
@@ -131,6 +135,13 @@ class LinkEntry(Struct, frozen=True, forbid_unknown_fields=True):
     cost: LinkCost
     residuals: tuple[Residual, ...]
     throttle_gb_per_s: float | None = None
+    sources: tuple[int, ...] = ()
+    readers: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> tuple[str, int, int, int, int, float | None]:
+        """What no two links of a profile have in common."""
+        return self.transport, self.source_tp, self.source_pp, self.reader_tp, self.reader_pp, self.throttle_gb_per_s
 
 
 class MeasuredFor(Struct, frozen=True, forbid_unknown_fields=True):
@@ -163,10 +174,6 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True):
     git_commit: str | None
     num_sessions: int
     measured_s: float
-
-
-def profile_hash(profile: Profile) -> str:
-    return sha256(msgspec.json.encode(profile)).hexdigest()
 
 
 def shape_hash(shape: ModelShape) -> str:

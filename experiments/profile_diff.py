@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json as json_text
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from ..core.launch_gaps import gap_of
 from ..core.measured_cost import MeasuredCost
 from ..core.measured_range import Measured
 from .errors import ConfigError
-from .measured_profile import EngineEntry, Profile
+from .measured_profile import EngineEntry, LinkEntry, MeasuredFor, Profile
 from .profile_cost import measured_cost
 from .profile_file import load_profile, profile_path
 
@@ -58,7 +59,10 @@ def chunks_time(entry: EngineEntry, cost: MeasuredCost, features: StepFeatures, 
 
 
 def diff_profiles(first: Profile, second: Profile) -> dict[str, Any]:
-    """Relative differences, second over first less one, by family. Raises ConfigError for profiles with nothing in common."""
+    """Relative differences, second over first less one, by family. Raises ConfigError for profiles with nothing in common.
+
+    `remarks` say where the two were measured for other things, so that a difference is no matter of calibrations alone.
+    """
     families: dict[str, Any] = {}
     others = {_kind(entry): entry for entry in second.engines}
     for entry in first.engines:
@@ -82,17 +86,7 @@ def diff_profiles(first: Profile, second: Profile) -> dict[str, Any]:
         ):
             if differences:
                 families[f"{entry.title}: {name}"] = _told(differences)
-    links = {(x.transport, x.source_tp, x.source_pp, x.reader_tp, x.reader_pp): x.cost for x in second.links}
-    for link in first.links:
-        cost = links.get((link.transport, link.source_tp, link.source_pp, link.reader_tp, link.reader_pp))
-        if cost is not None:
-            families[f"transfers over {link.transport}"] = _told(
-                [
-                    (cost.fixed / 1e12 + n / cost.bytes_per_s) / (link.cost.fixed / 1e12 + n / link.cost.bytes_per_s)
-                    - 1
-                    for n in _TRANSFER_BYTES
-                ]
-            )
+    families |= _link_families(first.links, second.links)
     if not families:
         raise ConfigError(f"profiles {first.name} and {second.name} have no kind of executor in common")
     messages, theirs = first.messages, second.messages
@@ -103,11 +97,18 @@ def diff_profiles(first: Profile, second: Profile) -> dict[str, Any]:
         families["messages with prompts"] = _told([y / x - 1 for x, y in zip(into, to, strict=True) if x])
     steps = [family for name, family in families.items() if "steps" in name]
     return {
-        "first": {"name": first.name, "device": first.measured_for.device_name, "created": first.created},
-        "second": {"name": second.name, "device": second.measured_for.device_name, "created": second.created},
+        "first": _side(first),
+        "second": _side(second),
+        "remarks": _remarks(first.measured_for, second.measured_for),
         "families": families,
         "mean_step_time": max((family["mean_abs"] for family in steps), default=0.0),
     }
+
+
+def check_limit(limit: float | None) -> None:
+    """Raises ConfigError for what no difference could be more than, or every one is."""
+    if limit is not None and not 0 <= limit < math.inf:  # of a NaN neither is true
+        raise ConfigError(f"--limit {limit:g}: must be a share of 0 or more")
 
 
 def print_diff(first: str, second: str, *, as_json: bool) -> float:
@@ -116,15 +117,77 @@ def print_diff(first: str, second: str, *, as_json: bool) -> float:
     if as_json:
         print(json_text.dumps(told, indent=2))
     else:
-        print(
-            f"{told['second']['name']} ({told['second']['device']}) over {told['first']['name']} ({told['first']['device']})"
-        )
-        print(f"{'':44}{'points':>8}{'mean':>9}{'mean abs':>10}{'max abs':>9}")
+        ours, theirs = told["first"], told["second"]
+        ours_apart, theirs_apart = _apart((ours, first), (theirs, second))
+        print(f"{theirs['name']} ({theirs['device']}{theirs_apart}) over {ours['name']} ({ours['device']}{ours_apart})")
+        for remark in told["remarks"]:
+            print(f"note: {remark}")
+        width = max(44, *(len(name) + 1 for name in told["families"]))
+        print(f"{'':{width}}{'points':>8}{'mean':>9}{'mean abs':>10}{'max abs':>9}")
         for name, family in told["families"].items():
             print(
-                f"{name:44}{family['num_points']:>8}{family['mean']:>+9.1%}{family['mean_abs']:>10.1%}{family['max_abs']:>9.1%}"
+                f"{name:{width}}{family['num_points']:>8}{family['mean']:>+9.1%}{family['mean_abs']:>10.1%}"
+                f"{family['max_abs']:>9.1%}"
             )
     return float(told["mean_step_time"])
+
+
+def _side(profile: Profile) -> dict[str, Any]:
+    for_ = profile.measured_for
+    return {
+        "name": profile.name,
+        "device": for_.device_name,
+        "model": for_.model,
+        "dtype": for_.dtype,
+        "created": profile.created,
+    }
+
+
+def _apart(*sides: tuple[dict[str, Any], str]) -> list[str]:
+    """What tells profiles of one name apart: when they were measured, or else how they were asked for."""
+    if len({told["name"] for told, _ in sides}) == len(sides):
+        return ["" for _ in sides]
+    if len({told["created"] for told, _ in sides}) == len(sides):
+        return [f", measured {told['created']}" for told, _ in sides]
+    return [f", {asked}" for _, asked in sides]
+
+
+def _remarks(first: MeasuredFor, second: MeasuredFor) -> list[str]:
+    remarks = []
+    models = [(for_.model, for_.dtype, for_.shape_hash) for for_ in (first, second)]
+    if models[0] != models[1]:
+        shapes = "" if models[0][:2] != models[1][:2] else ", in other shapes"
+        (a, a_type, _), (b, b_type, _) = models
+        remarks.append(f"measured with different models: {b} in {b_type}, and {a} in {a_type}{shapes}")
+    if (first.device_name, first.device_type) != (second.device_name, second.device_type):
+        remarks.append(
+            f"measured on different devices: {second.device_name} ({second.device_type}), and {first.device_name}"
+            f" ({first.device_type})"
+        )
+    return remarks
+
+
+def _link_families(first: Sequence[LinkEntry], second: Sequence[LinkEntry]) -> dict[str, Any]:
+    """Of the links that both have: of one transport, from layouts into layouts, under a throttle or none."""
+    others = {link.kind: link.cost for link in second}
+    found = {}
+    for link in first:
+        cost = others.get(link.kind)
+        if cost is None:
+            continue
+        layouts = {other.kind[1:5] for other in (*first, *second) if other.transport == link.transport}
+        name = f"transfers over {link.transport}"
+        if len(layouts) > 1:
+            name += f", tp {link.source_tp} pp {link.source_pp} to tp {link.reader_tp} pp {link.reader_pp}"
+        if link.throttle_gb_per_s is not None:
+            name += f", throttled to {link.throttle_gb_per_s:g} GB/s"
+        found[name] = _told(
+            [
+                (cost.fixed / 1e12 + n / cost.bytes_per_s) / (link.cost.fixed / 1e12 + n / link.cost.bytes_per_s) - 1
+                for n in _TRANSFER_BYTES
+            ]
+        )
+    return found
 
 
 def _told(differences: list[float]) -> dict[str, Any]:

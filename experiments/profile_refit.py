@@ -18,7 +18,8 @@ from .profile_file import load_profile, save_profile
 def refit_profile(path: Path, output: Path) -> Profile:
     """Write the profile at `path`, fitted anew, to `output`, its samples beside it. Raises ConfigError where there are none.
 
-    What the samples do not tell stays as it was: executors and links without any, a launch floor that no step showed.
+    What the samples do not tell stays as it was: executors and links without any, links that may not be the only ones whose
+    transfers are there, a launch floor that no step showed. So do the dispatch delay and the device, which no fit gives.
     """
     profile = load_profile(path)
     samples = read_samples(path.with_suffix(".samples"))
@@ -64,15 +65,35 @@ def _engine(profile: Profile, entry: EngineEntry, samples: Samples) -> EngineEnt
     )
 
 
+def link_ends(profile: Profile, link: LinkEntry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The executors from which, and to which, the transfers went that `link` is fitted to; empty where nothing tells.
+
+    A profile of a time in which links did not say is of one cluster, or merged of several: there the layouts of executors
+    tell, unless several links have them.
+    """
+    if link.sources and link.readers:
+        return link.sources, link.readers
+    if sum(_layouts(other) == _layouts(link) for other in profile.links) > 1:
+        return (), ()
+    source, reader = (
+        tuple(
+            executor
+            for entry in profile.engines
+            if (entry.tensor_parallel_size, entry.pipeline_parallel_size) == layout
+            for executor in entry.executors
+        )
+        for layout in _layouts(link)
+    )
+    return source, reader
+
+
+def _layouts(link: LinkEntry) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (link.source_tp, link.source_pp), (link.reader_tp, link.reader_pp)
+
+
 def _link(profile: Profile, link: LinkEntry, samples: Samples) -> LinkEntry:
-    """Samples name executors, whose layouts the entries know."""
-    layouts = {
-        executor: (entry.tensor_parallel_size, entry.pipeline_parallel_size)
-        for entry in profile.engines
-        for executor in entry.executors
-    }
-    wanted = (link.source_tp, link.source_pp), (link.reader_tp, link.reader_pp)
-    own = [t for t in samples.transfers if (layouts.get(t.source), layouts.get(t.reader)) == wanted]
+    sources, readers = map(frozenset, link_ends(profile, link))
+    own = [t for t in samples.transfers if t.source in sources and t.reader in readers]
     if len({t.num_tokens for t in own}) < 2:
         return link
     cost, residuals = fit_link(own, profile.kv_bytes_per_token, link.cost.bytes_per_s)

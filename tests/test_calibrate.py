@@ -128,6 +128,7 @@ def test_the_profile_holds_what_the_cluster_was_driven_through(loop: Loop) -> No
     assert context.measured.cached_tokens >= 256  # prompts longer than a step
     assert context.measured.chunks >= 2
     assert profile.links[0].transport == "mpi"
+    assert (profile.links[0].sources, profile.links[0].readers) == ((1,), (2,))
     assert profile.links[0].residuals[0].num_samples >= 3
     assert min(profile.messages.into_executor, profile.messages.from_executor) > 0
     assert profile.messages.between_executors > 0

@@ -215,15 +215,15 @@ def test_samples_of_merged_profiles_go_on_in_numbers_so_that_each_entry_finds_it
     bare = a_profile(engines=(entry("mixed", tensor_parallel_size=2, executors=(1,)),), links=())
     for path, profile in zip(paths, (one, other, bare), strict=True):
         save_profile(profile, path)
-    write_samples(samples(3, 2), tmp_path / "one.samples")
+    write_samples(samples(3, 1), tmp_path / "one.samples")
     write_samples(samples(0, 1), tmp_path / "other.samples")
     both = merge_profiles(paths, tmp_path / "both.json")
     assert [e.executors for e in both.engines] == [(1,), (2,), (3, 4), (5,)]
     found = read_samples(tmp_path / "both.samples")
     assert found is not None
-    assert [(s.session, s.executor) for s in found.steps] == [(3, 2), (20, 3)]
-    assert [(s.session, s.sender, s.receiver) for s in found.messages] == [(3, 0, 2), (20, 0, 3)]
-    assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 2, 3), (20, 3, 4)]
+    assert [(s.session, s.executor) for s in found.steps] == [(3, 1), (20, 3)]
+    assert [(s.session, s.sender, s.receiver) for s in found.messages] == [(3, 0, 1), (20, 0, 3)]
+    assert [(s.session, s.source, s.reader) for s in found.transfers] == [(3, 1, 2), (20, 3, 4)]
     assert [s.session for s in found.clients] == [3, 20]
     assert both.messages == refit_profile(tmp_path / "both.json", tmp_path / "later" / "again.json").messages
 
@@ -297,6 +297,24 @@ def test_every_shipped_profile_loads(name: str) -> None:
     from disagg.experiments.profile_file import SHIPPED
 
     assert load_profile(SHIPPED / f"{name}.json").engines
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_profiles() if name.startswith("h200")])
+def test_a_prompt_beside_decodes_makes_no_step_shorter_in_a_profile_that_is_shipped(name: str) -> None:
+    from disagg.experiments.profile_file import SHIPPED
+
+    profile = load_profile(SHIPPED / f"{name}.json")
+    mixed = [engine for engine in profile.engines if engine.role == "mixed"]
+    assert mixed
+    for engine in mixed:
+        cost = measured_cost(profile, engine, engine.max_batch_size)
+        for batch in range(1, engine.measured.mixed_decodes):
+            for context in (128, 1024):
+                alone = cost.step_time(StepFeatures(batch, batch * context))
+                assert cost.step_time(StepFeatures(batch, batch * context, ((0, 16, True),))) > alone, (
+                    engine.title,
+                    batch,
+                )
 
 
 def test_another_gpu_than_the_profile_was_measured_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
