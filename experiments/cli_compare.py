@@ -17,7 +17,7 @@ from ..policies.interfaces import PolicyError
 from ..reports.attribution import Split, split_errors, stage_differences
 from ..reports.error_figures import scatter
 from ..reports.error_text import pair_text, ranking_text
-from ..reports.fidelity import Group, groups_of, mismatch
+from ..reports.fidelity import Group, Verdicts, groups_of, mismatch
 from ..reports.fidelity_page import (
     Fidelity,
     Finding,
@@ -183,14 +183,13 @@ def write_fidelity(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output.with_suffix(".json"), data + "\n")
     write_atomically(output, as_markdown(found))
-    judged = [row for row in found.rows if row.met is not None]
     if as_json:
         print(data)
         return
-    for row in judged:
-        if not row.met:
+    for row in found.rows:
+        if row.met is False:
             print(f"missed: {row.experiment}: {row.metric} {row.error or 0.0:+.2%}, limit {row.limit:.2%}")
-    print(f"{sum(bool(row.met) for row in judged)} of {len(judged)} judged figures are within their limit")
+    print(Verdicts.of(found.rows).text)
     print(f"wrote {output} and {output.with_suffix('.json')}")
 
 

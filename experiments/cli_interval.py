@@ -41,7 +41,7 @@ def interval_file(
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     points = run_points(loaded, Path())
-    found = predict_points(points, noise, workers)
+    found = predict_points(points, noise, workers, lambda told: print(f"warning: {told}", file=sys.stderr))
     profiles = {point.experiment.cluster.profile for point in points}
     plain = {title: prediction.plain() for title, prediction in found.items()}
     text = json.dumps(predictions_data([file], profiles, noise, plain), indent=1)

@@ -6,7 +6,7 @@ All simulations of a point have the same requests, arrivals and policies' chance
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from .errors import ConfigError, ExperimentError
 from .noise import Noise
 from .progress_bar import progress_bar
 from .run_point import RunPoint
-from .run_simulation import noise_seed
-from .simulated_rows import simulate_summary
+from .run_simulation import noise_seed, outside_text
+from .simulated_rows import simulate_rows, summary_of_rows
 from .streams import repeat_seed
 from .sweep import workers_for
 from .sweep_task import experiment_from, plain_of
@@ -47,8 +47,13 @@ def title_of(point: RunPoint, points: Sequence[RunPoint]) -> str:
     return f"{title} seed {point.seed}" if any(each.repeat for each in points) else title
 
 
-def predict_points(points: Sequence[RunPoint], noise: Noise, workers: int | None = None) -> dict[str, Prediction]:
-    """The prediction of each run of an experiment by title. Raises ExperimentError, naming the run that fails."""
+def predict_points(
+    points: Sequence[RunPoint], noise: Noise, workers: int | None = None, warn: Callable[[str], None] = lambda _: None
+) -> dict[str, Prediction]:
+    """The prediction of each run of an experiment by title. Raises ExperimentError, naming the run that fails.
+
+    `warn` is told of each run whose steps lie outside what its profile was measured for.
+    """
     each = 1 + noise.draws
     configs = [
         config
@@ -60,6 +65,7 @@ def predict_points(points: Sequence[RunPoint], noise: Noise, workers: int | None
     ]
     owners = [point for point in points for _ in range(each)]
     summaries: dict[int, dict[str, float | None]] = {}
+    outside: dict[int, tuple[int, int]] = {}
     with open_pool("processes", workers_for(owners, workers)) as pool:
         if pool is None:
             return {}
@@ -68,14 +74,17 @@ def predict_points(points: Sequence[RunPoint], noise: Noise, workers: int | None
             for number, answer in completed(pool, summary_task, [json.dumps(plain_of(config)) for config in configs]):
                 if isinstance(answer, Exception):
                     raise _told(answer, owners[number]) from answer
-                summaries[number] = json.loads(answer)
+                summaries[number], outside[number] = json.loads(answer)
                 progress.update(len(summaries), len(configs))
-    return {
-        title_of(point, points): predicted(
-            summaries[start], [summaries[number] for number in range(start + 1, start + each)]
-        )
-        for start, point in zip(range(0, len(configs), each), points, strict=True)
-    }
+    found: dict[str, Prediction] = {}
+    for start, point in zip(range(0, len(configs), each), points, strict=True):
+        title, draws = title_of(point, points), range(start + 1, start + each)
+        found[title] = predicted(summaries[start], [summaries[number] for number in draws])
+        if outside[start][0]:
+            warn(f"{title}: {outside_text(*outside[start])}")
+        elif (most := max(outside[number] for number in draws))[0]:  # noise alone led there
+            warn(f"{title}: {outside_text(*most)} in a draw")
+    return found
 
 
 def predictions_data(
@@ -94,9 +103,11 @@ def predictions_data(
 
 
 def summary_task(text: str) -> str:
-    """A worker's deed: one simulation; its metrics as JSON."""
-    summary = simulate_summary(experiment_from(json.loads(text)))
-    return json.dumps({key: summary[key] for key in METRICS})
+    """A worker's deed: one simulation; its metrics, and its batches outside what was measured, as JSON."""
+    config = experiment_from(json.loads(text))
+    rows = simulate_rows(config)
+    summary = summary_of_rows(config, rows)
+    return json.dumps(({key: summary[key] for key in METRICS}, rows.batches_outside))
 
 
 def _told(error: Exception, point: RunPoint) -> ExperimentError:

@@ -152,10 +152,15 @@ def batches_outside(cluster: SimulatedCluster) -> tuple[int, int]:
     return (timing.num_outside, timing.num_epochs) if isinstance(timing, ModelTiming) else (0, 0)
 
 
+def outside_text(outside: int, batches: int) -> str:
+    """How many batches were unlike any that was measured."""
+    return f"{outside} of {batches} batches lie outside the measured range of the profile"
+
+
 def _outside(cluster: SimulatedCluster) -> str | None:
-    """A warning, where steps were dearer than any that was measured."""
+    """A warning, where there were such."""
     outside, batches = batches_outside(cluster)
-    return f"warning: {outside} of {batches} batches lie outside the measured range of the profile" if outside else None
+    return f"warning: {outside_text(outside, batches)}" if outside else None
 
 
 def run_simulation(config: Experiment, point: RunPoint, writer: RunDirectory, progress: Progress) -> RunOutcome:

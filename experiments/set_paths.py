@@ -49,8 +49,8 @@ def _seen(keys: tuple[str, ...], value: Any, root: Path, place: str) -> Any:
         if not os.path.exists(root / found):
             tried = dict.fromkeys(str(folder.absolute() / value) for folder in (Path.cwd(), root))
             raise ConfigError(
-                f"{place}: {'.'.join(keys)}: there is no profile {' and no '.join(tried)}; allowed: a file from the working folder or from"
-                " the experiment file's, or a name of `disagg list profiles`"
+                f"{place}: {'.'.join(keys)}: there is no profile {' and no '.join(tried)}; allowed: a file from the working"
+                " folder or from the experiment file's, or a name of `disagg list profiles`"
             )
         return found
     if keys in _WORDS and value not in _WORDS[keys]:

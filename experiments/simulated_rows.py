@@ -15,7 +15,7 @@ from .errors import ExperimentError
 from .load_source import LoadSource
 from .policy_failure import policy_failure
 from .run_point import NoProgress
-from .run_simulation import build_cluster
+from .run_simulation import batches_outside, build_cluster
 from .simulated_load import SimulatedLoad
 from .tables_writer import EXCLUDED, frame_of
 from .workload import PlannedRequest, Workload
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SimulatedRows:
-    """The requests and decisions of a run, as its folder would hold them."""
+    """The requests and decisions of a run, as its folder would hold them.
+
+    `batches_outside`: how many batches began outside what the profile was measured for, and how many there were; of rows that
+    come from a folder, none.
+    """
 
     requests: pd.DataFrame
     decisions: pd.DataFrame
+    batches_outside: tuple[int, int] = (0, 0)
 
     @property
     def counted(self) -> pd.DataFrame:
@@ -49,17 +54,22 @@ def simulate_rows(config: Experiment) -> SimulatedRows:
         elif type(row) is DecisionRow:
             decisions.append(astuple(row))
 
-    simulate_into(config, record)
-    return SimulatedRows(frame_of(requests, RequestRow), frame_of(decisions, DecisionRow))
+    outside = simulate_into(config, record)
+    return SimulatedRows(frame_of(requests, RequestRow), frame_of(decisions, DecisionRow), outside)
 
 
 def simulate_summary(config: Experiment) -> dict[str, Any]:
-    """`brief_summary` of a simulation: what its summary.json would say of its requests. Raises as `simulate_into` does."""
+    """`summary_of_rows` of a simulation. Raises as `simulate_into` does."""
+    return summary_of_rows(config, simulate_rows(config))
+
+
+def summary_of_rows(config: Experiment, rows: SimulatedRows) -> dict[str, Any]:
+    """`brief_summary` of a simulation of `config`: what its summary.json would say of its requests."""
     from ..reports.summary import brief_summary
 
     keys = {"ttft_ms": "ttft_s", "tpot_ms": "tpot_s", "e2e_ms": "e2e_latency_s"}
     objectives = {keys[key]: value / 1e3 for key, value in objectives_of(config).items()}
-    return brief_summary(simulate_rows(config).counted, objectives)
+    return brief_summary(rows.counted, objectives)
 
 
 def objectives_of(config: Experiment) -> dict[str, float]:
@@ -69,8 +79,10 @@ def objectives_of(config: Experiment) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def simulate_into(config: Experiment, record: Callable[[Any, PlannedRequest | None], None]) -> None:
+def simulate_into(config: Experiment, record: Callable[[Any, PlannedRequest | None], None]) -> tuple[int, int]:
     """Simulate `config`; every row of every table goes to `record`, a request's row with what was planned of it.
+
+    Returns `batches_outside`.
 
     Raises ExperimentError for a policy that fails, breaks its contract or holds requests for ever.
     """
@@ -94,3 +106,4 @@ def simulate_into(config: Experiment, record: Callable[[Any, PlannedRequest | No
     if not source.finished:
         missing = source.num_sent - source.num_ended
         raise ExperimentError(f"{missing} requests are never answered: a policy holds them for ever")
+    return batches_outside(cluster)

@@ -223,7 +223,8 @@ def fidelity_table(rows: Sequence[FidelityRow]) -> str:
     for row in rows:
         key = _GOAL_KEYS[row.metric]
         points = row.metric == "slo_attainment"
-        verdict = "–" if row.met is None else "yes" if row.met else "**no**"
+        met = "yes" if row.within_goal else "by floor"
+        verdict = "–" if row.met is None else met if row.met else "**no**"
         lines.append(
             (
                 row.metric,

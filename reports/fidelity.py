@@ -72,6 +72,36 @@ class FidelityRow(Struct, frozen=True):
     interval: tuple[float, float] | None = None
     inside: bool | None = None
 
+    @property
+    def within_goal(self) -> bool:
+        """Whether it is met, and would be with a floor of nothing."""
+        return bool(self.met) and self.error is not None and abs(self.error) <= self.goal
+
+
+class Verdicts(Struct, frozen=True):
+    """How many figures were judged, how many of them are within their limit, and how many of these within the goal itself."""
+
+    num_judged: int
+    num_met: int
+    num_within_goal: int
+
+    @classmethod
+    def of(cls, rows: Sequence[FidelityRow]) -> Verdicts:
+        judged = [row for row in rows if row.met is not None]
+        return cls(len(judged), sum(bool(row.met) for row in judged), sum(row.within_goal for row in judged))
+
+    @property
+    def num_by_floor_alone(self) -> int:
+        """Met only since hardware differs from itself by as much."""
+        return self.num_met - self.num_within_goal
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.num_met} of {self.num_judged} judged figures are within their limit, {self.num_within_goal} within the"
+            f" goal itself and {self.num_by_floor_alone} by their floor alone"
+        )
+
 
 class Group:
     """The runs of one experiment in both worlds. Raises ReportError if they do not belong together."""

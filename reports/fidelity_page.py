@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from .attribution import Split, StageDifference, stage_differences
 from .error_text import fidelity_table, percent, ranking_text, split_sentence, split_table, stage_table, table
-from .fidelity import GOALS, FidelityRow, Group, fidelity_rows, summary_excerpt
+from .fidelity import GOALS, FidelityRow, Group, Verdicts, fidelity_rows, summary_excerpt
 from .prediction_intervals import NOMINAL, Interval
 from .ranking import Ranking
 from .runs import ReportError
@@ -102,10 +102,12 @@ def commit_of(group: Group) -> str:
 
 def as_data(fidelity: Fidelity) -> dict[str, Any]:
     """The page as JSON-ready values; `rows` holds every metric of every experiment, times in seconds."""
+    verdicts = Verdicts.of(fidelity.rows)
     return {
         "schema_version": SCHEMA_VERSION,
         "commit": ", ".join(_by_commit(fidelity.findings)),
         "goals": msgspec.to_builtins(GOALS),
+        "verdicts": msgspec.to_builtins(verdicts) | {"num_by_floor_alone": verdicts.num_by_floor_alone},
         "rows": msgspec.to_builtins(fidelity.rows),
         "rankings": [
             msgspec.to_builtins(ranking) | {"num_apart": ranking.num_apart, "is_enough": ranking.is_enough}
@@ -175,8 +177,7 @@ def _by_commit(findings: Sequence[Finding]) -> dict[str, list[str]]:
 def as_markdown(fidelity: Fidelity) -> str:
     """The whole page. Plots are named relative to it."""
     rows = fidelity.rows
-    judged = [row for row in rows if row.met is not None]
-    met = sum(bool(row.met) for row in judged)
+    verdicts = Verdicts.of(rows)
     compared = [finding for finding in fidelity.findings if finding.rows]
     by_commit = _by_commit(fidelity.findings)
     commits = "; ".join(
@@ -189,8 +190,7 @@ def as_markdown(fidelity: Fidelity) -> str:
         "Written by `disagg fidelity`; the same as data, with every run's summary, in the JSON file beside this page.",
         "",
         f"Profile and predictions: {commits}. {len(compared)} experiments, every one that was run."
-        f" {met} of {len(judged)} judged figures are within their limit; {len(rows) - len(judged)} more are shown and not"
-        " judged, with the reason.",
+        f" {verdicts.text}; {len(rows) - verdicts.num_judged} more are shown and not judged, with the reason.",
         "",
         "`error` is (simulated − measured)/measured, of SLO attainment the difference in points. `floor` is the difference"
         " between hardware runs of the same experiment, `limit` the larger of goal and floor. With several hardware runs"

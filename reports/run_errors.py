@@ -17,6 +17,7 @@ from msgspec import Struct
 from .case_labels import flat_keys
 from .comparison import Agreement, Case, Pair, agreement, estimate
 from .metric_table import STAGES
+from .metrics import window_s
 from .runs import ReportError, Run, find_runs
 from .statistics import kendall_tau, min_observations
 
@@ -36,6 +37,7 @@ _NOISE: Final = ("cluster.step_jitter", "cluster.step_error", "cluster.noise_see
 NOT_COMPARED: Final = ("backend", "name", "sweep", "repeats", "report", "schema_version", "cluster.profile", *_NOISE)
 ATTAINMENT_RANGE: Final = (0.40, 0.95)  # outside it attainment hardly moves, whatever the times do
 MOST_KEYS_NAMED: Final = 5
+_LEAST_OF_OWN_RATE: Final = 0.97  # below it the cluster did not keep up with the load
 _LEAST_SHARED: Final = 0.95  # of the requests, for two runs to have been given the same ones
 
 
@@ -142,7 +144,11 @@ def _notes(key: str, measured: Case, n: int, value: float | None) -> Iterator[st
     if key.startswith("p99_") and n < min_observations(99.0):
         yield "n too small"
     if key in ("throughput", "request_throughput") and not is_at_capacity(measured):
-        yield "below saturation: the load's own rate"
+        share = share_of_own_rate(measured.rows)
+        if share < _LEAST_OF_OWN_RATE:
+            yield f"hardware fell behind: {100 * share:.0f} % of the load's own rate"
+        else:
+            yield "below saturation: the load's own rate"
     if key == "slo_attainment" and value is not None and not ATTAINMENT_RANGE[0] <= value <= ATTAINMENT_RANGE[1]:
         low, high = (round(100 * bound) for bound in ATTAINMENT_RANGE)
         yield f"hardware outside {low}–{high} %"
@@ -154,6 +160,20 @@ def is_at_capacity(case: Case) -> bool:
     measured = [phase for phase in phases if not phase.get("exclude_from_results")]
     closed = bool(measured) and all(phase.get("type") == "concurrency" for phase in measured)
     return closed or backlog_grows(case.rows)
+
+
+def share_of_own_rate(rows: pd.DataFrame) -> float:
+    """The throughput of a run as a share of its load's own, (n,) rows of `metrics.measured`; 1 where it kept up.
+
+    The load's own is that of the same requests had each taken the median time to its first token and the median time for
+    each further one: a run ends when its last request does, also where none waited for another.
+    """
+    done = rows[rows["completed"]]
+    start, end = window_s(rows)
+    ttft, tpot = float(done["ttft_s"].median()), float(done["tpot_s"].median())
+    further = done["num_output_tokens"].to_numpy(np.float64) - 1
+    ends = done["arrival_s"].to_numpy(np.float64) + ttft + np.maximum(further, 0.0) * (0.0 if np.isnan(tpot) else tpot)
+    return min(1.0, (float(ends.max()) - start) / (end - start)) if len(done) and end > start else 1.0
 
 
 def backlog_grows(rows: pd.DataFrame) -> bool:

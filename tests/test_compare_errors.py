@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -96,6 +97,28 @@ def test_throughput_means_something_in_a_closed_loop_and_past_saturation_only(tm
     phases = [{"name": "profiling", "type": "concurrency", "concurrency": 4, "requests": 60}]
     (row,) = pair_of(tmp_path / "closed", rows, rows, workload=config | {"phases": phases}).errors(["throughput"])
     assert row.notes == ()
+
+
+def test_where_hardware_fell_behind_an_open_loop_its_throughput_is_not_called_the_load_s_own(tmp_path: Path) -> None:
+    """60 requests in 59 s, five tokens each: first tokens after 10 ms, 100 ms in all, so 59.1 s where the cluster keeps up."""
+
+    def notes(name: str, *last: Any, others: int = 60) -> set[str]:
+        steady = spread([10] * others, [100] * others)
+        (row,) = pair_of(tmp_path / name, steady, [*steady[: others - len(last)], *last]).errors(["throughput"])
+        return set(row.notes)
+
+    def ending(at: int, first_ms: int, end_ms: int, **changes: Any) -> Any:
+        return msgspec.structs.replace(spread([10] * at + [first_ms], [100] * at + [end_ms])[at], **changes)
+
+    own = {"below saturation: the load's own rate"}
+    assert notes("late by 3 %", ending(59, 1700, 1800)) == own  # 59.1 of 60.8 s
+    assert notes("later", ending(59, 1900, 2000)) == {"hardware fell behind: 97 % of the load's own rate"}
+    assert notes("last ones wait", ending(58, 10_000, 10_100), ending(59, 10_000, 10_100)) == {
+        "hardware fell behind: 86 % of the load's own rate"
+    }
+    assert (
+        notes("a long answer at the end", ending(59, 10, 10_000, num_output_tokens=445)) == own
+    )  # 22.5 ms each, as all
 
 
 def test_a_backlog_that_grows_to_the_end_is_told_from_one_that_only_fluctuates(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,45 @@ def test_the_limit_is_the_larger_of_the_goal_and_what_hardware_differs_from_itse
     assert row.error == pytest.approx(8 / 110)
     assert row.limit == pytest.approx(20 / 110)
     assert row.met is True
+    assert row.within_goal is False
+
+
+def test_figures_met_by_their_floor_alone_are_counted_apart(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One file's hardware runs differ by 18 %, so that an error of 7 % is met; another's error of 4 % is within the goal; of
+    both the time a token is missed.
+    """
+    runs, page = tmp_path / "runs", tmp_path / "page.md"
+    put(runs / "s1", "loose", "simulation", 118, "2026-01-01")
+    put(runs / "h1", "loose", "hardware", 100, "2026-01-02")
+    put(runs / "h2", "loose", "hardware", 120, "2026-01-03")
+    put(runs / "s2", "tight", "simulation", 104, "2026-01-01")
+    put(runs / "h3", "tight", "hardware", 100, "2026-01-02")
+    assert disagg("fidelity", runs, "--output", page, "--no-replay") == 0
+    rows = [row for group in groups_of(runs) for row in fidelity_rows(group)]
+    verdicts = {(row.experiment, row.metric): (row.met, row.within_goal) for row in rows if row.met is not None}
+    assert verdicts["loose", "p50_e2e_latency"] == (True, False)
+    assert verdicts["tight", "p50_e2e_latency"] == (True, True)
+    assert verdicts["tight", "mean_tpot"] == (False, False)
+    counted = Counter(verdicts.values())
+    met, within, by_floor = counted[True, True] + counted[True, False], counted[True, True], counted[True, False]
+    assert by_floor
+    assert within
+    text = (
+        f"{met} of {len(verdicts)} judged figures are within their limit, {within} within the goal itself and {by_floor} by"
+        " their floor alone"
+    )
+    assert text == capsys.readouterr().out.splitlines()[-2]
+    assert f" {text}; " in page.read_text()
+    assert json.loads(page.with_suffix(".json").read_text())["verdicts"] == {
+        "num_judged": len(verdicts),
+        "num_met": met,
+        "num_within_goal": within,
+        "num_by_floor_alone": by_floor,
+    }
+    loose, tight = page.read_text().split("## loose")[1].split("## tight")
+    assert (loose.count("| by floor |"), tight.count("| by floor |")) == (by_floor, 0)
 
 
 def test_what_the_goals_do_not_cover_is_shown_and_not_judged(tmp_path: Path) -> None:
@@ -210,6 +250,7 @@ def test_a_page_from_before_there_were_intervals_is_taken_over(tmp_path: Path, d
     old = _a_page(tmp_path / "old", page, disagg, "early")
     for row in old["rows"]:
         del row["interval"], row["inside"]
+    del old["verdicts"]
     page.with_suffix(".json").write_text(json.dumps(old))
     _write_runs(runs, "late")
     file = _predictions(tmp_path / "p.json", runs, "late", mean_ttft_s=(0.5, 2.0))

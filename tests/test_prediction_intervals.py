@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from disagg.experiments.config import Experiment
 from disagg.experiments.experiment_file import load_experiment
 from disagg.experiments.noise import Noise
 from disagg.experiments.prediction_intervals import drawn, predict_points, quiet
+from disagg.experiments.profile_file import save_profile
 from disagg.experiments.run_point import run_points
-from disagg.experiments.simulated_rows import simulate_rows, simulate_summary
+from disagg.experiments.simulated_rows import SimulatedRows, simulate_rows, simulate_summary
 from disagg.reports.prediction_intervals import METRICS, predicted, read_predictions
 from disagg.reports.run_errors import differing_keys
 from disagg.reports.runs import Run
+from tests.profile_examples import a_profile
+from tests.test_simulator_overheads import EXPERIMENT
 
 TEXT = """\
 schema_version: 1
@@ -201,6 +206,40 @@ def test_the_command_prints_a_line_per_metric(
     assert cells["SLO attainment"] == ["–"] * 4, "there are no objectives"
     _, median, low, high = map(float, cells["mean TTFT"])
     assert low < median < high
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_warns_of_steps_outside_what_was_measured_as_a_run_does(
+    tmp_path: Path, disagg: Callable[..., int], capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    save_profile(a_profile(), tmp_path / "measured.json")
+    file = tmp_path / "outside.yaml"
+    options = ("--draws", "2", *(("--json",) if as_json else ()))
+    file.write_text(EXPERIMENT.replace("requests: 20", "requests: 5"))
+    assert disagg("interval", file, *options) == 0
+    assert capsys.readouterr().err == ""
+    file.write_text(EXPERIMENT.replace("isl: 100", "isl: 600").replace("requests: 20", "requests: 5"))
+    assert disagg("run", file, "--output", tmp_path / "run") == 0
+    (told,) = re.findall(r"warning: (\d+ of \d+ batches lie outside .*)", capsys.readouterr().out)
+    assert disagg("interval", file, *options) == 0
+    printed = capsys.readouterr()
+    name = load_experiment(file).experiment.name
+    assert printed.err == f"warning: {name}: {told}\n"
+    assert not as_json or json.loads(printed.out)["predictions"].keys() == {name}
+
+
+def test_a_draw_that_alone_leaves_what_was_measured_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise moves arrivals between steps, and so makes batches that there are none of without it."""
+    answers = iter([(0, 9), (2, 8), (1, 7)])
+
+    def simulated(config: Experiment) -> SimulatedRows:
+        return replace(simulate_rows(config), batches_outside=next(answers))
+
+    monkeypatch.setattr("disagg.experiments.prediction_intervals.simulate_rows", simulated)
+    told: list[str] = []
+    points = run_points(load_experiment(written(tmp_path)), tmp_path)
+    predict_points(points, Noise(draws=2), 1, told.append)
+    assert told == ["drawn: 2 of 8 batches lie outside the measured range of the profile in a draw"]
 
 
 @pytest.mark.parametrize(
