@@ -69,9 +69,9 @@ def merged(
     those that `samples`, one for each profile, name.
 
     `created`, and what the device says of its source, are those of the latest; `git_commit` and `versions` tell all that
-    differ, one behind the other. `pool`: an entry that several have is of the executors of all of them, and to be fitted
-    anew; its blocks, and the device's memory, are the first's. Raises ConfigError unless all are of one device and model,
-    pooled executors of equal limits, and pooled links of blocks of one size.
+    differ, one behind the other; one quick calibration makes it quick. `pool`: an entry that several have is of the
+    executors of all of them, and to be fitted anew; its blocks, and the device's memory, are the first's. Raises ConfigError
+    unless all are of one device and model, pooled executors of equal limits, and pooled links of blocks of one size.
     """
     if not profiles:
         raise ConfigError("no profile is given; allowed: at least one")
@@ -105,6 +105,7 @@ def merged(
             package: _each_once(p.versions[package] for p in profiles if package in p.versions) for package in versions
         },
         git_commit=_each_once(p.git_commit for p in profiles if p.git_commit is not None) or None,
+        effort="quick" if any(profile.effort == "quick" for profile in profiles) else "standard",
         num_sessions=sum(profile.num_sessions for profile in profiles),
         measured_s=round(sum(profile.measured_s for profile in profiles), 3),
     )

@@ -201,3 +201,13 @@ def test_one_profile_of_several_is_of_the_latest_day_and_of_the_versions_of_all(
     assert both.git_commit == "abc, def"
     assert both.versions == {"torch": "2.10, 2.11", "python": "3.12", "numpy": "2.5"}
     assert merged([third], "alone").git_commit is None
+
+
+@pytest.mark.parametrize("efforts", [("quick", "standard"), ("standard", "quick")])
+def test_a_quick_calibration_among_those_merged_makes_the_profile_quick(efforts: tuple[str, str]) -> None:
+    profiles = [
+        a_profile(engines=(entry(role),), links=(), effort=effort)
+        for role, effort in zip(("context", "mixed"), efforts, strict=True)
+    ]
+    assert merged(profiles, "both").effort == "quick"
+    assert merged(profiles[: efforts.index("quick")] + [a_profile()], "both").effort == "standard"
