@@ -17,6 +17,7 @@ from .errors import CalibrationFailedError
 _UNLIKE: Final = 2.0
 _LEAST_CARRYING: Final = 30  # messages: among fewer a stall or two look like tokens
 _LEAST_GAIN: Final = 0.1  # of how far off a constant is
+_LEAST_LEFT: Final = 0.1  # of the mean of messages to an executor: something is on its way without tokens, too
 _GROUPS: Final = 16
 _ROUNDS: Final = 5
 
@@ -30,6 +31,22 @@ def fit_messages(samples: Sequence[MessageSample]) -> tuple[MessageLatency, dict
     """
     into, out, between = pair_kind(0, 1), pair_kind(1, 0), pair_kind(1, 2)
     token = prompt_token_time([sample for sample in samples if sample.pair == into])
+    means, spreads = _of_pairs(samples, into, token)
+    if token:
+        plain, plain_spreads = _of_pairs(samples, into, 0)
+        if means[into] < _LEAST_LEFT * plain[into]:  # a slope that is steeper than all messages are long
+            token, means, spreads = 0, plain, plain_spreads
+    if not means:
+        raise CalibrationFailedError("no message between two cores was seen")
+    any_pair = round(sum(means.values()) / len(means))
+    latency = MessageLatency(means.get(into, any_pair), means.get(out, any_pair), means.get(between, any_pair), token)
+    return latency, spreads
+
+
+def _of_pairs(samples: Sequence[MessageSample], into: str, token: int) -> tuple[dict[str, int], dict[str, float]]:
+    """Means and standard deviations in picoseconds by pair; `token` of them for each that a message of the pair `into`
+    carries are taken off first.
+    """
     by_pair: dict[str, list[float]] = {}
     for sample in samples:
         if sample.kind == "Report" or (token and sample.pair == into and sample.num_tokens < 0):
@@ -41,11 +58,7 @@ def fit_messages(samples: Sequence[MessageSample]) -> tuple[MessageLatency, dict
     for pair, values in by_pair.items():
         kept = usual(values)
         means[pair], spreads[pair] = max(0, round(float(kept.mean()))), round(float(kept.std()))
-    if not means:
-        raise CalibrationFailedError("no message between two cores was seen")
-    any_pair = round(sum(means.values()) / len(means))
-    latency = MessageLatency(means.get(into, any_pair), means.get(out, any_pair), means.get(between, any_pair), token)
-    return latency, spreads
+    return means, spreads
 
 
 def prompt_token_time(samples: Sequence[MessageSample]) -> int:

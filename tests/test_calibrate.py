@@ -138,7 +138,7 @@ def test_the_profile_holds_what_the_cluster_was_driven_through(loop: Loop) -> No
     assert max(step.num_decodes for step in shared) >= 2
     assert all(step.num_shared_kv < step.num_kv_tokens for step in shared)
     assert {step.before for step in loop.samples.steps if step.kind == FIRST} >= {"idle", "decode", "chunk"}
-    assert all(step.duration_ps > 0 for step in loop.samples.steps)
+    assert all(step.duration_ps >= 0 for step in loop.samples.steps)  # 0: a host that was held up saw two end at once
 
 
 @pytest.mark.timeout(240)

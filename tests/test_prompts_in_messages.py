@@ -205,6 +205,16 @@ def test_what_a_busy_machine_takes_is_no_matter_of_tokens() -> None:
         assert (latency.prompt_token, latency.into_executor > 0) == (0, True)
 
 
+def test_tokens_take_no_more_than_there_is() -> None:
+    """Most prompts on a busy machine came the later the longer they were; long ones that did not leave less than nothing."""
+    queued = [sample(20 * US + n * 16 * US, n) for n in range(20, 260, 4)]
+    at_once = [sample(100 * US, n) for n in range(130, 260, 6)]
+    latency, _ = fit_messages([*queued, *at_once])
+    plain, _ = fit_messages([replace(s, num_tokens=-1) for s in (*queued, *at_once)])
+    assert latency == plain
+    assert latency.into_executor > 0
+
+
 def test_beside_samples_that_tell_those_that_do_not_are_left_out() -> None:
     told = [sample(FIXED + n * TOKEN, n) for n in range(100, 9000, 20)]
     assert fit_messages([*told, *[sample(5000 * US)] * 300]) == fit_messages(told)
