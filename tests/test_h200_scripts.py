@@ -13,24 +13,11 @@ from random import Random
 import pytest
 
 from disagg.reports.prediction_intervals import METRICS, read_predictions
+from tests.test_prediction_intervals import TEXT
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "benchmarks" / "h200"
-SIMULATED = """\
-schema_version: 1
-name: NAME
-seed: 7
-model: {id: tiny-llama}
-cluster:
-  profile: spec:cpu-2core
-  mixed_servers: {num_instances: 2, kv_cache: {max_tokens: 4096}}
-policy: {router: least_tokens}
-workload:
-  dataset: {type: synthetic, isl: {type: lognormal, mean: 200, stddev: 300, max: 2000}, osl: 8}
-  max_tokens: 8
-  phases:
-    - {name: profiling, type: poisson, rate: 300, requests: 20}
-"""
+SIMULATED = TEXT.replace("name: drawn", "name: NAME")
 MEASURED = """\
 schema_version: 1
 name: NAME
